@@ -1,0 +1,1 @@
+"""The Flower app: federated LoRA fine-tuning of a text classifier."""

@@ -1,0 +1,366 @@
+"""The run config as validated dataclasses.
+
+``RunConfig.from_flat`` reads the flat mapping that Flower hands to an app
+(``context.run_config``: dotted kebab-case keys, scalar values) and either returns
+a complete, valid configuration or raises one ``ConfigError`` that lists everything
+that is wrong. ``python -m fedlora_app.config`` prints the table of all keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from typing import Any, get_type_hints
+
+Scalar = bool | int | float | str
+
+
+class ConfigError(ValueError):
+    """The run config cannot be used; the message lists every problem."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("invalid run config:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def option(
+    default: Scalar,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare a config key: its default, its help and what values it may take."""
+    rules = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
+    return field(default=default, metadata=rules)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is fine-tuned."""
+
+    name: str = option(
+        "packaged:minilm-l6",
+        "packaged model, Hugging Face model id, or local folder",
+    )
+    head: str = option(
+        "auto",
+        "classification head: mean-pool (mean of token states), stock "
+        "(AutoModelForSequenceClassification), auto (what suits the model)",
+        choices=("auto", "mean-pool", "stock"),
+    )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """How the LoRA modules are made."""
+
+    scale: float = option(
+        2.0, "s in W0 + s*B*A, one for all ranks (alpha of a client = s * its rank)", above=0
+    )
+    target_modules: str = option(
+        "auto", "comma-separated module names, or auto (query and value projections)"
+    )
+    dropout: float = option(0.0, "dropout on the LoRA input", low=0, high=0.9)
+    dora: bool = option(False, "train DoRA magnitudes as well")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What it is fine-tuned on, and how simulated clients share it."""
+
+    name: str = option(
+        "packaged:reuters-r8",
+        "packaged data set, Hugging Face data set id, or local csv, jsonl, parquet file or folder",
+    )
+    text_column: str = option("auto", "column with the text (auto: text, sentence, content, …)")
+    label_column: str = option("auto", "column with the label (auto: label, labels, category, …)")
+    partition: str = option(
+        "dirichlet",
+        "how simulated clients differ: iid, dirichlet, pathological, double-imbalance",
+        choices=("iid", "dirichlet", "pathological", "double-imbalance"),
+    )
+    alpha: float = option(0.5, "dirichlet: concentration; smaller is more skewed", above=0)
+    classes_per_client: int = option(2, "pathological: classes of each client", low=1)
+    min_samples: int = option(20, "every client has at least this many rows, or an error", low=2)
+    max_length: int = option(48, "tokens of a text; longer ones are cut", low=2)
+    validation_fraction: float = option(
+        0.1, "part of each client's rows kept for its own evaluation", above=0, high=0.5
+    )
+    test_rows: int = option(
+        0, "rows of the server's test set used after each round (0: all; the end uses all)", low=0
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Local training on a client."""
+
+    steps: int = option(10, "optimiser steps a round; 0: use epochs", low=0)
+    epochs: float = option(1.0, "passes over the client's rows when steps = 0", above=0)
+    batch_size: int = option(16, "rows of a step", low=1)
+    learning_rate: float = option(3e-3, "AdamW learning rate of the LoRA weights", above=0)
+    head_learning_rate: float = option(5e-3, "AdamW learning rate of the head", above=0)
+    weight_decay: float = option(0.0, "AdamW weight decay", low=0)
+    schedule: str = option(
+        "constant",
+        "learning rate within a client's round: constant, linear or cosine down to 0",
+        choices=("constant", "linear", "cosine"),
+    )
+    max_grad_norm: float = option(1.0, "gradient clipping; 0: none", low=0)
+    precision: str = option(
+        "float32",
+        "float32 or bfloat16 (frozen weights and activations; trained weights stay float32)",
+        choices=("float32", "bfloat16"),
+    )
+    threads: int = option(1, "torch CPU threads of a client", low=1)
+
+    def repeated(self, times: int) -> TrainConfig:
+        """Return the config with ``times`` as much training in one go."""
+        return replace(self, steps=self.steps * times, epochs=self.epochs * times)
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    """Which client trains which LoRA rank."""
+
+    policy: str = option(
+        "cycle",
+        "uniform (rank), list (one per client), cycle (list repeated), reported (node's max-rank)",
+        choices=("uniform", "list", "cycle", "reported"),
+    )
+    rank: int = option(8, "uniform: rank of every client", low=1)
+    list: str = option("4,8,16,32", "list and cycle: comma-separated ranks")
+    max: int = option(32, "reported: largest rank; also the rank of the global adapter", low=1)
+    fallback: int = option(4, "reported: rank of a node that names no max-rank", low=1)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Which clients join a round."""
+
+    policy: str = option(
+        "fraction", "fraction: a seeded share of the clients", choices=("fraction",)
+    )
+    fraction: float = option(0.5, "share of the clients in a round", above=0, high=1)
+    min_clients: int = option(1, "at least this many clients in a round", low=1)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation on the server and on the clients."""
+
+    every: int = option(1, "evaluate after every Nth round (and the last)", low=1)
+    clients: float = option(
+        1.0, "share of the clients that evaluate on their own rows; 0: none", low=0, high=1
+    )
+    batch_size: int = option(64, "rows of an evaluation batch", low=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs, valid by construction."""
+
+    rounds: int = option(6, "federated rounds", low=1)
+    seed: int = option(42, "same seed, same result", low=0)
+    output: str = option("", "folder of the run's results; empty: runs/<time>-<aggregation>")
+    method: str = option(
+        "lora",
+        "lora (federated), head (baseline: only the head is trained) or "
+        "local (baseline: every client alone, same number of steps)",
+        choices=("lora", "head", "local"),
+    )
+    aggregation: str = option("replication", "rule that combines the clients' adapters")
+    min_replies: int = option(1, "fewer good replies leave the model as it was", low=1)
+    min_nodes: int = option(2, "wait for this many nodes before the first round", low=1)
+    round_timeout: float = option(3600.0, "seconds to wait for the replies of a round", above=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Scalar]) -> RunConfig:
+        """Read ``{"data.alpha": 0.5, …}``; keys left out take their defaults.
+
+        Raises
+        ------
+        ConfigError
+            With every unknown key, wrong type, value out of range and impossible
+            combination.
+        """
+        problems: list[str] = []
+        known = dict(_options(cls))
+        for key in flat:
+            if key not in known:
+                problems.append(_unknown(key, list(known)))
+        config: RunConfig = _build(cls, flat, "", problems)
+        if not problems:
+            problems += _impossible(config)
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """Return the inverse of ``from_flat``."""
+        return dict(_values(self))
+
+    def rank_list(self) -> list[int]:
+        """Return ``ranks.list`` as integers."""
+        return [int(part) for part in self.ranks.list.split(",")]
+
+    def max_rank(self) -> int:
+        """Return the rank of the global adapter."""
+        match self.ranks.policy:
+            case "uniform":
+                return self.ranks.rank
+            case "list" | "cycle":
+                return max(self.rank_list())
+            case _:
+                return self.ranks.max
+
+
+def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    types = get_type_hints(cls)
+    for f in fields(cls):
+        if is_dataclass(types[f.name]):
+            yield from _options(types[f.name], f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name.replace("_", "-"), f
+
+
+def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Scalar]]:
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            yield from _values(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name.replace("_", "-"), value
+
+
+def _build(cls: type, flat: Mapping[str, Scalar], prefix: str, problems: list[str]) -> Any:
+    types = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for f in fields(cls):
+        if is_dataclass(types[f.name]):
+            values[f.name] = _build(types[f.name], flat, f"{prefix}{f.name}.", problems)  # type: ignore[arg-type]
+            continue
+        key = prefix + f.name.replace("_", "-")
+        if key in flat:
+            value, problem = _check(key, flat[key], types[f.name], f.metadata)
+            if problem:
+                problems.append(problem)
+            else:
+                values[f.name] = value
+    return cls(**values)
+
+
+def _check(
+    key: str, value: Scalar, kind: type, rules: Mapping[str, Any]
+) -> tuple[Scalar, str | None]:
+    """Return the value in its declared type, or what is wrong with it."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        return value, f"{key}: expected {kind.__name__}, got {value!r}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return value, f"{key}: must be finite, got {value!r}"
+    if rules["choices"] and value not in rules["choices"]:
+        close = difflib.get_close_matches(str(value), rules["choices"], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return value, f"{key}: expected one of {', '.join(rules['choices'])}; got {value!r}{hint}"
+    if not isinstance(value, str):
+        if rules["low"] is not None and value < rules["low"]:
+            return value, f"{key}: must be at least {rules['low']}, got {value!r}"
+        if rules["above"] is not None and value <= rules["above"]:
+            return value, f"{key}: must be above {rules['above']}, got {value!r}"
+        if rules["high"] is not None and value > rules["high"]:
+            return value, f"{key}: must be at most {rules['high']}, got {value!r}"
+    return value, None
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not close:  # the right name in the wrong section
+        close = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{key}: unknown key{hint}"
+
+
+def _impossible(config: RunConfig) -> list[str]:
+    """Check what one key alone cannot show."""
+    from strategies.aggregation import AGGREGATIONS
+
+    problems = []
+    if config.aggregation not in AGGREGATIONS:
+        close = difflib.get_close_matches(config.aggregation, list(AGGREGATIONS), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        problems.append(
+            f"aggregation: expected one of {', '.join(AGGREGATIONS)}; "
+            f"got {config.aggregation!r}{hint}"
+        )
+    if config.ranks.policy in ("list", "cycle"):
+        try:
+            ranks = config.rank_list()
+        except ValueError:
+            ranks = [0]
+        if min(ranks) < 1:
+            problems.append(
+                "ranks.list: expected comma-separated whole numbers of at least 1, "
+                f"got {config.ranks.list!r}"
+            )
+        elif config.aggregation == "fedit" and len(set(ranks)) > 1 and config.method == "lora":
+            problems.append(
+                "aggregation = 'fedit' averages equal ranks only, but ranks.list = "
+                f"{config.ranks.list!r}; use ranks.policy = 'uniform' or another aggregation"
+            )
+    if config.ranks.policy == "reported":
+        if config.ranks.fallback > config.ranks.max:
+            problems.append(
+                f"ranks.fallback ({config.ranks.fallback}) must not exceed "
+                f"ranks.max ({config.ranks.max})"
+            )
+        if config.aggregation == "fedit" and config.method == "lora":
+            problems.append(
+                "aggregation = 'fedit' averages equal ranks only, but ranks.policy = 'reported' "
+                "lets nodes differ; use ranks.policy = 'uniform' or another aggregation"
+            )
+    return problems
+
+
+def toml_section() -> str:
+    """Return ``[tool.flwr.app.config]`` of pyproject.toml: every key with its comment."""
+    lines: list[str] = []
+    section = "[tool.flwr.app.config]"
+    for key, f in _options(RunConfig):
+        group, _, name = key.rpartition(".")
+        wanted = "[tool.flwr.app.config" + (f".{group}]" if group else "]")
+        if wanted != section or not lines:
+            lines += ["", wanted] if lines else [wanted]
+            section = wanted
+        value = f'"{f.default}"' if isinstance(f.default, str) else str(f.default).lower()
+        lines += [f"# {f.metadata['help']}", f"{name} = {value}"]
+    return "\n".join(lines)
+
+
+def markdown_table() -> str:
+    """Return the table of all keys for the README."""
+    rows = ["| key | default | what it does |", "|---|---|---|"]
+    for key, f in _options(RunConfig):
+        default = f.default if f.default is not MISSING else ""
+        shown = f'"{default}"' if isinstance(default, str) else str(default).lower()
+        rows.append(f"| `{key}` | `{shown}` | {f.metadata['help']} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(toml_section() if "--toml" in sys.argv else markdown_table())

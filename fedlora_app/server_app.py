@@ -1,0 +1,179 @@
+"""The server: config → strategy → start → save."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import datetime
+from logging import INFO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.common import log
+from flwr.serverapp import Grid, ServerApp
+from peft import PeftModel, get_peft_model_state_dict
+
+from fedlora_app.client_app import LABELS_KEY, STEPS_KEY
+from fedlora_app.config import RunConfig
+from fedlora_app.data import TokenizedRows, load_test, tokenize
+from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.report import RunFolder
+from fedlora_app.training import EvalResult, evaluate, torch_threads
+from strategies import FedLoRA
+from strategies.client import load_adapter
+from strategies.clients import Client
+from strategies.lora import Adapter
+from strategies.messages import from_record, to_record
+from strategies.ranks import ListRank, RankPolicy, ReportedRank, UniformRank
+from strategies.sampling import FractionSampling
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run what the run config says."""
+    config = RunConfig.from_flat(context.run_config)
+    default = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
+    folder = RunFolder(Path(config.output or default), config)
+    began = time.perf_counter()
+    test = TestSet(config)
+    model, adapter = initial_adapter(config, len(test.label_names))
+    log(INFO, "%s: %s on %s, %s", config.method, config.model.name, config.data.name, adapter)
+
+    strategy = make_strategy(config, folder, test, model)
+    alone = config.method == "local"
+    train_config = ConfigRecord(
+        {LABELS_KEY: json.dumps(test.label_names), STEPS_KEY: config.rounds if alone else 1}
+    )
+    result = strategy.start(
+        grid,
+        to_record(adapter.to_state_dict()),
+        num_rounds=1 if alone else config.rounds,
+        timeout=config.round_timeout,
+        train_config=train_config,
+        evaluate_config=train_config,
+        evaluate_fn=lambda _, arrays: test.metrics(model, arrays, config.lora.scale),
+    )
+
+    final = Adapter.from_state_dict(from_record(result.arrays), config.lora.scale)
+    load_adapter(model, final)
+    if isinstance(strategy, Alone):
+        scores = strategy.scores()
+    else:
+        score = test.evaluate(model, everything=True)
+        scores = {"accuracy": score.accuracy, "macro_f1": score.macro_f1, "loss": score.loss}
+    folder.finish(scores, model, seconds=time.perf_counter() - began)
+
+
+class TestSet:
+    """The server's held-out rows."""
+
+    __test__ = False  # not a test, whatever pytest makes of its name
+
+    def __init__(self, config: RunConfig) -> None:
+        rows = load_test(config.data)
+        self.label_names = rows.label_names
+        self.config = config
+        tokenizer = build_tokenizer(config.model)
+        self.all: TokenizedRows = tokenize(rows, tokenizer, config.data.max_length)
+        self.some = self.all
+        if 0 < config.data.test_rows < len(self.all):
+            rng = np.random.default_rng(config.seed)
+            chosen = rng.choice(len(self.all), config.data.test_rows, replace=False)
+            self.some = self.all.take(np.sort(chosen))
+
+    def evaluate(self, model: PeftModel, *, everything: bool = False) -> EvalResult:
+        """Evaluate the model as it is, on all cores."""
+        with torch_threads(os.cpu_count() or 1):
+            return evaluate(
+                model,
+                self.all if everything else self.some,
+                batch_size=self.config.evaluate.batch_size,
+                num_labels=len(self.label_names),
+                precision=self.config.train.precision,
+            )
+
+    def metrics(self, model: PeftModel, arrays: ArrayRecord, scale: float) -> MetricRecord:
+        """Evaluate global arrays; what the strategy calls after each round."""
+        load_adapter(model, Adapter.from_state_dict(from_record(arrays), scale))
+        score = self.evaluate(model)
+        return MetricRecord(
+            {"loss": score.loss, "accuracy": score.accuracy, "macro_f1": score.macro_f1}
+        )
+
+
+def initial_adapter(config: RunConfig, num_labels: int) -> tuple[PeftModel, Adapter]:
+    """Return the server's model and the adapter that round 1 starts from."""
+    base = build_model(
+        config.model, num_labels=num_labels, seed=config.seed, precision=config.train.precision
+    )
+    model = add_lora(base, config.lora, rank=config.max_rank(), seed=config.seed)
+    state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    adapter = Adapter.from_state_dict(state, config=model.peft_config["default"])
+    return model, adapter.only_dense() if config.method == "head" else adapter
+
+
+def make_ranks(config: RunConfig) -> RankPolicy:
+    """Return the rank policy of the run config."""
+    match config.ranks.policy:
+        case "uniform":
+            return UniformRank(config.ranks.rank)
+        case "reported":
+            return ReportedRank(config.ranks.max, fallback=config.ranks.fallback)
+        case policy:
+            return ListRank(config.rank_list(), cycle=policy == "cycle")
+
+
+def make_strategy(config: RunConfig, folder: RunFolder, test: TestSet, model: PeftModel) -> FedLoRA:
+    """Return the strategy of the run config."""
+    fraction, least = config.sampling.fraction, config.sampling.min_clients
+    settings: dict[str, Any] = {
+        "aggregation": config.aggregation,
+        "ranks": make_ranks(config),
+        "client_api": "numpy",
+        "scale": config.lora.scale,
+        "seed": config.seed,
+        "min_replies": config.min_replies,
+        "min_available_nodes": config.min_nodes,
+        "evaluate_fraction": config.evaluate.clients,
+        "evaluate_every": config.evaluate.every,
+        "listeners": [folder],
+    }
+    if config.method == "local":
+        return Alone(test, model, **settings)
+    return FedLoRA(sampling=FractionSampling(fraction, min_clients=least), **settings)
+
+
+class Alone(FedLoRA):
+    """Baseline: every client trains alone, and each result is tested by itself."""
+
+    def __init__(self, test: TestSet, model: PeftModel, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.test = test
+        self.model = model
+        self.results: dict[Client, EvalResult] = {}
+
+    def on_update(self, client: Client, adapter: Adapter) -> None:
+        """Test one client's own adapter on the server's test set."""
+        load_adapter(self.model, adapter)
+        score = self.test.evaluate(self.model, everything=True)
+        self.results[client] = score
+        log(INFO, "%s alone: accuracy %.3f macro-F1 %.3f",
+            client.name, score.accuracy, score.macro_f1)  # fmt: skip
+
+    def scores(self) -> dict[str, float]:
+        """Return mean, best and worst over the clients."""
+        results = list(self.results.values())
+        accuracy = [r.accuracy for r in results]
+        return {
+            "accuracy": float(np.mean(accuracy)),
+            "accuracy_best": max(accuracy),
+            "accuracy_worst": min(accuracy),
+            "macro_f1": float(np.mean([r.macro_f1 for r in results])),
+            "macro_f1_best": max(r.macro_f1 for r in results),
+            "loss": float(np.mean([r.loss for r in results])),
+        }

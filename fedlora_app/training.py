@@ -1,0 +1,263 @@
+"""How a model is trained and evaluated on one machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlora_app.config import TrainConfig
+from fedlora_app.data import Batch, TokenizedRows, evaluation_batches, training_batches
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a call of ``train`` did.
+
+    Parameters
+    ----------
+    loss : float
+        Mean of the cross-entropy over the steps; NaN or infinite if training diverged.
+    examples : int
+        Rows there were to train on (not rows seen), the client's weight in an average.
+    steps : int
+        Optimiser steps.
+    seconds : float
+        Wall-clock time.
+    """
+
+    loss: float
+    examples: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Quality of a model on some rows.
+
+    Parameters
+    ----------
+    loss : float
+        Mean cross-entropy over the rows.
+    accuracy : float
+        Share of the rows whose most likely label is right.
+    macro_f1 : float
+        Mean F1 over the labels that occur among the rows or the predictions.
+    examples : int
+        Number of rows.
+    """
+
+    loss: float
+    accuracy: float
+    macro_f1: float
+    examples: int
+
+
+def default_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use ``count`` CPU threads inside the block."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
+
+
+def train(model: nn.Module, rows: TokenizedRows, config: TrainConfig, *, seed: int) -> TrainResult:
+    """Train the weights of ``model`` that require gradients, in place.
+
+    AdamW with one learning rate for the LoRA weights and one for everything else, a
+    schedule that starts anew in each call, and gradient clipping.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Takes ``input_ids`` and ``attention_mask``, returns ``.logits``. It is moved to
+        the GPU if there is one.
+    rows : TokenizedRows
+        Training rows, at least one.
+    config : TrainConfig
+        Steps or epochs, batch size, learning rates and so on.
+    seed : int
+        Decides the order of the rows and the dropout. On the same machine, with the same
+        number of threads, a seed gives the same weights whatever ran before.
+
+    Raises
+    ------
+    ValueError
+        If there are no rows or nothing in the model is trainable.
+    """
+    start = time.perf_counter()
+    groups = _parameter_groups(model, config)
+    trained = [parameter for group in groups for parameter in group["params"]]
+    total = config.steps * config.batch_size or math.ceil(config.epochs * len(rows))
+    steps = math.ceil(total / config.batch_size)
+    device = default_device()
+    losses = torch.zeros((), dtype=torch.float64)
+    with torch_threads(config.threads), _mode(model, training=True), _seeded(device, seed):
+        model.to(device)
+        losses = losses.to(device)
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _rate(config.schedule, step, steps)
+        )
+        rng = np.random.default_rng(seed)
+        for batch in training_batches(rows, config.batch_size, total, rng):
+            logits = _logits(model, batch, device, config.precision)
+            loss = nn.functional.cross_entropy(logits, batch.labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            if config.max_grad_norm:
+                nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            losses += loss.detach()  # read once at the end: each read would wait for the GPU
+        optimizer.zero_grad()  # a resident model would otherwise keep the gradients' memory
+    mean = float(losses) / steps
+    return TrainResult(mean, len(rows), steps, time.perf_counter() - start)
+
+
+def evaluate(
+    model: nn.Module,
+    rows: TokenizedRows,
+    *,
+    batch_size: int,
+    num_labels: int,
+    precision: str = "float32",
+) -> EvalResult:
+    """Measure the loss, accuracy and macro-F1 of ``model``, which stays as it is.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Takes ``input_ids`` and ``attention_mask``, returns ``.logits``.
+    rows : TokenizedRows
+        At least one row.
+    batch_size : int
+        Rows of a batch; changes the speed, not the result.
+    num_labels : int
+        Labels of the task.
+    precision : {"float32", "bfloat16"}
+        As in ``build_model`` (default: "float32").
+
+    Raises
+    ------
+    ValueError
+        If there are no rows, or one has a label that is not below ``num_labels``.
+    """
+    from sklearn.metrics import f1_score  # takes most of a second
+
+    if not len(rows):
+        raise ValueError("expected rows to evaluate on, got none")
+    if not 0 <= rows.labels.min() <= rows.labels.max() < num_labels:
+        raise ValueError(
+            f"expected labels 0 to {num_labels - 1}, got {rows.labels.min()} to "
+            f"{rows.labels.max()}; load these rows with the label names of training"
+        )
+    losses, predictions = _forward_all(model, rows, batch_size, precision)
+    return EvalResult(
+        loss=float(losses.mean()),
+        accuracy=float((predictions == rows.labels).mean()),
+        macro_f1=float(f1_score(rows.labels, predictions, average="macro", zero_division=0)),
+        examples=len(rows),
+    )
+
+
+def per_sample_losses(
+    model: nn.Module, rows: TokenizedRows, *, batch_size: int, precision: str = "float32"
+) -> NDArray[np.float64]:
+    """Return the cross-entropy of each row, shape (n,), in the order of the rows.
+
+    Parameters are those of ``evaluate``.
+    """
+    return _forward_all(model, rows, batch_size, precision)[0]
+
+
+def _forward_all(
+    model: nn.Module, rows: TokenizedRows, batch_size: int, precision: str
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return loss and most likely label of each row."""
+    losses = np.empty(len(rows), dtype=np.float64)
+    predictions = np.empty(len(rows), dtype=np.int64)
+    device = default_device()
+    with torch.inference_mode(), _mode(model, training=False):
+        model.to(device)
+        for batch in evaluation_batches(rows, batch_size):
+            logits = _logits(model, batch, device, precision)
+            loss = nn.functional.cross_entropy(logits, batch.labels.to(device), reduction="none")
+            losses[batch.rows] = loss.cpu().numpy()
+            predictions[batch.rows] = logits.argmax(-1).cpu().numpy()
+    return losses, predictions
+
+
+def _logits(model: nn.Module, batch: Batch, device: torch.device, precision: str) -> Tensor:
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        output = model(
+            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
+        )
+    logits: Tensor = output.logits
+    return logits.float()
+
+
+def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    lora: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (lora if "lora_" in name else others).append(parameter)
+    if not lora and not others:
+        raise ValueError(
+            f"expected trainable weights in {type(model).__name__}, but none requires gradients"
+        )
+    return [
+        {"params": lora, "lr": config.learning_rate},
+        {"params": others, "lr": config.head_learning_rate},
+    ]
+
+
+def _rate(schedule: str, step: int, steps: int) -> float:
+    """Return the factor on the learning rates at a step (0 is the first)."""
+    done = step / steps
+    match schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - done
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        case other:
+            raise ValueError(f"train.schedule: expected constant, linear or cosine, got {other!r}")
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    previous = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(previous)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    # Dropout draws from torch's global generator and takes no other.
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,226 @@
+"""Rules that average the factors A and B themselves.
+
+They differ in one thing: by what the sum over clients of entry ``j`` of the rank axis is
+divided. All of them stream: one running sum, whatever the number of clients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from strategies.aggregation.base import AggregationResult, Aggregator, State, Update, register
+from strategies.lora import Adapter, AdapterError, LoraPair
+from strategies.lora.algebra import resize
+
+
+@dataclass
+class FactorSum:
+    """Weighted sums of one module's factors, and the weight behind each rank entry."""
+
+    A: Tensor
+    B: Tensor
+    mass: Tensor  # float64, (rank,)
+
+    @classmethod
+    def zeros(cls, pair: LoraPair, rank: int) -> FactorSum:
+        """Return empty sums for the module of ``pair``, ``rank`` entries wide."""
+        shape_A, shape_B = (rank, *pair.A.shape[1:]), (pair.B.shape[0], rank, *pair.B.shape[2:])
+        return cls(
+            pair.A.new_zeros(shape_A, dtype=torch.float32),
+            pair.B.new_zeros(shape_B, dtype=torch.float32),
+            torch.zeros(rank, dtype=torch.float64),
+        )
+
+    def add(self, pair: LoraPair, weight: float) -> None:
+        """Add ``weight · pair`` to the leading entries."""
+        if pair.rank > len(self.mass):
+            self.A, self.B = resize(self.A, 0, pair.rank), resize(self.B, 1, pair.rank)
+            self.mass = resize(self.mass, 0, pair.rank)
+        self.A[: pair.rank].add_(pair.A, alpha=weight)
+        self.B[:, : pair.rank].add_(pair.B, alpha=weight)
+        self.mass[: pair.rank] += weight
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both sums, entry ``j`` of the rank axis multiplied by ``factor[j]``."""
+        f = factor.to(self.A.dtype)
+        on_A = f.reshape(-1, *[1] * (self.A.dim() - 1))
+        on_B = f.reshape(1, -1, *[1] * (self.B.dim() - 2))
+        return self.A * on_A, self.B * on_B
+
+
+@dataclass
+class FactorState(State):
+    """Factor sums by module; ``quality`` only where a rule weighs holders by quality."""
+
+    sums: dict[str, FactorSum] = field(default_factory=dict)
+    quality: dict[str, FactorSum] = field(default_factory=dict)
+
+
+class FactorAverage(Aggregator[FactorState]):
+    """Base of the rules that average factors: streaming sums, then one division."""
+
+    def init(self, current: Adapter) -> FactorState:
+        """Return empty sums."""
+        return FactorState(current)
+
+    def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
+        """Add every pair to its module's sums."""
+        _accumulate(state, state.sums, update, weight)
+
+    def finish_pairs(self, state: FactorState) -> AggregationResult:
+        """Divide the sums."""
+        pairs = {}
+        for module, old in state.current.pairs.items():
+            if module in state.sums:
+                A, B = self.divide(state, module)
+                pairs[module] = replace(old, A=A, B=B)
+            else:
+                pairs[module] = old  # nobody trained it this round
+        return AggregationResult(Adapter(pairs))
+
+    def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
+        """Return the new factors of one module: the sums over the weight of all clients."""
+        sums = state.sums[module]
+        return sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
+
+
+def _accumulate(
+    state: FactorState, sums: dict[str, FactorSum], update: Update, weight: float
+) -> None:
+    for module, pair in update.adapter.pairs.items():
+        if module not in sums:
+            rank = max(pair.rank, state.current.pairs[module].rank)
+            sums[module] = FactorSum.zeros(pair, rank)
+        sums[module].add(pair, weight)
+
+
+@register
+class FedIT(FactorAverage):
+    """Mean of A and mean of B over clients of one equal rank.
+
+    FedIT, https://arxiv.org/abs/2305.05644 (rule as published). The mean of factors is not the mean
+    of the products ``B A``; ``flexlora`` gives that.
+
+    Raises
+    ------
+    AdapterError
+        From ``add``, if a rank differs from the global one.
+    """
+
+    name = "fedit"
+
+    def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
+        """Add the update if its ranks are the global ones."""
+        ranks = state.current.ranks
+        problems = [
+            f"rank {r} for {module!r}, but the global rank is {ranks[module]}"
+            for module, r in update.adapter.ranks.items()
+            if r != ranks[module]
+        ]
+        missing = [f"module {m!r} is missing" for m in ranks if m not in update.adapter.pairs]
+        if problems or missing:
+            raise AdapterError(
+                [*problems, *missing], "fedit averages equal ranks only (use another aggregation)"
+            )
+        super().add_pairs(state, update, weight)
+
+
+@register
+class ZeroPadding(FactorAverage):
+    """Pad every A and B with zeros to the largest rank, then average over ALL clients.
+
+    The padding of HetLoRA, https://arxiv.org/abs/2401.06432 (rule as published). A row that few
+    clients hold is divided by the weight of all: what high-rank clients learned is
+    diluted. Here as the baseline that the other rules repair.
+    """
+
+    name = "zero-padding"
+
+
+class HolderMean(FactorAverage):
+    """Average entry j over the clients that hold it; without holders it stays as it was."""
+
+    def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
+        """Return the new factors of one module: the sums over the weight of the holders."""
+        sums = state.sums[module]
+        held = sums.mass > 0
+        A, B = sums.scaled(torch.where(held, 1.0 / sums.mass, 0.0))
+        return _keep(state.current.pairs[module], held, A, B)
+
+
+def _keep(old: LoraPair, held: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the current entries back where no client of this round holds one."""
+    if not bool(held.all()):
+        kept = old.with_rank(len(held))
+        A[~held] = kept.A[~held].to(A.dtype)
+        B[:, ~held] = kept.B[:, ~held].to(B.dtype)
+    return A, B
+
+
+@register
+class RBLA(HolderMean):
+    """Average each entry of the rank axis over the clients that hold it.
+
+    RBLA, https://arxiv.org/abs/2408.08699 (rule as published): weights are renormalised
+    over the holders, A and B separately. An entry that no client of the round holds stays unchanged
+    (this project's decision).
+    """
+
+    name = "rbla"
+
+
+@register
+class Replication(HolderMean):
+    """Replicate missing entries from the clients that hold them, then average over all.
+
+    Byun & Lee, https://arxiv.org/abs/2406.17477 (as reported by a reader of the paper; the
+    matrix form and more than two rank levels are this project's decision). With ``H`` the
+    clients that hold entry ``j``, the others' entry is
+    ``Σ_{k∈H} w_k A_k[j] / Σ_{k∈H} w_k``. With data weights ``w_k = p_k`` the result equals
+    ``rbla`` exactly; ``holder_weights="quality"`` makes them differ. Entries without
+    holders stay unchanged (this project's decision).
+
+    Parameters
+    ----------
+    holder_weights : "data" or "quality" (default: "data")
+        What ``w_k`` is: the data weight, or the quality each update reports.
+
+    Raises
+    ------
+    ValueError
+        From ``add``, if quality weights are asked for and an update has none above 0.
+    """
+
+    name = "replication"
+
+    def __init__(self, *, holder_weights: Literal["data", "quality"] = "data") -> None:
+        if holder_weights not in ("data", "quality"):
+            raise ValueError(
+                f"holder_weights: expected 'data' or 'quality', got {holder_weights!r}"
+            )
+        self.holder_weights = holder_weights
+
+    def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
+        """Add the update; with quality weights, to a second set of sums as well."""
+        if self.holder_weights == "quality":
+            if update.quality is None or not update.quality > 0:
+                raise ValueError(
+                    f"holder_weights = 'quality' needs a quality above 0, got {update.quality!r}"
+                )
+            _accumulate(state, state.quality, update, update.quality)
+        super().add_pairs(state, update, weight)
+
+    def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
+        """Return the mean over all clients after replication."""
+        if self.holder_weights == "data":
+            return super().divide(state, module)
+        sums, quality = state.sums[module], state.quality[module]
+        held = sums.mass > 0
+        own_A, own_B = sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
+        share = torch.where(held, (state.total - sums.mass) / state.total / quality.mass, 0.0)
+        replica_A, replica_B = quality.scaled(share)
+        return _keep(state.current.pairs[module], held, own_A + replica_A, own_B + replica_B)

@@ -1,0 +1,196 @@
+"""What an aggregation rule is, and the registry of rules by name.
+
+A rule is three steps with explicit state, so that replies can be folded in as they
+arrive and dropped again::
+
+    state = rule.init(current)
+    for update in updates:
+        rule.add(state, update)
+    result = rule.finish(state)
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from strategies.lora import Adapter, AdapterError
+
+StateT = TypeVar("StateT", bound="State")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's contribution.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        What the client trained.
+    weight : float
+        Its data weight, e.g. its number of examples; above 0, any common unit.
+    quality : float, optional
+        How good its model is, e.g. validation accuracy; for rules that ask for it.
+    """
+
+    adapter: Adapter
+    weight: float
+    quality: float | None = None
+
+
+@dataclass(frozen=True)
+class AggregationResult:
+    """What a round of aggregation produced.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        The new global adapter.
+    base_delta : Adapter, optional
+        What must be merged into the frozen weights, for rules that do (flora, fedex).
+    """
+
+    adapter: Adapter
+    base_delta: Adapter | None = None
+
+    def for_rank(self, rank: int) -> Adapter:
+        """Return what a client of ``rank`` downloads."""
+        return self.adapter.with_rank(rank)
+
+
+@dataclass
+class State:
+    """Running sums of one round; every rule extends it.
+
+    ``unit`` is a power of two near the first weight. Dividing weights by it costs no
+    precision and keeps sums far from overflow, whatever unit the weights come in.
+    """
+
+    current: Adapter
+    total: float = 0.0
+    count: int = 0
+    unit: float = 0.0
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    dense_mass: dict[str, float] = field(default_factory=dict)
+
+
+class Aggregator(ABC, Generic[StateT]):
+    """Combine the adapters of clients, possibly of different rank, into one.
+
+    Subclasses say how LoRA pairs are combined. Tensors that are not LoRA pairs (head,
+    biases, DoRA magnitudes) are a weighted mean over the clients that sent them, always.
+    Sums are float32 whatever the type on the wire.
+    """
+
+    name: ClassVar[str] = ""
+
+    @abstractmethod
+    def init(self, current: Adapter) -> StateT:
+        """Return the empty state of a round that starts from ``current``."""
+
+    @abstractmethod
+    def add_pairs(self, state: StateT, update: Update, weight: float) -> None:
+        """Fold the LoRA pairs of one update into ``state``, with ``weight`` in its unit."""
+
+    @abstractmethod
+    def finish_pairs(self, state: StateT) -> AggregationResult:
+        """Return the result for the LoRA pairs; ``finish`` adds the dense tensors."""
+
+    def add(self, state: StateT, update: Update) -> None:
+        """Fold one update into ``state``; the update is not needed afterwards.
+
+        Scales that differ from the global one are folded into ``B`` first.
+
+        Raises
+        ------
+        ValueError
+            If the weight is not a finite number above 0.
+        AdapterError
+            If the update holds NaN or Inf or does not fit the current adapter's shapes;
+            the state is as it was.
+        """
+        weight = float(update.weight)
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"expected a finite weight above 0, got {update.weight!r}")
+        # Which modules may be missing is each rule's business.
+        problems = update.adapter.differences(state.current, missing_ok=True)
+        problems += update.adapter.non_finite()
+        if problems:
+            raise AdapterError(problems, "update")
+        scales = {module: pair.scale for module, pair in state.current.pairs.items()}
+        folded = Update(update.adapter.with_scale(scales), weight, update.quality)
+        unit = state.unit or 2.0 ** math.frexp(weight)[1]
+        self.add_pairs(state, folded, weight / unit)
+        state.unit = unit
+        for key, tensor in folded.adapter.dense.items():
+            add_into(state.dense, key, tensor, weight / unit)
+            state.dense_mass[key] = state.dense_mass.get(key, 0.0) + weight / unit
+        state.total += weight / unit
+        state.count += 1
+
+    def finish(self, state: StateT) -> AggregationResult:
+        """Return the new global adapter; without updates, the current one."""
+        if state.count == 0:
+            return AggregationResult(state.current)
+        result = self.finish_pairs(state)
+        dense = {
+            key: state.dense[key].div_(state.dense_mass[key]) if key in state.dense else kept
+            for key, kept in state.current.dense.items()
+        }
+        return AggregationResult(Adapter(result.adapter.pairs, dense), result.base_delta)
+
+    def aggregate(
+        self, current: Adapter, updates: Iterable[Update | tuple[Adapter, float]]
+    ) -> AggregationResult:
+        """Run ``init``, ``add`` for every update, and ``finish``.
+
+        Parameters
+        ----------
+        current : Adapter
+            The global adapter the round started from.
+        updates : Iterable[Update or (Adapter, float)]
+            The clients' adapters and weights, in any order; consumed once.
+        """
+        state = self.init(current)
+        for update in updates:
+            self.add(state, update if isinstance(update, Update) else Update(*update))
+        return self.finish(state)
+
+
+def add_into(sums: dict[str, Tensor], key: str, tensor: Tensor, weight: float) -> None:
+    """Add ``weight · tensor`` to a float32 sum, in one pass over the memory."""
+    if key in sums:
+        sums[key].add_(tensor, alpha=weight)
+    else:
+        sums[key] = tensor.to(torch.float32) * weight
+
+
+AGGREGATIONS: dict[str, Callable[..., Aggregator[Any]]] = {}
+
+
+def register(cls: type[Aggregator[Any]]) -> type[Aggregator[Any]]:
+    """Make a rule available by its ``name``, in ``make_aggregator`` and the run config."""
+    AGGREGATIONS[cls.name] = cls
+    return cls
+
+
+def make_aggregator(name: str, **options: Any) -> Aggregator[Any]:
+    """Return the rule registered as ``name``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such rule; the message lists those that exist.
+    """
+    if name not in AGGREGATIONS:
+        close = difflib.get_close_matches(name, list(AGGREGATIONS), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"expected one of {', '.join(AGGREGATIONS)}; got {name!r}{hint}")
+    return AGGREGATIONS[name](**options)

@@ -1,0 +1,97 @@
+"""Who the clients are: what the server knows of each node, in an order that lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Client:
+    """One node as the server knows it.
+
+    Parameters
+    ----------
+    node_id : int
+        Flower's id; in a simulation it differs from run to run.
+    index : int
+        The client's place in every seeded choice: its partition id where the node names
+        one, else its place in the order of joining.
+    max_rank : int, optional
+        The largest LoRA rank its device can hold (``max-rank`` in its node config).
+    num_examples : int, optional
+        Its number of training examples, once it is known.
+    """
+
+    node_id: int
+    index: int
+    max_rank: int | None = None
+    num_examples: int | None = None
+
+    @property
+    def name(self) -> str:
+        """How logs and errors call it."""
+        return f"client {self.index} (node {self.node_id})"
+
+
+@dataclass
+class Roster:
+    """All nodes seen so far. Order and indices do not depend on Flower's random node ids.
+
+    That holds where nodes report their partition id. Others are numbered as they join,
+    by node id among those that join together.
+    """
+
+    clients: dict[int, Client] = field(default_factory=dict)
+
+    def unknown(self, node_ids: Iterable[int]) -> list[int]:
+        """Return the ids not seen before, sorted."""
+        return sorted(set(node_ids) - self.clients.keys())
+
+    def join(self, properties: Mapping[int, Mapping[str, object]]) -> None:
+        """Add nodes with what they report of themselves.
+
+        Parameters
+        ----------
+        properties : Mapping[int, Mapping[str, object]]
+            By node id; read are ``partition-id``, ``max-rank`` and ``num-examples``, each
+            optional. What is not a whole number in range counts as not reported.
+        """
+        taken = {client.index for client in self.clients.values()}
+        waiting = []
+        for node_id in sorted(properties):
+            index = _whole(properties[node_id].get("partition-id"), low=0)
+            if index is None or index in taken:
+                waiting.append(node_id)
+                continue
+            taken.add(index)
+            self._add(node_id, index, properties[node_id])
+        free = 0
+        for node_id in waiting:
+            while free in taken:
+                free += 1
+            taken.add(free)
+            self._add(node_id, free, properties[node_id])
+
+    def _add(self, node_id: int, index: int, reported: Mapping[str, object]) -> None:
+        self.clients[node_id] = Client(
+            node_id,
+            index,
+            max_rank=_whole(reported.get("max-rank"), low=1),
+            num_examples=_whole(reported.get("num-examples"), low=1),
+        )
+
+    def observe(self, node_id: int, num_examples: int) -> None:
+        """Remember how many examples a client trained on."""
+        self.clients[node_id] = replace(self.clients[node_id], num_examples=num_examples)
+
+    def present(self, node_ids: Iterable[int]) -> list[Client]:
+        """Return the clients among ``node_ids``, in their lasting order."""
+        found = [self.clients[n] for n in node_ids if n in self.clients]
+        return sorted(found, key=lambda client: client.index)
+
+
+def _whole(value: object, low: int) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        return None
+    return value

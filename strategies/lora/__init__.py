@@ -1,0 +1,5 @@
+"""LoRA adapters as immutable values, and the tensor algebra on them."""
+
+from strategies.lora.adapter import Adapter, AdapterError, LoraPair
+
+__all__ = ["Adapter", "AdapterError", "LoraPair"]

@@ -1,0 +1,265 @@
+"""The two ways Flower clients talk, and the one place where records become adapters.
+
+``MessageProtocol`` serves Message API apps (``@app.train()``), ``NumPyProtocol`` serves
+``NumPyClient``s. Both tell a client the rank and scale of what it gets, and read its
+reply into a ``Reply``; what a reply lacks is said in a ``ReplyError``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+RANK_KEY = "lora-rank"
+SCALE_KEY = "lora-scale"
+NAMES_KEY = "array-names"
+ROUND_KEY = "server-round"
+CLIENT_KEY = "client-index"
+
+
+class ReplyError(ValueError):
+    """A reply cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client sent back.
+
+    ``weight`` is its aggregation weight, ``metrics`` every number it reported,
+    ``nbytes`` the size of its arrays on the wire.
+    """
+
+    arrays: Mapping[str, Tensor]
+    weight: float
+    metrics: Mapping[str, float]
+    nbytes: int = 0
+
+
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return tensors as a Flower record, keys kept."""
+    return ArrayRecord({name: Array(_numpy(tensor)) for name, tensor in tensors.items()})
+
+
+def from_record(record: ArrayRecord) -> dict[str, Tensor]:
+    """Return a Flower record as tensors, keys kept.
+
+    Raises
+    ------
+    ReplyError
+        If an array cannot be read.
+    """
+    return {name: _tensor(name, array) for name, array in record.items()}
+
+
+def record_bytes(record: ArrayRecord) -> int:
+    """Return the size of a record's arrays on the wire in bytes."""
+    return sum(len(array.data) for array in record.values())
+
+
+def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16; float32 holds it exactly
+        tensor = tensor.float()
+    return np.ascontiguousarray(tensor.numpy())
+
+
+def _tensor(name: str, array: Array) -> Tensor:
+    try:
+        value = np.load(io.BytesIO(array.data), allow_pickle=False)
+        return torch.from_numpy(value)
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise ReplyError(f"array {name!r} cannot be read ({error})") from error
+
+
+class Protocol(ABC):
+    """Pack what goes to clients and read what comes back."""
+
+    query_type: ClassVar[str]
+
+    @abstractmethod
+    def train(self, tensors: ArrayRecord, names: list[str], config: ConfigRecord) -> RecordDict:
+        """Return the content of a training message."""
+
+    @abstractmethod
+    def evaluate(self, tensors: ArrayRecord, names: list[str], config: ConfigRecord) -> RecordDict:
+        """Return the content of an evaluation message."""
+
+    @abstractmethod
+    def query(self, config: ConfigRecord) -> RecordDict:
+        """Return the content of a query."""
+
+    @abstractmethod
+    def read_train(self, content: RecordDict, names: list[str]) -> Reply:
+        """Read a training reply; ``names`` are the arrays that were sent."""
+
+    @abstractmethod
+    def read_evaluate(self, content: RecordDict) -> Reply:
+        """Read an evaluation reply."""
+
+    @abstractmethod
+    def read_query(self, content: RecordDict) -> dict[str, Any]:
+        """Read the reply to a query."""
+
+
+@dataclass(frozen=True)
+class MessageProtocol(Protocol):
+    """Message API clients: one array, one config and one metric record, by key.
+
+    Parameters
+    ----------
+    arrays_key, config_key : str (default: "arrays", "config")
+        Keys of the records that are sent, as in Flower's own strategies.
+    weight_key : str (default: "num-examples")
+        The metric by which replies are weighted.
+    """
+
+    arrays_key: str = "arrays"
+    config_key: str = "config"
+    weight_key: str = "num-examples"
+    query_type: ClassVar[str] = "query"
+
+    def train(self, tensors: ArrayRecord, names: list[str], config: ConfigRecord) -> RecordDict:
+        """Return the arrays and the config."""
+        return RecordDict({self.arrays_key: tensors, self.config_key: config})
+
+    evaluate = train
+
+    def query(self, config: ConfigRecord) -> RecordDict:
+        """Return the config."""
+        return RecordDict({self.config_key: config})
+
+    def read_train(self, content: RecordDict, names: list[str]) -> Reply:
+        """Read the one array record and the metrics."""
+        if len(content.array_records) != 1:
+            raise ReplyError(
+                f"expected one array record, got {len(content.array_records)}: "
+                f"{', '.join(content.array_records) or 'none'}"
+            )
+        (record,) = content.array_records.values()
+        metrics = self._metrics(content)
+        weight = _weight(metrics, self.weight_key)
+        return Reply(from_record(record), weight, metrics, record_bytes(record))
+
+    def read_evaluate(self, content: RecordDict) -> Reply:
+        """Read the metrics."""
+        metrics = self._metrics(content)
+        return Reply({}, _weight(metrics, self.weight_key), metrics)
+
+    def read_query(self, content: RecordDict) -> dict[str, Any]:
+        """Return everything in the reply's config and metric records."""
+        answer: dict[str, Any] = {}
+        for record in content.config_records.values():
+            answer.update(record)
+        for metrics in content.metric_records.values():
+            answer.update(metrics)
+        return answer
+
+    def _metrics(self, content: RecordDict) -> dict[str, float]:
+        return _numbers(
+            (key, value)
+            for record in content.metric_records.values()
+            for key, value in record.items()
+        )
+
+
+class NumPyProtocol(Protocol):
+    """``NumPyClient``s: arrays are a list; their names travel in the config as JSON."""
+
+    query_type: ClassVar[str] = "get_properties"
+
+    def train(self, tensors: ArrayRecord, names: list[str], config: ConfigRecord) -> RecordDict:
+        """Return what ``fit(parameters, config)`` gets."""
+        return self._instructions("fitins", tensors, names, config)
+
+    def evaluate(self, tensors: ArrayRecord, names: list[str], config: ConfigRecord) -> RecordDict:
+        """Return what ``evaluate(parameters, config)`` gets."""
+        return self._instructions("evaluateins", tensors, names, config)
+
+    def query(self, config: ConfigRecord) -> RecordDict:
+        """Return what ``get_properties(config)`` gets."""
+        return RecordDict({"getpropertiesins.config": config})
+
+    def read_train(self, content: RecordDict, names: list[str]) -> Reply:
+        """Read what ``fit`` returned; the arrays are in the order that was sent."""
+        self._check_status(content, "fitres")
+        record = content.array_records["fitres.parameters"]
+        arrays = [array for key, array in record.items() if key != "_empty"]
+        if len(arrays) != len(names):
+            raise ReplyError(f"{len(arrays)} arrays came back, expected {len(names)}")
+        named = {name: _tensor(name, a) for name, a in zip(names, arrays, strict=True)}
+        metrics = _numbers(content.config_records["fitres.metrics"].items())
+        examples = content.metric_records["fitres.num_examples"]["num_examples"]
+        weight = _weight({"num_examples": examples}, "num_examples")
+        metrics.setdefault("num-examples", weight)
+        return Reply(named, weight, metrics, record_bytes(record))
+
+    def read_evaluate(self, content: RecordDict) -> Reply:
+        """Read what ``evaluate`` returned."""
+        self._check_status(content, "evaluateres")
+        metrics = _numbers(content.config_records["evaluateres.metrics"].items())
+        metrics["loss"] = float(content.metric_records["evaluateres.loss"]["loss"])  # type: ignore[arg-type]
+        examples = content.metric_records["evaluateres.num_examples"]["num_examples"]
+        weight = _weight({"num_examples": examples}, "num_examples")
+        metrics.setdefault("num-examples", weight)
+        return Reply({}, weight, metrics)
+
+    def read_query(self, content: RecordDict) -> dict[str, Any]:
+        """Read what ``get_properties`` returned; nothing where it is not implemented."""
+        return dict(content.config_records.get("getpropertiesres.properties", {}))
+
+    @staticmethod
+    def _instructions(
+        kind: str, tensors: ArrayRecord, names: list[str], config: ConfigRecord
+    ) -> RecordDict:
+        numbered = ArrayRecord({str(i): tensors[name] for i, name in enumerate(names)})
+        config = ConfigRecord({**config, NAMES_KEY: json.dumps(names)})
+        return RecordDict({f"{kind}.parameters": numbered, f"{kind}.config": config})
+
+    @staticmethod
+    def _check_status(content: RecordDict, kind: str) -> None:
+        status = content.config_records.get(f"{kind}.status")
+        if status is None:
+            raise ReplyError(
+                f"the reply has no {kind!r} record; a Message API client needs "
+                "client_api = 'message'"
+            )
+        if status["code"] != 0:
+            raise ReplyError(f"the client answered: {status['message']!s}")
+
+
+PROTOCOLS = {"message": MessageProtocol, "numpy": NumPyProtocol}
+
+
+def _numbers(items: Iterable[tuple[str, Any]]) -> dict[str, float]:
+    """Keep what is a number; a NumPyClient's metrics may hold text as well."""
+    return {
+        key: value
+        for key, value in items
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _weight(metrics: Mapping[str, Any], key: str) -> float:
+    if key not in metrics:
+        raise ReplyError(f"the metric {key!r}, by which replies are weighted, is missing")
+    weight = metrics[key]
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise ReplyError(f"{key} is {weight!r}, expected a number")
+    if not (math.isfinite(weight) and weight > 0):
+        raise ReplyError(f"{key} is {weight}, expected a number above 0")
+    return float(weight)
+
+
+def reply_error(message: Message) -> str | None:
+    """Return why a message holds no content, or None if it does."""
+    return f"error {message.error.code}: {message.error.reason}" if message.has_error() else None

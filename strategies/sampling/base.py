@@ -1,0 +1,62 @@
+"""What a sampler is, and the registry of samplers by name."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from strategies.clients import Client
+
+
+class Sampler(ABC):
+    """Say which clients join a round."""
+
+    name: ClassVar[str] = ""
+
+    @abstractmethod
+    def sample(
+        self, clients: Sequence[Client], server_round: int, rng: np.random.Generator
+    ) -> list[Client]:
+        """Return the clients of this round, in the order of ``clients``.
+
+        Parameters
+        ----------
+        clients : Sequence[Client]
+            Everyone present, in a lasting order.
+        server_round : int
+            From 1.
+        rng : numpy.random.Generator
+            Seeded by the strategy for this round; the only source of chance.
+        """
+
+    def summary(self) -> str:
+        """Return the sampler and its settings in one line."""
+        return self.name
+
+
+SAMPLERS: dict[str, Callable[..., Sampler]] = {}
+
+
+def register(cls: type[Sampler]) -> type[Sampler]:
+    """Make a sampler available by its ``name``."""
+    SAMPLERS[cls.name] = cls
+    return cls
+
+
+def make_sampler(name: str, **options: Any) -> Sampler:
+    """Return the sampler registered as ``name``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such sampler; the message lists those that exist.
+    """
+    if name not in SAMPLERS:
+        close = difflib.get_close_matches(name, list(SAMPLERS), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"expected one of {', '.join(SAMPLERS)}; got {name!r}{hint}")
+    return SAMPLERS[name](**options)

@@ -1,0 +1,498 @@
+"""``FedLoRA``: federated LoRA fine-tuning with clients of different rank.
+
+One round, top to bottom: ``configure_train`` asks the rank policy and the sampler and
+gives each chosen node its own slice of the global adapter; ``aggregate_train`` folds
+each good reply into the aggregation rule as it comes and turns the sum into the next
+global adapter; ``configure_evaluate`` and ``aggregate_evaluate`` do the same for the
+clients' own evaluation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from logging import INFO, WARNING
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+
+from strategies.aggregation import Aggregator, Update, make_aggregator
+from strategies.clients import Client, Roster
+from strategies.lora import Adapter, AdapterError
+from strategies.messages import (
+    CLIENT_KEY,
+    RANK_KEY,
+    ROUND_KEY,
+    SCALE_KEY,
+    MessageProtocol,
+    NumPyProtocol,
+    Protocol,
+    Reply,
+    ReplyError,
+    from_record,
+    record_bytes,
+    reply_error,
+    to_record,
+)
+from strategies.ranks import RankPolicy, make_rank_policy
+from strategies.rounds import Assignment, Round, duration
+from strategies.sampling import FractionSampling, Sampler, make_sampler
+from strategies.transport import exchange
+
+MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+Listener = Callable[[Mapping[str, Any]], None]
+
+
+class FedLoRA(Strategy):
+    """Federated LoRA: an aggregation rule, a rank policy, a sampler and a client protocol.
+
+    Parameters
+    ----------
+    aggregation : Aggregator or str (default: "replication")
+        How adapters of different rank become one; a rule or its registered name.
+    ranks : RankPolicy or str (default: "uniform")
+        Which rank each client trains.
+    sampling : Sampler or str (default: "fraction")
+        Which clients join a round.
+    client_api : "message" or "numpy" (default: "message")
+        Whether clients are Message API apps (``@app.train()``) or ``NumPyClient``s.
+    scale : float (default: 1.0)
+        ``s`` in ``W0 + s·B A``, the same for every rank: a client of rank r uses
+        ``alpha = s·r``. Sent to clients as ``lora-scale``.
+    seed : int (default: 42)
+        Same seed, same result, in whatever order replies come in.
+    min_replies : int (default: 1)
+        With fewer good replies the model stays as it was.
+    min_available_nodes : int (default: 1)
+        Wait for this many nodes before a round.
+    evaluate_fraction : float (default: 1.0)
+        Share of the clients that evaluate the new model on their own data; 0: none.
+    evaluate_every : int (default: 1)
+        Evaluate after every Nth round and after the last.
+    query : bool, optional
+        Ask each node once for ``partition-id`` and ``max-rank`` when it appears.
+        Default: with ``client_api="numpy"``, where a client that does not implement
+        ``get_properties`` just answers nothing.
+    query_timeout : float (default: 60.0)
+        Seconds to wait for those answers; who does not answer takes part without.
+    weighted_by_key, arrayrecord_key, configrecord_key : str
+        As in Flower's ``FedAvg``; for Message API clients.
+    train_metrics_aggr_fn, evaluate_metrics_aggr_fn : callable, optional
+        As in Flower's ``FedAvg``.
+    listeners : Iterable[callable]
+        Called with a JSON-able record at each step: ``kind`` is ``round-start``,
+        ``client``, ``client-evaluation`` or ``round``.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range or no such rule, policy or sampler exists.
+    """
+
+    def __init__(
+        self,
+        *,
+        aggregation: Aggregator[Any] | str = "replication",
+        ranks: RankPolicy | str = "uniform",
+        sampling: Sampler | str = "fraction",
+        client_api: str = "message",
+        scale: float = 1.0,
+        seed: int = 42,
+        min_replies: int = 1,
+        min_available_nodes: int = 1,
+        evaluate_fraction: float = 1.0,
+        evaluate_every: int = 1,
+        query: bool | None = None,
+        query_timeout: float = 60.0,
+        weighted_by_key: str = "num-examples",
+        arrayrecord_key: str = "arrays",
+        configrecord_key: str = "config",
+        train_metrics_aggr_fn: MetricsAggregation | None = None,
+        evaluate_metrics_aggr_fn: MetricsAggregation | None = None,
+        listeners: Iterable[Listener] = (),
+    ) -> None:
+        if client_api not in ("message", "numpy"):
+            raise ValueError(f"client_api: expected 'message' or 'numpy', got {client_api!r}")
+        if not scale > 0:
+            raise ValueError(f"scale: expected a number above 0, got {scale!r}")
+        if not 0 <= evaluate_fraction <= 1:
+            raise ValueError(f"evaluate_fraction: expected 0 to 1, got {evaluate_fraction!r}")
+        for name, value in (
+            ("min_replies", min_replies),
+            ("min_available_nodes", min_available_nodes),
+            ("evaluate_every", evaluate_every),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value!r}")
+        self.aggregation = (
+            make_aggregator(aggregation) if isinstance(aggregation, str) else aggregation
+        )
+        self.ranks = make_rank_policy(ranks) if isinstance(ranks, str) else ranks
+        self.sampling = make_sampler(sampling) if isinstance(sampling, str) else sampling
+        self.protocol: Protocol = (
+            NumPyProtocol()
+            if client_api == "numpy"
+            else MessageProtocol(arrayrecord_key, configrecord_key, weighted_by_key)
+        )
+        self.scale = scale
+        self.seed = seed
+        self.min_replies = min_replies
+        self.min_available_nodes = min_available_nodes
+        self.evaluate_sampling = (
+            FractionSampling(evaluate_fraction) if evaluate_fraction > 0 else None
+        )
+        self.evaluate_every = evaluate_every
+        self.query = client_api == "numpy" if query is None else query
+        self.query_timeout = query_timeout
+        self.weighted_by_key = weighted_by_key
+        self.train_metrics_aggr_fn = train_metrics_aggr_fn or aggregate_metricrecords
+        self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or aggregate_metricrecords
+        self.listeners = list(listeners)
+        self.roster = Roster()
+        self.round = Round(0)
+        self._door: tuple[ArrayRecord, Adapter] | None = None
+
+    # ----- one round -----------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return one message for each chosen client, with its own slice of the adapter."""
+        clients = self._clients(grid)
+        ranks = self.ranks.assign(clients, server_round)
+        chosen = self.sampling.sample(clients, server_round, self._rng(server_round, 0))
+        self.round = Round(server_round, total_clients=len(clients))
+        slices = self._slices(arrays)
+        for client in chosen:
+            sent, record = slices(ranks[client.node_id])
+            self.round.assignments[client.node_id] = Assignment(
+                client, ranks[client.node_id], sent, list(record), record_bytes(record)
+            )
+        self._emit(kind="round-start", round=server_round, clients=len(chosen))
+        messages = []
+        for node_id, assignment in self.round.assignments.items():
+            _, record = slices(assignment.rank)
+            settings = self._config(config, server_round, assignment.client, assignment.rank)
+            content = self.protocol.train(record, assignment.names, settings)
+            messages.append(Message(content, node_id, "train"))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the replies into the next global adapter; a bad one is left out, by name.
+
+        Returns
+        -------
+        (ArrayRecord or None, MetricRecord or None)
+            None for the arrays when there were fewer than ``min_replies`` good replies.
+        """
+        if not isinstance(replies, Iterator):  # a stream comes in order, a collection may not
+            replies = sorted(replies, key=self._place)
+        if self._door is None:
+            raise RuntimeError("aggregate_train was called before configure_train")
+        state = self.aggregation.init(self._door[1])
+        silent = dict(self.round.assignments)
+        metrics: list[RecordDict] = []
+        for message in replies:
+            assignment = silent.pop(message.metadata.src_node_id, None)
+            if assignment is None:
+                log(WARNING, "ignored a reply of node %s: it was not asked in this round or "
+                    "answered before", message.metadata.src_node_id)  # fmt: skip
+                continue
+            clock = time.perf_counter()
+            try:
+                reply = self._read(message, assignment)
+                adapter = self._adapter(reply, assignment)
+                update = Update(adapter, reply.weight, reply.metrics.get("quality"))
+                self.aggregation.add(state, update)
+            except (ValueError, KeyError, TypeError) as error:
+                self._reject(assignment, str(error))
+                continue
+            self.round.aggregate_seconds += time.perf_counter() - clock
+            metrics.append(self._accept(assignment, reply))
+            self.on_update(assignment.client, adapter)
+        for assignment in silent.values():
+            self._reject(assignment, "no answer")
+        self.round.train_seconds = (
+            time.perf_counter() - self.round.started - self.round.aggregate_seconds
+        )
+        aggregated = self.train_metrics_aggr_fn(metrics, self.weighted_by_key) if metrics else None
+        if self.round.accepted < self.min_replies:
+            log(WARNING, "round %s: %s good replies, fewer than min_replies = %s; the model "
+                "stays as it was", server_round, self.round.accepted, self.min_replies)  # fmt: skip
+            return None, aggregated
+        clock = time.perf_counter()
+        result = self.aggregation.finish(state)
+        self.round.aggregate_seconds += time.perf_counter() - clock
+        arrays = to_record(result.adapter.to_state_dict())
+        self._door = (arrays, result.adapter)
+        return arrays, aggregated
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return one message for each client that evaluates the model at its own rank."""
+        if self.evaluate_sampling is None:
+            return []
+        clients = self._clients(grid)
+        ranks = self.ranks.assign(clients, server_round)
+        slices = self._slices(arrays)
+        rng = self._rng(server_round, 1)
+        messages = []
+        for client in self.evaluate_sampling.sample(clients, server_round, rng):
+            rank = ranks[client.node_id]
+            _, record = slices(rank)
+            settings = self._config(config, server_round, client, rank)
+            content = self.protocol.evaluate(record, list(record), settings)
+            messages.append(Message(content, client.node_id, "evaluate"))
+        return messages
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return the clients' weighted mean metrics; mean, worst and spread go to the round."""
+        if not isinstance(replies, Iterator):
+            replies = sorted(replies, key=self._place)
+        found: list[tuple[Client, Reply]] = []
+        for message in replies:
+            client = self.roster.clients.get(message.metadata.src_node_id)
+            if client is None:
+                continue
+            try:
+                if reason := reply_error(message):
+                    raise ReplyError(reason)
+                reply = self.protocol.read_evaluate(message.content)
+            except (ValueError, KeyError, TypeError) as error:
+                log(WARNING, "evaluation of %s left out: %s", client.name, error)
+                continue
+            found.append((client, reply))
+            self._emit(kind="client-evaluation", round=server_round, client=client.index,
+                       node=str(client.node_id), **reply.metrics)  # fmt: skip
+        self.round.clients_evaluation = _spread([reply for _, reply in found])
+        if not found:
+            return None
+        records = [self._light(reply) for _, reply in found]
+        return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key)
+
+    # ----- the run -------------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run ``num_rounds`` rounds; arguments and result as Flower's ``Strategy.start``.
+
+        Unlike there, replies are folded in as they come instead of collected first, and
+        the log has one line a round.
+        """
+        self.summary()
+        result = Result(arrays=initial_arrays)
+        self._adapter_of(initial_arrays)  # refuse a wrong model before anything is sent
+        began = time.perf_counter()
+        if evaluate_fn is not None:
+            self._evaluate_on_server(0, initial_arrays, evaluate_fn, result)
+            if self.round.evaluation:
+                scores = " ".join(f"{k} {v:.3f}" for k, v in self.round.evaluation.items())
+                log(INFO, "start: %s", scores)
+            self._emit(**self.round.record())
+        arrays = initial_arrays
+        for server_round in range(1, num_rounds + 1):
+            messages = self.configure_train(
+                server_round, arrays, train_config or ConfigRecord(), grid
+            )
+            replies = exchange(grid, messages, timeout)
+            new_arrays, metrics = self.aggregate_train(server_round, replies)
+            if new_arrays is not None:
+                arrays = result.arrays = new_arrays
+            if metrics is not None:
+                result.train_metrics_clientapp[server_round] = metrics
+            if server_round % self.evaluate_every == 0 or server_round == num_rounds:
+                messages = self.configure_evaluate(
+                    server_round, arrays, evaluate_config or ConfigRecord(), grid
+                )
+                metrics = self.aggregate_evaluate(server_round, exchange(grid, messages, timeout))
+                if metrics is not None:
+                    result.evaluate_metrics_clientapp[server_round] = metrics
+                if evaluate_fn is not None:
+                    self._evaluate_on_server(server_round, arrays, evaluate_fn, result)
+            self._emit(**self.round.record())
+            elapsed = time.perf_counter() - began
+            left = elapsed / server_round * (num_rounds - server_round)
+            log(INFO, "%s", self.round.line(num_rounds, left))
+        log(INFO, "%s rounds in %s", num_rounds, duration(time.perf_counter() - began))
+        return result
+
+    def summary(self) -> None:
+        """Log the settings in effect as a small tree."""
+        log(INFO, "%s", type(self).__name__)
+        log(INFO, "├── aggregation: %s", self.aggregation.name)
+        log(INFO, "├── ranks:       %s", self.ranks.summary())
+        log(INFO, "├── sampling:    %s", self.sampling.summary())
+        log(INFO, "├── clients:     %s, at least %s replies of %s nodes",
+            type(self.protocol).__name__, self.min_replies, self.min_available_nodes)  # fmt: skip
+        log(INFO, "└── scale %g, seed %s", self.scale, self.seed)
+
+    def on_update(self, client: Client, adapter: Adapter) -> None:
+        """Look at a good reply before it is dropped; for subclasses, does nothing here."""
+
+    # ----- parts ---------------------------------------------------------------------
+
+    def _rng(self, server_round: int, purpose: int) -> np.random.Generator:
+        """Return the generator of one round and purpose: nothing to store, nothing shared."""
+        return np.random.default_rng([self.seed, server_round, purpose])
+
+    def _adapter_of(self, arrays: ArrayRecord) -> Adapter:
+        """Read the global arrays, once for every new record."""
+        if self._door is None or self._door[0] is not arrays:
+            adapter = Adapter.from_state_dict(from_record(arrays), self.scale)
+            if adapter.pairs and adapter.rank < self.ranks.max_rank:
+                raise ValueError(
+                    f"the initial adapter has rank {adapter.rank}, but the rank policy "
+                    f"{self.ranks.name!r} gives up to {self.ranks.max_rank}; make the initial "
+                    f"model with r = {self.ranks.max_rank}"
+                )
+            self._door = (arrays, adapter)
+        return self._door[1]
+
+    def _clients(self, grid: Grid) -> list[Client]:
+        """Return who is connected, in a lasting order; ask newcomers who they are."""
+        told = False
+        while len(node_ids := list(grid.get_node_ids())) < self.min_available_nodes:
+            if not told:
+                log(INFO, "waiting for nodes: %s of %s", len(node_ids), self.min_available_nodes)
+                told = True
+            time.sleep(1)
+        if new := self.roster.unknown(node_ids):
+            answers: dict[int, Mapping[str, object]] = {node_id: {} for node_id in new}
+            if self.query:
+                answers.update(self._ask(grid, new))
+            self.roster.join(answers)
+        return self.roster.present(node_ids)
+
+    def _ask(self, grid: Grid, node_ids: list[int]) -> dict[int, Mapping[str, object]]:
+        """Ask nodes for their properties; who fails to answer is left out."""
+        messages = [
+            Message(self.protocol.query(ConfigRecord()), node_id, self.protocol.query_type)
+            for node_id in node_ids
+        ]
+        answers: dict[int, Mapping[str, object]] = {}
+        for message in exchange(grid, messages, self.query_timeout):
+            if reason := reply_error(message):
+                log(WARNING, "node %s did not introduce itself: %s",
+                    message.metadata.src_node_id, reason)  # fmt: skip
+                continue
+            answers[message.metadata.src_node_id] = self.protocol.read_query(message.content)
+        return answers
+
+    def _slices(self, arrays: ArrayRecord) -> Callable[[int], tuple[Adapter, ArrayRecord]]:
+        """Return a function from rank to what such a client downloads, made once a rank."""
+        adapter = self._adapter_of(arrays)
+        made: dict[int, tuple[Adapter, ArrayRecord]] = {}
+
+        def of_rank(rank: int) -> tuple[Adapter, ArrayRecord]:
+            if rank not in made:
+                part = adapter.with_rank({m: min(rank, r) for m, r in adapter.ranks.items()})
+                made[rank] = part, to_record(part.to_state_dict())
+            return made[rank]
+
+        return of_rank
+
+    def _config(
+        self, config: ConfigRecord, server_round: int, client: Client, rank: int
+    ) -> ConfigRecord:
+        """Return the config of one client; the caller's is not touched."""
+        own = {ROUND_KEY: server_round, CLIENT_KEY: client.index}
+        return ConfigRecord({**config, **own, RANK_KEY: rank, SCALE_KEY: self.scale})
+
+    def _place(self, message: Message) -> tuple[int, int]:
+        """Return where a reply stands in the lasting order."""
+        node_id = message.metadata.src_node_id
+        client = self.roster.clients.get(node_id)
+        return (client.index, node_id) if client else (len(self.roster.clients), node_id)
+
+    def _read(self, message: Message, assignment: Assignment) -> Reply:
+        if reason := reply_error(message):
+            raise ReplyError(reason)
+        return self.protocol.read_train(message.content, assignment.names)
+
+    def _adapter(self, reply: Reply, assignment: Assignment) -> Adapter:
+        """Read a reply's adapter and hold it against what was sent."""
+        scale = float(reply.metrics.get(SCALE_KEY, self.scale))
+        adapter = Adapter.from_state_dict(reply.arrays, scale, check_finite=False)
+        expected = None if self.ranks.accepts_other_ranks else assignment.sent.ranks
+        problems = adapter.differences(assignment.sent, expected)
+        if problems:
+            raise AdapterError(problems + adapter.non_finite(), "reply")
+        return adapter
+
+    def _light(self, reply: Reply) -> RecordDict:
+        """Return the metrics of a reply alone, as metric aggregation functions expect them."""
+        metrics: dict[str, Any] = {**reply.metrics, self.weighted_by_key: reply.weight}
+        return RecordDict({"metrics": MetricRecord(metrics)})
+
+    def _accept(self, assignment: Assignment, reply: Reply) -> RecordDict:
+        self.round.accepted += 1
+        self.round.bytes_up += reply.nbytes
+        if (loss := reply.metrics.get("loss")) is not None:
+            self.round.loss_sum += reply.weight * loss
+            self.round.weight_sum += reply.weight
+        self.roster.observe(assignment.client.node_id, round(reply.weight))
+        self._emit_client(assignment, "ok", bytes_up=reply.nbytes, **reply.metrics)
+        return self._light(reply)
+
+    def _reject(self, assignment: Assignment, reason: str) -> None:
+        self.round.rejected += 1
+        log(WARNING, "round %s: rejected %s: %s", self.round.number, assignment.client.name, reason)
+        self._emit_client(assignment, "rejected", reason=reason)
+
+    def _emit_client(self, assignment: Assignment, status: str, **more: Any) -> None:
+        self._emit(
+            kind="client",
+            round=self.round.number,
+            client=assignment.client.index,
+            node=str(assignment.client.node_id),
+            status=status,
+            rank=assignment.rank,
+            bytes_down=assignment.bytes_down,
+            **more,
+        )
+
+    def _emit(self, **record: Any) -> None:
+        for listener in self.listeners:
+            listener(record)
+
+    def _evaluate_on_server(
+        self, server_round: int, arrays: ArrayRecord, evaluate_fn: EvaluateFn, result: Result
+    ) -> None:
+        metrics = evaluate_fn(server_round, arrays)
+        if metrics is not None:
+            result.evaluate_metrics_serverapp[server_round] = metrics
+            self.round.evaluation = {
+                k: float(v) for k, v in metrics.items() if isinstance(v, int | float)
+            }
+
+
+def _spread(replies: list[Reply]) -> dict[str, float]:
+    """Return mean (weighted), worst and standard deviation over clients."""
+    out: dict[str, float] = {}
+    for key, worst in (("loss", max), ("accuracy", min)):
+        values = [(r.metrics[key], r.weight) for r in replies if key in r.metrics]
+        if values:
+            xs, weights = np.array(values, dtype=float).T
+            out[key] = float(np.average(xs, weights=weights))
+            out[f"{key}_worst"] = float(worst(xs))
+            out[f"{key}_spread"] = float(xs.std())
+    return out
