@@ -65,10 +65,9 @@ class LoRAClient(NumPyClient):
         labels = json.loads(str(config[LABELS_KEY]))
         model, names = self._receive(parameters, config, len(labels))
         rows, _ = self._rows(labels)
-        settings = self.config.train.repeated(int(config.get(STEPS_KEY, 1)))
-        seed = np.random.SeedSequence(
-            [self.config.seed, int(config[ROUND_KEY]), int(config[CLIENT_KEY])]
-        )
+        server_round = int(config[ROUND_KEY])
+        settings = self.config.train.in_round(server_round, times=int(config.get(STEPS_KEY, 1)))
+        seed = np.random.SeedSequence([self.config.seed, server_round, int(config[CLIENT_KEY])])
         result = train(model, rows, settings, seed=int(seed.generate_state(1)[0]))
         state = adapter_state(model)
         metrics: dict[str, Scalar] = {"loss": result.loss, "seconds": result.seconds}

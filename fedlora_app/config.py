@@ -92,7 +92,7 @@ class DataConfig:
         0.1, "part of each client's rows kept for its own evaluation", above=0, high=0.5
     )
     test_rows: int = option(
-        0, "rows of the server's test set used after each round (0: all; the end uses all)", low=0
+        500, "rows of the server's test set used after each round (0: all; the end uses all)", low=0
     )
 
 
@@ -105,6 +105,9 @@ class TrainConfig:
     batch_size: int = option(16, "rows of a step", low=1)
     learning_rate: float = option(3e-3, "AdamW learning rate of the LoRA weights", above=0)
     head_learning_rate: float = option(5e-3, "AdamW learning rate of the head", above=0)
+    round_decay: float = option(
+        0.9, "both learning rates are multiplied by this after every round", above=0, high=1
+    )
     weight_decay: float = option(0.0, "AdamW weight decay", low=0)
     schedule: str = option(
         "constant",
@@ -119,9 +122,16 @@ class TrainConfig:
     )
     threads: int = option(1, "torch CPU threads of a client", low=1)
 
-    def repeated(self, times: int) -> TrainConfig:
-        """Return the config with ``times`` as much training in one go."""
-        return replace(self, steps=self.steps * times, epochs=self.epochs * times)
+    def in_round(self, number: int, *, times: int = 1) -> TrainConfig:
+        """Return the config of one round, with ``times`` as much training in one go."""
+        decay = self.round_decay ** (number - 1)
+        return replace(
+            self,
+            steps=self.steps * times,
+            epochs=self.epochs * times,
+            learning_rate=self.learning_rate * decay,
+            head_learning_rate=self.head_learning_rate * decay,
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ class SamplingConfig:
     policy: str = option(
         "fraction", "fraction: a seeded share of the clients", choices=("fraction",)
     )
-    fraction: float = option(0.5, "share of the clients in a round", above=0, high=1)
+    fraction: float = option(0.6, "share of the clients in a round", above=0, high=1)
     min_clients: int = option(1, "at least this many clients in a round", low=1)
 
 
@@ -165,7 +175,7 @@ class EvaluateConfig:
 class RunConfig:
     """Everything a run needs, valid by construction."""
 
-    rounds: int = option(6, "federated rounds", low=1)
+    rounds: int = option(10, "federated rounds", low=1)
     seed: int = option(42, "same seed, same result", low=0)
     output: str = option("", "folder of the run's results; empty: runs/<time>-<aggregation>")
     method: str = option(

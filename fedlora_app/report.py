@@ -116,8 +116,9 @@ def table(rounds: Iterable[Record], summary: Record) -> list[str]:
             cells.append(f"{'-' if value is None else pattern.format(value):>10}")
         lines.append("  ".join(cells))
     megabytes = (summary["bytes_down"] + summary["bytes_up"]) / 1e6
+    whose = "mean of the clients alone: " if summary["method"] == "local" else ""
     lines.append(
-        f"final: accuracy {summary['accuracy']:.3f}, macro-F1 {summary['macro_f1']:.3f}, "
+        f"final: {whose}accuracy {summary['accuracy']:.3f}, macro-F1 {summary['macro_f1']:.3f}, "
         f"loss {summary['loss']:.3f} on the whole test set; "
         f"{megabytes:.1f} MB moved, {summary['seconds']:.0f} s"
     )

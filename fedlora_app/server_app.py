@@ -56,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
         timeout=config.round_timeout,
         train_config=train_config,
         evaluate_config=train_config,
-        evaluate_fn=lambda _, arrays: test.metrics(model, arrays, config.lora.scale),
+        evaluate_fn=None if alone else lambda _, a: test.metrics(model, a, config.lora.scale),
     )
 
     final = Adapter.from_state_dict(from_record(result.arrays), config.lora.scale)
@@ -139,7 +139,7 @@ def make_strategy(config: RunConfig, folder: RunFolder, test: TestSet, model: Pe
         "seed": config.seed,
         "min_replies": config.min_replies,
         "min_available_nodes": config.min_nodes,
-        "evaluate_fraction": config.evaluate.clients,
+        "evaluate_fraction": 0.0 if config.method == "local" else config.evaluate.clients,
         "evaluate_every": config.evaluate.every,
         "listeners": [folder],
     }

@@ -73,7 +73,7 @@ class Round:
 
     def line(self, num_rounds: int, seconds_left: float) -> str:
         """Return the round as the one line of the log."""
-        ranks = sorted({a.rank for a in self.assignments.values()})
+        ranks = sorted({a.rank for a in self.assignments.values() if a.rank})
         span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0]) if ranks else "-"
         width = len(str(num_rounds))
         parts = [

@@ -170,15 +170,16 @@ class FedLoRA(Strategy):
         self.round = Round(server_round, total_clients=len(clients))
         slices = self._slices(arrays)
         for client in chosen:
-            sent, record = slices(ranks[client.node_id])
+            rank = ranks[client.node_id]
+            sent, record = slices(rank)
             self.round.assignments[client.node_id] = Assignment(
-                client, ranks[client.node_id], sent, list(record), record_bytes(record)
+                client, rank if sent.pairs else 0, sent, list(record), record_bytes(record)
             )
         self._emit(kind="round-start", round=server_round, clients=len(chosen))
         messages = []
         for node_id, assignment in self.round.assignments.items():
-            _, record = slices(assignment.rank)
-            settings = self._config(config, server_round, assignment.client, assignment.rank)
+            _, record = slices(ranks[node_id])
+            settings = self._config(config, server_round, assignment.client, ranks[node_id])
             content = self.protocol.train(record, assignment.names, settings)
             messages.append(Message(content, node_id, "train"))
         return messages

@@ -27,9 +27,7 @@ def random_adapter(
 ) -> Adapter:
     g = torch.Generator().manual_seed(seed)
     pairs = {
-        name: LoraPair(
-            torch.randn(rank, n, generator=g), torch.randn(m, rank, generator=g), scale
-        )
+        name: LoraPair(torch.randn(rank, n, generator=g), torch.randn(m, rank, generator=g), scale)
         for name, (m, n) in (shapes or SHAPES).items()
     }
     head = {"head.weight": torch.randn(3, 4, generator=g), "head.bias": torch.randn(3, generator=g)}

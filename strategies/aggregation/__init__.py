@@ -10,13 +10,21 @@ from strategies.aggregation.base import (
     make_aggregator,
     register,
 )
+from strategies.aggregation.product import FlexLoRA, Florist, RaFLoRA, RBLoRA
+from strategies.aggregation.stacking import FedEx, FLoRA
 
 __all__ = [
     "AGGREGATIONS",
     "RBLA",
     "AggregationResult",
     "Aggregator",
+    "FLoRA",
+    "FedEx",
     "FedIT",
+    "FlexLoRA",
+    "Florist",
+    "RBLoRA",
+    "RaFLoRA",
     "Replication",
     "State",
     "Update",

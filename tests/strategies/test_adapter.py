@@ -163,7 +163,7 @@ def test_config_is_checked():
     with pytest.raises(AdapterError, match=r"extra\.weight' is unknown.*modules_to_save"):
         Adapter.from_state_dict(state, config=config)
     other = peft.LoraConfig(r=8, lora_alpha=8, modules_to_save=["head", "extra"])
-    with pytest.raises(AdapterError, match="rank 4 for .* but the config says 8"):
+    with pytest.raises(AdapterError, match=r"rank 4 for .* but the config says 8"):
         Adapter.from_state_dict(state, config=other)
 
 

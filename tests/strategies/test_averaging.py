@@ -32,8 +32,9 @@ def oracle(rule, current, updates):
             have = holders(updates, module, j)
             mass = sum(w for _, w in have)
             for side, target in (("A", A), ("B", B)):
-                def entry(pair, side=side, j=j):
-                    s = pair.scale / old.scale if side == "B" else 1.0
+
+                def entry(pair, side=side, j=j, s=old.scale):
+                    s = pair.scale / s if side == "B" else 1.0
                     x = pair.A[j] if side == "A" else pair.B[:, j] * s
                     return x.double().numpy()
 
@@ -231,8 +232,10 @@ def test_fedit_refuses_unequal_ranks():
 def test_half_precision_is_summed_in_float32():
     current = random_adapter(2, seed=1)
     ones = Adapter(
-        {m: LoraPair(torch.ones_like(p.A), torch.ones_like(p.B), 2.0) for m, p in
-         current.pairs.items()},
+        {
+            m: LoraPair(torch.ones_like(p.A), torch.ones_like(p.B), 2.0)
+            for m, p in current.pairs.items()
+        },
         current.dense,
     ).to(torch.float16)
     # 4096 + 1 is 4096 in float16: a float16 sum would stop growing

@@ -254,7 +254,11 @@ def test_a_device_limit_caps_every_policy():
 def test_policies_refuse_what_cannot_be():
     with pytest.raises(ValueError, match="2 ranks are listed, but there is client 2"):
         ListRank([4, 8]).assign([Client(5, 2)], 1)
-    for wrong in (lambda: UniformRank(0), lambda: ListRank([]), lambda: ReportedRank(4, fallback=8)):
+    for wrong in (
+        lambda: UniformRank(0),
+        lambda: ListRank([]),
+        lambda: ReportedRank(4, fallback=8),
+    ):
         with pytest.raises(ValueError, match=r"rank|fallback"):
             wrong()
     with pytest.raises(ValueError, match="did you mean 'reported'"):

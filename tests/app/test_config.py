@@ -1,0 +1,95 @@
+"""The run config: what is accepted, and how everything else is refused."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedlora_app.config import ConfigError, RunConfig, markdown_table, toml_section
+
+ROOT = Path(__file__).parents[2]
+
+
+def flatten(table, prefix=""):
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_pyproject_holds_every_key_with_its_default_and_comment():
+    text = (ROOT / "pyproject.toml").read_text()
+    flat = dict(flatten(tomllib.loads(text)["tool"]["flwr"]["app"]["config"]))
+    assert flat == RunConfig().to_flat()
+    assert toml_section() in text
+
+
+def test_readme_holds_the_table_of_keys():
+    assert markdown_table() in (ROOT / "README.md").read_text()
+
+
+def test_defaults_are_valid_and_flat_is_the_inverse():
+    assert RunConfig.from_flat({}) == RunConfig()
+    changed = RunConfig.from_flat({"rounds": 3, "data.alpha": 1, "ranks.list": "4, 8"})
+    assert changed.data.alpha == 1.0
+    assert changed.rank_list() == [4, 8]
+    assert RunConfig.from_flat(changed.to_flat()) == changed
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"round": 3}, "round: unknown key; did you mean 'rounds'"),
+        ({"alpha": 3}, "alpha: unknown key; did you mean 'data.alpha'"),
+        ({"xyzzy": 3}, r"xyzzy: unknown key$"),
+        ({"rounds": "three"}, "rounds: expected int, got 'three'"),
+        ({"rounds": 2.5}, "rounds: expected int, got 2.5"),
+        ({"rounds": True}, "rounds: expected int, got True"),
+        ({"lora.dora": 1}, "lora.dora: expected bool, got 1"),
+        ({"rounds": 0}, "rounds: must be at least 1, got 0"),
+        ({"train.learning-rate": 0}, "train.learning-rate: must be above 0"),
+        ({"train.learning-rate": float("nan")}, "train.learning-rate: must be finite"),
+        ({"sampling.fraction": 1.5}, "sampling.fraction: must be at most 1"),
+        ({"data.partition": "dirichlett"}, "did you mean 'dirichlet'"),
+        ({"aggregation": "rblaa"}, "did you mean 'rbla'"),
+        ({"ranks.list": "4,x"}, "ranks.list: expected comma-separated whole numbers"),
+        ({"ranks.list": "4,0"}, "ranks.list: expected comma-separated whole numbers"),
+        ({"aggregation": "fedit"}, "averages equal ranks only"),
+        (
+            {"aggregation": "fedit", "ranks.policy": "reported"},
+            "averages equal ranks only.*reported",
+        ),
+        ({"ranks.policy": "reported", "ranks.fallback": 64}, "ranks.fallback .64. must not exceed"),
+    ],
+)
+def test_what_is_wrong_is_said(flat, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_flat(flat)
+
+
+def test_all_problems_come_at_once():
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_flat({"round": 1, "seed": "x", "data.alpha": -1})
+    assert len(caught.value.problems) == 3
+
+
+def test_fedit_is_allowed_where_it_works():
+    for flat in (
+        {"ranks.policy": "uniform"},
+        {"ranks.list": "8,8"},
+        {"method": "head"},
+    ):
+        RunConfig.from_flat({"aggregation": "fedit", **flat})
+
+
+@pytest.mark.parametrize(
+    ("flat", "rank"),
+    [
+        ({"ranks.policy": "uniform", "ranks.rank": 6}, 6),
+        ({"ranks.policy": "list", "ranks.list": "2,64"}, 64),
+        ({"ranks.policy": "reported", "ranks.max": 16}, 16),
+    ],
+)
+def test_the_global_rank_follows_from_the_policy(flat, rank):
+    assert RunConfig.from_flat(flat).max_rank() == rank

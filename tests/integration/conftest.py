@@ -1,0 +1,34 @@
+"""Real runs of the real app, kept small: few steps, short texts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+#: Small enough for a test, real in everything else.
+SMALL = {
+    "rounds": 2,
+    "train.steps": 3,
+    "data.max-length": 16,
+    "data.test-rows": 200,
+    "sampling.fraction": 1.0,
+    "ranks.list": "4,8,16,32",
+}
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory) -> Path:
+    """Return the folder of one run of ``run_simulation.py``, shared by the tests."""
+    from run_simulation import main
+
+    folder = tmp_path_factory.mktemp("runs") / "simulated"
+    config = [f"{key}={value}" for key, value in SMALL.items()]
+    assert main(["--clients", "4", "--output", str(folder), "--config", *config]) == 0
+    return folder

@@ -1,0 +1,185 @@
+"""`python run_simulation.py`: its exit codes, what it shows, and that nothing stays behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+import run_simulation
+from fedlora_app.config import ConfigError, RunConfig, Scalar
+from fedlora_app.console import Console
+
+ROOT = Path(run_simulation.__file__).parent
+TINY = ROOT / "tests" / "integration" / "tiny_app"
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start a run of the tiny app as a user would, from ``folder``."""
+    script = (
+        "import sys; from pathlib import Path; import run_simulation;"
+        f"sys.exit(run_simulation.main(sys.argv[1:], Path({str(TINY)!r})))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, "--clients", "3", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_runs_at_once_one_completes_and_one_fails(tmp_path: Path) -> None:
+    good = start(tmp_path, "--rounds", "1")
+    bad = start(tmp_path, "--config", "seed=13", "--output", "bad")
+    out, err = good.communicate(timeout=120)
+    bad_out, bad_err = bad.communicate(timeout=120)
+
+    assert good.returncode == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-replication")
+    assert out.splitlines() == [
+        f"3 simulated clients, 1 rounds → {folder}",
+        "WARNING: this is a test",
+        "  round 1: [0, 1, 2]",
+    ]
+    assert bad.returncode == 1
+    assert "ValueError: thirteen brings bad luck" in bad_out
+    assert "Simulation failed with exception: thirteen brings bad luck" in bad_err
+    assert "finished:failed" in bad_err
+    assert (tmp_path / "bad" / "superlink.log").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
+    run = start(tmp_path, "--rounds", "1000", "--output", "out")
+    for line in run.stdout or ():
+        if "round 1:" in line:
+            break
+    started = psutil.Process(run.pid).children(recursive=True)
+    names = {process.name() for process in started}
+    homes = {process.environ().get("FLWR_HOME") for process in started} - {None}
+    run.send_signal(signal.SIGINT)
+    run.send_signal(signal.SIGINT)  # an impatient user
+    _, err = run.communicate(timeout=60)
+
+    assert run.returncode == 130
+    assert err.strip() == "stopping"
+    assert {"raylet", "gcs_server"} <= names
+    assert not [process for process in started if alive(process)]
+    assert homes
+    assert not any(Path(home).exists() for home in homes)
+
+
+def test_wrong_config_is_said_once_and_nothing_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a SuperLink was started")
+
+    monkeypatch.setattr(run_simulation, "SuperLink", refuse)
+    monkeypatch.chdir(tmp_path)
+    code = run_simulation.main(["--config", "aggregaton=rbla", "train.steps=ten"], TINY)
+
+    shown = capsys.readouterr()
+    assert code == 2
+    assert shown.out == ""
+    assert shown.err.count("invalid run config") == 1
+    assert "aggregaton: unknown key; did you mean 'aggregation'?" in shown.err
+    assert "train.steps: expected int, got 'ten'" in shown.err
+    assert not list(tmp_path.iterdir())
+
+
+def read(*arguments: str) -> tuple[RunConfig, dict[str, Scalar]]:
+    args = run_simulation._parser().parse_args(arguments)
+    return run_simulation.read_config(TINY, args)
+
+
+def test_values_of_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, changes = read(
+        "--config", "lora.dora=true", "ranks.list=4", "--config", "model.name=a b", "data.alpha=1",
+        "--rounds", "9", "--output", "here",
+    )  # fmt: skip
+    assert config.lora.dora is True
+    assert config.ranks.list == "4"
+    assert config.model.name == "a b"
+    assert config.data.alpha == 1.0
+    assert config.rounds == 9
+    assert changes["output"] == str(tmp_path / "here")
+
+
+@pytest.mark.parametrize("wrong", [["--clients", "0"], ["--config", "rounds"], ["--rounds", "x"]])
+def test_wrong_command_line(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read(*wrong)
+
+
+def test_fewer_clients_than_the_run_waits_for() -> None:
+    with pytest.raises(ConfigError, match="wait for 2 nodes, but has 1"):
+        read("--clients", "1")
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("\x1b[92mINFO \x1b[0m:      \tround 1", "\tround 1\n"),
+        ("\x1b[93mWARNING \x1b[0m:   careful", "WARNING: careful\n"),
+        ("\x1b[91mERROR \x1b[0m:     Simulation raised", "ERROR: Simulation raised\n"),
+        ("ValueError: INFO : no", "ValueError: INFO : no\n"),
+        ("\x1b[92mINFO \x1b[0m:      Starting Flower Simulation", ""),
+        ("\x1b[93mWARNING \x1b[0m:   Since flwr 1.32, default simulated SuperNodes changed", ""),
+        ("\x1b[36m(ClientAppActor pid=1)\x1b[0m Map:  50%|#####     | 5/10", ""),
+        ("\x1b[36m(ClientAppActor pid=1)\x1b[0m \x1b[92mINFO \x1b[0m:      hello", ""),
+        (
+            "\x1b[36m(ClientAppActor pid=1)\x1b[0m ValueError: wrong",
+            "(ClientAppActor pid=1) ValueError: wrong\n",
+        ),
+        ("\x1b[92mINFO \x1b[0m:      ", ""),
+    ],
+)
+def test_lines_of_the_log(line: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Console(Path("none"), 1).show(line)
+    assert capsys.readouterr().out == shown
+
+
+def test_progress_of_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"kind": "round-start", "round": 9, "clients": 1}\n')  # of an older run
+    console = Console(metrics, rounds=6)
+    shown: list[str] = []
+    monkeypatch.setattr(console, "_show_status", shown.append)
+    steps = [
+        {"kind": "round-start", "round": 3, "clients": 4},
+        {"kind": "client", "round": 3},
+        {"kind": "client", "round": 3, "rejected": "NaN"},
+        {"kind": "round", "round": 3},
+    ]
+
+    def next_step(_: float) -> bool:
+        if not steps:
+            return True
+        with metrics.open("a") as file:
+            file.write(json.dumps(steps.pop(0)) + "\n")
+        return False
+
+    monkeypatch.setattr(console._done, "wait", next_step)
+    console._watch()
+    assert [status.rpartition("  ")[0] for status in shown] == [
+        "round 3/6  ░░░░░░░░░░ 0/4 clients",
+        "round 3/6  ██░░░░░░░░ 1/4 clients",
+        "round 3/6  █████░░░░░ 2/4 clients",
+        "",
+    ]
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
