@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from flwr.app import Context
+from flwr.app import Context, RecordDict
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
@@ -28,9 +28,8 @@ from fedlora_app.data import (
 )
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.training import evaluate, train
-from strategies.client import adapter_state, load_adapter
-from strategies.lora import Adapter
-from strategies.messages import CLIENT_KEY, NAMES_KEY, ROUND_KEY, SCALE_KEY
+from strategies.client import receive, send
+from strategies.messages import CLIENT_KEY, NAMES_KEY, ROUND_KEY
 
 LABELS_KEY = "label-names"
 STEPS_KEY = "steps-factor"
@@ -47,11 +46,14 @@ class LoRAClient(NumPyClient):
     node : mapping
         The node config: ``partition-id`` and ``num-partitions`` in a simulation, or
         ``data-path`` on a site of its own; ``max-rank`` if the device has a limit.
+    state : RecordDict
+        The node's Flower state, which lasts from round to round.
     """
 
-    def __init__(self, config: RunConfig, node: Settings) -> None:
+    def __init__(self, config: RunConfig, node: Settings, state: RecordDict) -> None:
         self.config = config
         self.node = node
+        self.state = state
 
     def get_properties(self, config: Settings) -> Settings:
         """Say who this is; only what the node config holds, no look at the data."""
@@ -63,22 +65,22 @@ class LoRAClient(NumPyClient):
     ) -> tuple[NDArrays, int, dict[str, Scalar]]:
         """Train at the rank that was sent; return the same arrays, trained."""
         labels = json.loads(str(config[LABELS_KEY]))
-        model, names = self._receive(parameters, config, len(labels))
+        model = self._receive(parameters, config, len(labels))
         rows, _ = self._rows(labels)
         server_round = int(config[ROUND_KEY])
         settings = self.config.train.in_round(server_round, times=int(config.get(STEPS_KEY, 1)))
         seed = np.random.SeedSequence([self.config.seed, server_round, int(config[CLIENT_KEY])])
         result = train(model, rows, settings, seed=int(seed.generate_state(1)[0]))
-        state = adapter_state(model)
+        arrays = send(model, config, self.state)
         metrics: dict[str, Scalar] = {"loss": result.loss, "seconds": result.seconds}
-        return [state[name].cpu().numpy() for name in names], result.examples, metrics
+        return [array.numpy() for array in arrays.values()], result.examples, metrics
 
     def evaluate(
         self, parameters: NDArrays, config: Settings
     ) -> tuple[float, int, dict[str, Scalar]]:
         """Evaluate the received adapter on this node's validation rows."""
         labels = json.loads(str(config[LABELS_KEY]))
-        model, _ = self._receive(parameters, config, len(labels))
+        model = self._receive(parameters, config, len(labels))
         _, rows = self._rows(labels)
         result = evaluate(
             model,
@@ -90,22 +92,15 @@ class LoRAClient(NumPyClient):
         metrics: dict[str, Scalar] = {"accuracy": result.accuracy, "macro_f1": result.macro_f1}
         return result.loss, result.examples, metrics
 
-    def _receive(
-        self, parameters: NDArrays, config: Settings, num_labels: int
-    ) -> tuple[PeftModel, list[str]]:
+    def _receive(self, parameters: NDArrays, config: Settings, num_labels: int) -> PeftModel:
         """Put the received arrays into the resident model."""
         names: list[str] = json.loads(str(config[NAMES_KEY]))
-        tensors = {n: torch.from_numpy(p) for n, p in zip(names, parameters, strict=True)}
-        adapter = Adapter.from_state_dict(tensors, float(config[SCALE_KEY]))
+        arrays = {n: torch.from_numpy(p) for n, p in zip(names, parameters, strict=True)}
         c = self.config
         torch.set_num_threads(c.train.threads)  # the process is this app's own
         model = _resident_model(c.model, c.lora, num_labels, c.train.precision, c.seed)
-        load_adapter(model, adapter)
-        if not adapter.pairs:  # method = "head": the LoRA modules stay at zero
-            for name, parameter in model.named_parameters():
-                if ".lora_" in name:
-                    parameter.requires_grad_(False)
-        return model, names
+        receive(model, arrays, config, self.state)
+        return model
 
     def _rows(self, labels: list[str]) -> tuple[TokenizedRows, TokenizedRows]:
         """Return this node's training and validation rows."""
@@ -171,7 +166,7 @@ _tokenizer = lru_cache(maxsize=1)(build_tokenizer)
 def client_fn(context: Context) -> Client:
     """Return the client of one node."""
     config = RunConfig.from_flat(context.run_config)
-    return LoRAClient(config, dict(context.node_config)).to_client()
+    return LoRAClient(config, dict(context.node_config), context.state).to_client()
 
 
 app = ClientApp(client_fn=client_fn)

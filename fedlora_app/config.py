@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_type_hints
@@ -185,6 +186,14 @@ class RunConfig:
         choices=("lora", "head", "local"),
     )
     aggregation: str = option("replication", "rule that combines the clients' adapters")
+    aggregation_options: str = option(
+        "", "options of that rule, as in 'energy=0.9' (florist) or 'holder_weights=\"quality\"'"
+    )
+    wire_dtype: str = option(
+        "float32",
+        "how numbers travel: float32, float16, bfloat16 or int8 (with a step for each rank entry)",
+        choices=("float32", "float16", "bfloat16", "int8"),
+    )
     min_replies: int = option(1, "fewer good replies leave the model as it was", low=1)
     min_nodes: int = option(2, "wait for this many nodes before the first round", low=1)
     round_timeout: float = option(3600.0, "seconds to wait for the replies of a round", above=0)
@@ -221,6 +230,10 @@ class RunConfig:
     def to_flat(self) -> dict[str, Scalar]:
         """Return the inverse of ``from_flat``."""
         return dict(_values(self))
+
+    def aggregation_settings(self) -> dict[str, Scalar]:
+        """Return ``aggregation-options`` as keyword arguments of the rule."""
+        return dict(_key_values(self.aggregation_options))
 
     def rank_list(self) -> list[int]:
         """Return ``ranks.list`` as integers."""
@@ -296,6 +309,18 @@ def _check(
     return value, None
 
 
+def _key_values(text: str) -> Iterator[tuple[str, Scalar]]:
+    """Read "a=1, b=0.5, c=word" with TOML's scalars; a word needs no quotes."""
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, equals, value = (x.strip() for x in part.partition("="))
+        if not (key and equals and value):
+            raise ValueError(f"expected key=value, got {part!r}")
+        try:
+            yield key, tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            yield key, value
+
+
 def _unknown(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not close:  # the right name in the wrong section
@@ -306,7 +331,7 @@ def _unknown(key: str, known: list[str]) -> str:
 
 def _impossible(config: RunConfig) -> list[str]:
     """Check what one key alone cannot show."""
-    from strategies.aggregation import AGGREGATIONS
+    from strategies.aggregation import AGGREGATIONS, make_aggregator
 
     problems = []
     if config.aggregation not in AGGREGATIONS:
@@ -316,6 +341,17 @@ def _impossible(config: RunConfig) -> list[str]:
             f"aggregation: expected one of {', '.join(AGGREGATIONS)}; "
             f"got {config.aggregation!r}{hint}"
         )
+    else:
+        try:
+            rule = make_aggregator(config.aggregation, **config.aggregation_settings())
+        except (TypeError, ValueError) as error:
+            problems.append(f"aggregation-options: {error}")
+        else:
+            if config.lora.dora and not rule.supports_dora:
+                problems.append(
+                    f"aggregation = {config.aggregation!r} changes the factors that DoRA "
+                    "magnitudes belong to; set lora.dora = false or use an averaging rule"
+                )
     if config.ranks.policy in ("list", "cycle"):
         try:
             ranks = config.rank_list()

@@ -23,10 +23,12 @@ from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.report import RunFolder
 from fedlora_app.training import EvalResult, evaluate, torch_threads
 from strategies import FedLoRA
+from strategies.aggregation import make_aggregator
 from strategies.client import load_adapter
 from strategies.clients import Client
 from strategies.lora import Adapter
 from strategies.messages import from_record, to_record
+from strategies.model import GlobalModel
 from strategies.ranks import ListRank, RankPolicy, ReportedRank, UniformRank
 from strategies.sampling import FractionSampling
 
@@ -56,11 +58,10 @@ def main(grid: Grid, context: Context) -> None:
         timeout=config.round_timeout,
         train_config=train_config,
         evaluate_config=train_config,
-        evaluate_fn=None if alone else lambda _, a: test.metrics(model, a, config.lora.scale),
+        evaluate_fn=None if alone else lambda _, arrays: test.metrics(model, arrays),
     )
 
-    final = Adapter.from_state_dict(from_record(result.arrays), config.lora.scale)
-    load_adapter(model, final)
+    load_adapter(model, effective_adapter(result.arrays, config))
     if isinstance(strategy, Alone):
         scores = strategy.scores()
     else:
@@ -97,13 +98,18 @@ class TestSet:
                 precision=self.config.train.precision,
             )
 
-    def metrics(self, model: PeftModel, arrays: ArrayRecord, scale: float) -> MetricRecord:
+    def metrics(self, model: PeftModel, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate global arrays; what the strategy calls after each round."""
-        load_adapter(model, Adapter.from_state_dict(from_record(arrays), scale))
+        load_adapter(model, effective_adapter(arrays, self.config))
         score = self.evaluate(model)
         return MetricRecord(
             {"loss": score.loss, "accuracy": score.accuracy, "macro_f1": score.macro_f1}
         )
+
+
+def effective_adapter(arrays: ArrayRecord, config: RunConfig) -> Adapter:
+    """Return the whole global model as one adapter on the base, for evaluation and export."""
+    return GlobalModel.from_tensors(from_record(arrays), config.lora.scale).combined()
 
 
 def initial_adapter(config: RunConfig, num_labels: int) -> tuple[PeftModel, Adapter]:
@@ -132,10 +138,11 @@ def make_strategy(config: RunConfig, folder: RunFolder, test: TestSet, model: Pe
     """Return the strategy of the run config."""
     fraction, least = config.sampling.fraction, config.sampling.min_clients
     settings: dict[str, Any] = {
-        "aggregation": config.aggregation,
+        "aggregation": make_aggregator(config.aggregation, **config.aggregation_settings()),
         "ranks": make_ranks(config),
         "client_api": "numpy",
         "scale": config.lora.scale,
+        "wire_dtype": config.wire_dtype,
         "seed": config.seed,
         "min_replies": config.min_replies,
         "min_available_nodes": config.min_nodes,

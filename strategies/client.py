@@ -1,17 +1,156 @@
 """For the client side: put an adapter into a PEFT model in place, and read it back.
 
+``receive`` and ``send`` do all a client needs: they follow what the message says of rank,
+scale, wire type, what is trained, kept and sent back, and what is merged into the base.
 PEFT itself is not imported: its LoRA layers are found by their ``lora_A`` attributes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from flwr.app import RecordDict
 from torch import Tensor, nn
 
-from strategies.lora import Adapter, LoraPair
+from strategies.lora import Adapter, LoraPair, factor_of
+from strategies.lora.algebra import resize
+from strategies.messages import SCALE_KEY, SEND_KEY, TRAIN_KEY, from_record, to_record
+from strategies.model import GlobalModel
+from strategies.wire import WIRE_KEY, decode, encode
+
+# Where a client keeps the factors that never leave it, in its Flower state.
+KEPT_KEY = "fedlora.kept"
+
+
+def receive(
+    model: nn.Module,
+    arrays: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    state: RecordDict | None = None,
+    *,
+    adapter_name: str = "default",
+) -> None:
+    """Make a PEFT model what the server says it is, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What ``peft.get_peft_model`` returned; of any rank.
+    arrays : Mapping[str, Tensor]
+        The received arrays by name, as ``strategies.messages.from_record`` gives them.
+    config : Mapping[str, Any]
+        The received config.
+    state : RecordDict, optional
+        The client's Flower state (``context.state``); rules that keep a factor on the
+        client (fedsa) need it.
+    adapter_name : str (default: "default")
+
+    Raises
+    ------
+    ValueError
+        If the arrays do not fit the model, or a factor that was not sent cannot be found
+        in ``state``.
+    """
+    tensors = decode(arrays, str(config.get(WIRE_KEY, "float32")))
+    tensors.update(_kept_factors(model, tensors, state, adapter_name))
+    received = GlobalModel.from_tensors(tensors, float(config.get(SCALE_KEY, 1.0)))
+    merge_into_base(model, received.merged, adapter_name=adapter_name)
+    load_adapter(model, received.adapter, adapter_name=adapter_name)
+    trained = str(config.get(TRAIN_KEY, "AB"))
+    for key, parameter in _adapter_parameters(model, adapter_name, all_parameters=False):
+        factor = factor_of(key)
+        if factor is not None:
+            parameter.requires_grad_(factor in trained)
+
+
+def send(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    state: RecordDict | None = None,
+    *,
+    adapter_name: str = "default",
+) -> dict[str, Tensor]:
+    """Return the arrays of the reply, by name and in the order the server expects.
+
+    Parameters
+    ----------
+    model, config, state, adapter_name
+        As in ``receive``. A trained factor that is not sent back is put into ``state``.
+    """
+    sent, trained = str(config.get(SEND_KEY, "AB")), str(config.get(TRAIN_KEY, "AB"))
+    out: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    for key, tensor in adapter_state(model, adapter_name=adapter_name).items():
+        factor = factor_of(key)
+        if factor is None or factor in sent:
+            out[key] = tensor
+        elif factor in trained:
+            kept[key] = tensor
+    if kept:
+        if state is None:
+            raise ValueError("this rule keeps a factor on the client; pass context.state")
+        state[KEPT_KEY] = to_record(kept)
+    return encode(out, str(config.get(WIRE_KEY, "float32")))
+
+
+def _kept_factors(
+    model: nn.Module, tensors: Mapping[str, Tensor], state: RecordDict | None, adapter_name: str
+) -> dict[str, Tensor]:
+    """Return the partners of factors that came alone: kept ones, or zeros at first."""
+    alone = {
+        partner: tensor.shape[0]
+        for key, tensor in tensors.items()
+        if factor_of(key) == "A" and (partner := _partner(key)) not in tensors
+    }
+    if not alone:
+        return {}
+    if state is None:
+        raise ValueError("this rule keeps a factor on the client; pass context.state")
+    kept = from_record(state[KEPT_KEY]) if KEPT_KEY in state else {}  # type: ignore[arg-type]
+    own = adapter_state(model, adapter_name=adapter_name)
+    return {
+        key: resize(kept[key] if key in kept else torch.zeros_like(own[key]).cpu(), 1, rank)
+        for key, rank in alone.items()
+        if key in own
+    }
+
+
+def _partner(key: str) -> str:
+    head, _, tail = key.rpartition("_A")
+    return f"{head}_B{tail}"
+
+
+def merge_into_base(model: nn.Module, merged: Adapter, *, adapter_name: str = "default") -> None:
+    """Set the frozen weights of all LoRA layers to what they were loaded with plus ``merged``.
+
+    The loaded weights are remembered at the first merge, so that the next message starts
+    from them again, whatever the one before had merged.
+
+    Raises
+    ------
+    ValueError
+        If a frozen weight is quantised: a delta cannot be added to it exactly.
+    """
+    for name, layer in _lora_layers(model, adapter_name):
+        weight = layer.get_base_layer().weight
+        pristine: Tensor | None = getattr(layer, "fedlora_pristine", None)
+        if name not in merged.pairs:
+            if pristine is not None:
+                weight.data.copy_(pristine)
+            continue
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"the weight of {name!r} is {weight.dtype}: a rule that merges into the base needs "
+                "floating-point weights; load the model without quantisation"
+            )
+        if pristine is None:
+            pristine = layer.fedlora_pristine = weight.detach().clone()
+        delta = merged.delta(name).to(weight.device)
+        if merged.pairs[name].embedding or getattr(layer, "fan_in_fan_out", False):
+            delta = delta.T
+        weight.data.copy_(pristine.float() + delta)
 
 
 def load_adapter(model: nn.Module, adapter: Adapter, *, adapter_name: str = "default") -> None:
@@ -53,6 +192,11 @@ def load_adapter(model: nn.Module, adapter: Adapter, *, adapter_name: str = "def
     if config is not None and adapter.pairs:  # so that save_pretrained writes what is there
         config.r = adapter.rank
         config.lora_alpha = next(iter(adapter.pairs.values())).scale * adapter.rank
+        others = {m: p for m, p in adapter.pairs.items() if p.rank != adapter.rank}
+        short = {m: m.removeprefix("base_model.model.") for m in others}
+        config.rank_pattern = {short[m]: p.rank for m, p in others.items()}
+        config.alpha_pattern = {short[m]: p.scale * p.rank for m, p in others.items()}
+        config.use_rslora = False
 
 
 def adapter_state(model: nn.Module, *, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ SCALE_KEY = "lora-scale"
 NAMES_KEY = "array-names"
 ROUND_KEY = "server-round"
 CLIENT_KEY = "client-index"
+TRAIN_KEY = "lora-train"  # the factors to train: "AB", "A", "B" or "" (head only)
+SEND_KEY = "lora-send"  # the factors to send back
 
 
 class ReplyError(ValueError):
@@ -87,11 +89,11 @@ class Protocol(ABC):
     query_type: ClassVar[str]
 
     @abstractmethod
-    def train(self, tensors: ArrayRecord, names: list[str], config: ConfigRecord) -> RecordDict:
+    def train(self, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
         """Return the content of a training message."""
 
     @abstractmethod
-    def evaluate(self, tensors: ArrayRecord, names: list[str], config: ConfigRecord) -> RecordDict:
+    def evaluate(self, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
         """Return the content of an evaluation message."""
 
     @abstractmethod
@@ -100,7 +102,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def read_train(self, content: RecordDict, names: list[str]) -> Reply:
-        """Read a training reply; ``names`` are the arrays that were sent."""
+        """Read a training reply; ``names`` are the arrays that must come back, in order."""
 
     @abstractmethod
     def read_evaluate(self, content: RecordDict) -> Reply:
@@ -128,9 +130,9 @@ class MessageProtocol(Protocol):
     weight_key: str = "num-examples"
     query_type: ClassVar[str] = "query"
 
-    def train(self, tensors: ArrayRecord, names: list[str], config: ConfigRecord) -> RecordDict:
+    def train(self, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
         """Return the arrays and the config."""
-        return RecordDict({self.arrays_key: tensors, self.config_key: config})
+        return RecordDict({self.arrays_key: arrays, self.config_key: config})
 
     evaluate = train
 
@@ -177,20 +179,20 @@ class NumPyProtocol(Protocol):
 
     query_type: ClassVar[str] = "get_properties"
 
-    def train(self, tensors: ArrayRecord, names: list[str], config: ConfigRecord) -> RecordDict:
+    def train(self, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
         """Return what ``fit(parameters, config)`` gets."""
-        return self._instructions("fitins", tensors, names, config)
+        return self._instructions("fitins", arrays, config)
 
-    def evaluate(self, tensors: ArrayRecord, names: list[str], config: ConfigRecord) -> RecordDict:
+    def evaluate(self, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
         """Return what ``evaluate(parameters, config)`` gets."""
-        return self._instructions("evaluateins", tensors, names, config)
+        return self._instructions("evaluateins", arrays, config)
 
     def query(self, config: ConfigRecord) -> RecordDict:
         """Return what ``get_properties(config)`` gets."""
         return RecordDict({"getpropertiesins.config": config})
 
     def read_train(self, content: RecordDict, names: list[str]) -> Reply:
-        """Read what ``fit`` returned; the arrays are in the order that was sent."""
+        """Read what ``fit`` returned; its arrays have no names, so order and number must fit."""
         self._check_status(content, "fitres")
         record = content.array_records["fitres.parameters"]
         arrays = [array for key, array in record.items() if key != "_empty"]
@@ -218,11 +220,9 @@ class NumPyProtocol(Protocol):
         return dict(content.config_records.get("getpropertiesres.properties", {}))
 
     @staticmethod
-    def _instructions(
-        kind: str, tensors: ArrayRecord, names: list[str], config: ConfigRecord
-    ) -> RecordDict:
-        numbered = ArrayRecord({str(i): tensors[name] for i, name in enumerate(names)})
-        config = ConfigRecord({**config, NAMES_KEY: json.dumps(names)})
+    def _instructions(kind: str, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
+        numbered = ArrayRecord({str(i): array for i, array in enumerate(arrays.values())})
+        config = ConfigRecord({**config, NAMES_KEY: json.dumps(list(arrays))})
         return RecordDict({f"{kind}.parameters": numbered, f"{kind}.config": config})
 
     @staticmethod

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from strategies.clients import Client
-from strategies.lora import Adapter
+from strategies.packing import Parcel
 
 
 @dataclass
@@ -16,10 +16,17 @@ class Assignment:
     """What one client was given to do in a round."""
 
     client: Client
-    rank: int
-    sent: Adapter
-    names: list[str]
-    bytes_down: int
+    parcel: Parcel
+
+    @property
+    def rank(self) -> int:
+        """The rank it trains; 0 where only the head is trained."""
+        return self.parcel.rank
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of the arrays it was sent."""
+        return self.parcel.nbytes
 
 
 @dataclass

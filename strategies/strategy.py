@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
 
@@ -23,26 +24,24 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from strategies.aggregation import Aggregator, Update, make_aggregator
 from strategies.clients import Client, Roster
-from strategies.lora import Adapter, AdapterError
+from strategies.lora import Adapter
 from strategies.messages import (
-    CLIENT_KEY,
-    RANK_KEY,
-    ROUND_KEY,
-    SCALE_KEY,
     MessageProtocol,
     NumPyProtocol,
     Protocol,
     Reply,
     ReplyError,
     from_record,
-    record_bytes,
     reply_error,
     to_record,
 )
+from strategies.model import GlobalModel
+from strategies.packing import Packing
 from strategies.ranks import RankPolicy, make_rank_policy
 from strategies.rounds import Assignment, Round, duration
 from strategies.sampling import FractionSampling, Sampler, make_sampler
 from strategies.transport import exchange
+from strategies.wire import check_wire_dtype
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -65,6 +64,9 @@ class FedLoRA(Strategy):
     scale : float (default: 1.0)
         ``s`` in ``W0 + s·B A``, the same for every rank: a client of rank r uses
         ``alpha = s·r``. Sent to clients as ``lora-scale``.
+    wire_dtype : str (default: "float32")
+        How numbers travel: "float32", "float16", "bfloat16" or "int8". Declared to clients
+        as ``wire-dtype``; ``strategies.client.receive`` and ``send`` follow it.
     seed : int (default: 42)
         Same seed, same result, in whatever order replies come in.
     min_replies : int (default: 1)
@@ -103,6 +105,7 @@ class FedLoRA(Strategy):
         sampling: Sampler | str = "fraction",
         client_api: str = "message",
         scale: float = 1.0,
+        wire_dtype: str = "float32",
         seed: int = 42,
         min_replies: int = 1,
         min_available_nodes: int = 1,
@@ -141,6 +144,7 @@ class FedLoRA(Strategy):
             else MessageProtocol(arrayrecord_key, configrecord_key, weighted_by_key)
         )
         self.scale = scale
+        self.wire_dtype = check_wire_dtype(wire_dtype)
         self.seed = seed
         self.min_replies = min_replies
         self.min_available_nodes = min_available_nodes
@@ -156,7 +160,8 @@ class FedLoRA(Strategy):
         self.listeners = list(listeners)
         self.roster = Roster()
         self.round = Round(0)
-        self._door: tuple[ArrayRecord, Adapter] | None = None
+        self._door: tuple[ArrayRecord, GlobalModel] | None = None
+        self._packing: Packing | None = None
 
     # ----- one round -----------------------------------------------------------------
 
@@ -168,20 +173,17 @@ class FedLoRA(Strategy):
         ranks = self.ranks.assign(clients, server_round)
         chosen = self.sampling.sample(clients, server_round, self._rng(server_round, 0))
         self.round = Round(server_round, total_clients=len(clients))
-        slices = self._slices(arrays)
+        self._emit(kind="round-start", round=server_round, clients=len(chosen))
+        self.aggregation.server_round = server_round
+        packing = self._packing = self._pack(server_round, arrays)
+        messages = []
         for client in chosen:
             rank = ranks[client.node_id]
-            sent, record = slices(rank)
-            self.round.assignments[client.node_id] = Assignment(
-                client, rank if sent.pairs else 0, sent, list(record), record_bytes(record)
-            )
-        self._emit(kind="round-start", round=server_round, clients=len(chosen))
-        messages = []
-        for node_id, assignment in self.round.assignments.items():
-            _, record = slices(ranks[node_id])
-            settings = self._config(config, server_round, assignment.client, ranks[node_id])
-            content = self.protocol.train(record, assignment.names, settings)
-            messages.append(Message(content, node_id, "train"))
+            parcel = packing.train(rank, self._rng(server_round, 2, client.index))
+            self.round.assignments[client.node_id] = Assignment(client, parcel)
+            settings = packing.config(config, client, parcel, rank)
+            content = self.protocol.train(parcel.record, settings)
+            messages.append(Message(content, client.node_id, "train"))
         return messages
 
     def aggregate_train(
@@ -196,9 +198,10 @@ class FedLoRA(Strategy):
         """
         if not isinstance(replies, Iterator):  # a stream comes in order, a collection may not
             replies = sorted(replies, key=self._place)
-        if self._door is None:
+        if self._packing is None:
             raise RuntimeError("aggregate_train was called before configure_train")
-        state = self.aggregation.init(self._door[1])
+        packing = self._packing
+        state = self.aggregation.init(packing.model.adapter)
         silent = dict(self.round.assignments)
         metrics: list[RecordDict] = []
         for message in replies:
@@ -209,10 +212,13 @@ class FedLoRA(Strategy):
                 continue
             clock = time.perf_counter()
             try:
-                reply = self._read(message, assignment)
-                adapter = self._adapter(reply, assignment)
-                update = Update(adapter, reply.weight, reply.metrics.get("quality"))
-                self.aggregation.add(state, update)
+                if reason := reply_error(message):
+                    raise ReplyError(reason)
+                parcel = assignment.parcel
+                reply = self.protocol.read_train(message.content, parcel.expected)
+                adapter = packing.read(reply, parcel, any_rank=self.ranks.accepts_other_ranks)
+                quality = reply.metrics.get("quality")
+                self.aggregation.add(state, Update(adapter, reply.weight, quality, parcel.download))
             except (ValueError, KeyError, TypeError) as error:
                 self._reject(assignment, str(error))
                 continue
@@ -232,8 +238,9 @@ class FedLoRA(Strategy):
         clock = time.perf_counter()
         result = self.aggregation.finish(state)
         self.round.aggregate_seconds += time.perf_counter() - clock
-        arrays = to_record(result.adapter.to_state_dict())
-        self._door = (arrays, result.adapter)
+        model = replace(packing.model.merging(result.base_delta), adapter=result.adapter)
+        arrays = to_record(model.to_tensors())
+        self._door = (arrays, model)
         return arrays, aggregated
 
     def configure_evaluate(
@@ -244,14 +251,14 @@ class FedLoRA(Strategy):
             return []
         clients = self._clients(grid)
         ranks = self.ranks.assign(clients, server_round)
-        slices = self._slices(arrays)
+        packing = self._pack(server_round, arrays)
         rng = self._rng(server_round, 1)
         messages = []
         for client in self.evaluate_sampling.sample(clients, server_round, rng):
             rank = ranks[client.node_id]
-            _, record = slices(rank)
-            settings = self._config(config, server_round, client, rank)
-            content = self.protocol.evaluate(record, list(record), settings)
+            parcel = packing.evaluate(rank)
+            settings = packing.config(config, client, parcel, rank)
+            content = self.protocol.evaluate(parcel.record, settings)
             messages.append(Message(content, client.node_id, "evaluate"))
         return messages
 
@@ -301,7 +308,8 @@ class FedLoRA(Strategy):
         """
         self.summary()
         result = Result(arrays=initial_arrays)
-        self._adapter_of(initial_arrays)  # refuse a wrong model before anything is sent
+        # Refuse a wrong model before anything is sent.
+        self.aggregation.check(self._model_of(initial_arrays).adapter)
         began = time.perf_counter()
         if evaluate_fn is not None:
             self._evaluate_on_server(0, initial_arrays, evaluate_fn, result)
@@ -344,28 +352,33 @@ class FedLoRA(Strategy):
         log(INFO, "├── sampling:    %s", self.sampling.summary())
         log(INFO, "├── clients:     %s, at least %s replies of %s nodes",
             type(self.protocol).__name__, self.min_replies, self.min_available_nodes)  # fmt: skip
-        log(INFO, "└── scale %g, seed %s", self.scale, self.seed)
+        log(INFO, "└── scale %g, %s on the wire, seed %s", self.scale, self.wire_dtype, self.seed)
 
     def on_update(self, client: Client, adapter: Adapter) -> None:
         """Look at a good reply before it is dropped; for subclasses, does nothing here."""
 
     # ----- parts ---------------------------------------------------------------------
 
-    def _rng(self, server_round: int, purpose: int) -> np.random.Generator:
+    def _rng(self, *purpose: int) -> np.random.Generator:
         """Return the generator of one round and purpose: nothing to store, nothing shared."""
-        return np.random.default_rng([self.seed, server_round, purpose])
+        return np.random.default_rng([self.seed, *purpose])
 
-    def _adapter_of(self, arrays: ArrayRecord) -> Adapter:
+    def _pack(self, server_round: int, arrays: ArrayRecord) -> Packing:
+        """Return the packing of the model in ``arrays`` for one round."""
+        return Packing(self.aggregation, self._model_of(arrays), self.wire_dtype, server_round)
+
+    def _model_of(self, arrays: ArrayRecord) -> GlobalModel:
         """Read the global arrays, once for every new record."""
         if self._door is None or self._door[0] is not arrays:
-            adapter = Adapter.from_state_dict(from_record(arrays), self.scale)
+            model = GlobalModel.from_tensors(from_record(arrays), self.scale)
+            adapter = model.adapter
             if adapter.pairs and adapter.rank < self.ranks.max_rank:
                 raise ValueError(
                     f"the initial adapter has rank {adapter.rank}, but the rank policy "
                     f"{self.ranks.name!r} gives up to {self.ranks.max_rank}; make the initial "
                     f"model with r = {self.ranks.max_rank}"
                 )
-            self._door = (arrays, adapter)
+            self._door = (arrays, model)
         return self._door[1]
 
     def _clients(self, grid: Grid) -> list[Client]:
@@ -398,46 +411,11 @@ class FedLoRA(Strategy):
             answers[message.metadata.src_node_id] = self.protocol.read_query(message.content)
         return answers
 
-    def _slices(self, arrays: ArrayRecord) -> Callable[[int], tuple[Adapter, ArrayRecord]]:
-        """Return a function from rank to what such a client downloads, made once a rank."""
-        adapter = self._adapter_of(arrays)
-        made: dict[int, tuple[Adapter, ArrayRecord]] = {}
-
-        def of_rank(rank: int) -> tuple[Adapter, ArrayRecord]:
-            if rank not in made:
-                part = adapter.with_rank({m: min(rank, r) for m, r in adapter.ranks.items()})
-                made[rank] = part, to_record(part.to_state_dict())
-            return made[rank]
-
-        return of_rank
-
-    def _config(
-        self, config: ConfigRecord, server_round: int, client: Client, rank: int
-    ) -> ConfigRecord:
-        """Return the config of one client; the caller's is not touched."""
-        own = {ROUND_KEY: server_round, CLIENT_KEY: client.index}
-        return ConfigRecord({**config, **own, RANK_KEY: rank, SCALE_KEY: self.scale})
-
     def _place(self, message: Message) -> tuple[int, int]:
         """Return where a reply stands in the lasting order."""
         node_id = message.metadata.src_node_id
         client = self.roster.clients.get(node_id)
         return (client.index, node_id) if client else (len(self.roster.clients), node_id)
-
-    def _read(self, message: Message, assignment: Assignment) -> Reply:
-        if reason := reply_error(message):
-            raise ReplyError(reason)
-        return self.protocol.read_train(message.content, assignment.names)
-
-    def _adapter(self, reply: Reply, assignment: Assignment) -> Adapter:
-        """Read a reply's adapter and hold it against what was sent."""
-        scale = float(reply.metrics.get(SCALE_KEY, self.scale))
-        adapter = Adapter.from_state_dict(reply.arrays, scale, check_finite=False)
-        expected = None if self.ranks.accepts_other_ranks else assignment.sent.ranks
-        problems = adapter.differences(assignment.sent, expected)
-        if problems:
-            raise AdapterError(problems + adapter.non_finite(), "reply")
-        return adapter
 
     def _light(self, reply: Reply) -> RecordDict:
         """Return the metrics of a reply alone, as metric aggregation functions expect them."""

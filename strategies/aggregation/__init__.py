@@ -1,31 +1,40 @@
 """Aggregation rules: how adapters of different rank become one."""
 
-from strategies.aggregation.averaging import RBLA, FedIT, Replication, ZeroPadding
+from strategies.aggregation.averaging import RBLA, FedIT, HetLoRA, Replication, ZeroPadding
 from strategies.aggregation.base import (
     AGGREGATIONS,
     AggregationResult,
     Aggregator,
+    Download,
     State,
     Update,
     make_aggregator,
     register,
 )
+from strategies.aggregation.partial import FFA, FedSA, RoLoRA
 from strategies.aggregation.product import FlexLoRA, Florist, RaFLoRA, RBLoRA
+from strategies.aggregation.sketching import FSLoRA
 from strategies.aggregation.stacking import FedEx, FLoRA
 
 __all__ = [
     "AGGREGATIONS",
+    "FFA",
     "RBLA",
     "AggregationResult",
     "Aggregator",
+    "Download",
     "FLoRA",
+    "FSLoRA",
     "FedEx",
     "FedIT",
+    "FedSA",
     "FlexLoRA",
     "Florist",
+    "HetLoRA",
     "RBLoRA",
     "RaFLoRA",
     "Replication",
+    "RoLoRA",
     "State",
     "Update",
     "ZeroPadding",

@@ -6,6 +6,7 @@ divided. All of them stream: one running sum, whatever the number of clients.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -54,10 +55,11 @@ class FactorSum:
 
 @dataclass
 class FactorState(State):
-    """Factor sums by module; ``quality`` only where a rule weighs holders by quality."""
+    """Factor sums by module; ``quality`` and ``norms`` only for the rules that weigh by them."""
 
     sums: dict[str, FactorSum] = field(default_factory=dict)
     quality: dict[str, FactorSum] = field(default_factory=dict)
+    norms: float = 0.0
 
 
 class FactorAverage(Aggregator[FactorState]):
@@ -139,6 +141,33 @@ class ZeroPadding(FactorAverage):
     """
 
     name = "zero-padding"
+
+
+@register
+class HetLoRA(ZeroPadding):
+    """Zero padding, but clients weigh by the size of their update instead of their data.
+
+    HetLoRA, https://arxiv.org/abs/2401.06432 (weights as published): client k weighs
+    ``‖s_k B_k A_k‖_F``, here over all its modules together, and tensors that are not LoRA
+    pairs keep their data weights (both this project's decisions). The other half of
+    HetLoRA, shrinking ranks, is the rank policy ``self-pruning``.
+    """
+
+    name = "hetlora"
+
+    def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
+        """Add the update with its norm as weight."""
+        norm = math.sqrt(sum(pair.norm() ** 2 for pair in update.adapter.pairs.values()))
+        state.norms += norm
+        super().add_pairs(state, update, norm)
+
+    def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
+        """Return the sums over the norms of all clients."""
+        sums = state.sums[module]
+        if state.norms == 0:  # everybody sent B = 0; there is nothing to tell them apart
+            kept = state.current.pairs[module].with_rank(len(sums.mass))
+            return kept.A, kept.B
+        return sums.scaled(torch.full_like(sums.mass, 1.0 / state.norms))
 
 
 class HolderMean(FactorAverage):

@@ -14,16 +14,34 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from strategies.lora import Adapter, AdapterError
 
 StateT = TypeVar("StateT", bound="State")
+
+
+@dataclass(frozen=True)
+class Download:
+    """What one client gets.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        At the client's rank, with the scale it is to train with.
+    entries : Mapping[str, Tensor], optional
+        By module, which entries of the global rank axis these are, where they are not the
+        leading ones.
+    """
+
+    adapter: Adapter
+    entries: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,11 +56,14 @@ class Update:
         Its data weight, e.g. its number of examples; above 0, any common unit.
     quality : float, optional
         How good its model is, e.g. validation accuracy; for rules that ask for it.
+    sent : Download, optional
+        What the client started from; for rules that work on what changed.
     """
 
     adapter: Adapter
     weight: float
     quality: float | None = None
+    sent: Download | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,58 @@ class Aggregator(ABC, Generic[StateT]):
     """
 
     name: ClassVar[str] = ""
+    #: Whether results carry a ``base_delta`` that is merged into the frozen weights.
+    merges_base: ClassVar[bool] = False
+    #: Whether the rule makes sense beside DoRA magnitudes, which belong to given factors.
+    supports_dora: ClassVar[bool] = True
+    #: Whether all clients of one rank download the same.
+    shares_downloads: ClassVar[bool] = True
+    #: The round in progress, set by the strategy; rules that alternate or reseed read it.
+    server_round: int = 0
+
+    def trained(self) -> str:
+        """Return the factors that clients train in this round: "AB", "A" or "B"."""
+        return "AB"
+
+    def uploaded(self) -> str:
+        """Return the factors that clients send back (default: those they train)."""
+        return self.trained()
+
+    def downloaded(self) -> str:
+        """Return the factors that clients are sent; the others they keep themselves."""
+        return "AB"
+
+    def download(self, current: Adapter, rank: int, rng: np.random.Generator) -> Download:
+        """Return what a client of ``rank`` trains (default: the leading slice).
+
+        Parameters
+        ----------
+        current : Adapter
+            The global adapter.
+        rank : int
+            The client's rank; a module with less gives what it has.
+        rng : numpy.random.Generator
+            Of this client and round; for rules that draw.
+        """
+        return Download(current.with_rank({m: min(rank, r) for m, r in current.ranks.items()}))
+
+    def view(self, current: Adapter, rank: int) -> Adapter:
+        """Return what a client of ``rank`` evaluates (default: the leading slice)."""
+        return current.with_rank({m: min(rank, r) for m, r in current.ranks.items()})
+
+    def check(self, adapter: Adapter) -> None:
+        """Refuse a model this rule cannot work with, before anything is sent.
+
+        Raises
+        ------
+        ValueError
+            If the adapter has DoRA magnitudes and the rule cannot keep them true.
+        """
+        if not self.supports_dora and any("lora_magnitude" in key for key in adapter.dense):
+            raise ValueError(
+                f"{self.name} changes the factors that DoRA magnitudes belong to; "
+                "train without DoRA or use an averaging rule"
+            )
 
     @abstractmethod
     def init(self, current: Adapter) -> StateT:
@@ -124,8 +197,7 @@ class Aggregator(ABC, Generic[StateT]):
         problems += update.adapter.non_finite()
         if problems:
             raise AdapterError(problems, "update")
-        scales = {module: pair.scale for module, pair in state.current.pairs.items()}
-        folded = Update(update.adapter.with_scale(scales), weight, update.quality)
+        folded = self.fold(state, update)
         unit = state.unit or 2.0 ** math.frexp(weight)[1]
         self.add_pairs(state, folded, weight / unit)
         state.unit = unit
@@ -134,6 +206,11 @@ class Aggregator(ABC, Generic[StateT]):
             state.dense_mass[key] = state.dense_mass.get(key, 0.0) + weight / unit
         state.total += weight / unit
         state.count += 1
+
+    def fold(self, state: StateT, update: Update) -> Update:
+        """Return the update at the global scale."""
+        scales = {module: pair.scale for module, pair in state.current.pairs.items()}
+        return replace(update, adapter=update.adapter.with_scale(scales))
 
     def finish(self, state: StateT) -> AggregationResult:
         """Return the new global adapter; without updates, the current one."""

@@ -35,9 +35,9 @@ class FlexLoRA(Aggregator[ProductState]):
     truncated SVD (rule as published). This project's decisions: singular values are split evenly
     between the factors (the authors' code puts them into ``B``); a client that lacks a module
     counts as zero there, so weights are shares of ALL clients; a module that nobody sent stays as
-    it was; where ``ΔW`` has less rank than the adapter, the spare entries keep ``B`` at zero and get
-    rows in ``A`` that can be trained, see ``strategies.lora.lowrank.complete``.
-    The rank is the largest of the global adapter's and the updates', at most ``min(m, n)``.
+    it was; where ``ΔW`` has less rank than the adapter, the spare entries keep ``B`` at zero and
+    get rows in ``A`` that can be trained, see ``strategies.lora.lowrank.complete``. The rank is
+    the largest of the global adapter's and the updates', at most ``min(m, n)``.
     """
 
     name = "flexlora"

@@ -96,7 +96,8 @@ class FedEx(Aggregator[ResidualState]):
     -----
     The residual is a covariance, and like one it is summed around a point near the mean, here the
     current factors: ``Σ p (B_k − B₀)(A_k − A₀) − (B̄ − B₀)(Ā − A₀)``. Clients that moved
-    little would otherwise leave a small difference of large numbers.
+    little would otherwise leave a small difference of large numbers. What is below the rounding of
+    the mean product itself is left out; equal clients have no residual.
     """
 
     name = "fedex"
@@ -135,11 +136,18 @@ class FedEx(Aggregator[ResidualState]):
             residual.add(shift_A, -shift_B, state.total)
             mean_A[~held] = start.A[~held]
             pairs[module] = replace(old, A=mean_A, B=mean_B)
-            svd = residual.svd()
+            rounding = _rounding(mean_A, mean_B) + _rounding(shift_A, shift_B)
+            svd = residual.svd(floor=state.total * rounding)
             if len(svd.S):
                 A, B = svd._replace(S=svd.S / state.total).balanced()
                 delta[module] = shaped_like(old, A, B)
         return AggregationResult(Adapter(pairs), Adapter(delta) if delta else None)
+
+
+def _rounding(A: Tensor, B: Tensor) -> float:
+    """Return what float32 rounding of the factors does to ``B A``, in the Frobenius norm."""
+    lengths = A.flatten(1).norm(dim=1) * B.flatten(1).norm(dim=0)
+    return torch.finfo(torch.float32).eps * float(lengths.norm())
 
 
 def _generator(seed: int, server_round: int) -> torch.Generator:
@@ -150,16 +158,11 @@ def _generator(seed: int, server_round: int) -> torch.Generator:
 
 def _fresh(old: LoraPair, rng: torch.Generator) -> LoraPair:
     """Return the start PEFT gives a pair of these shapes, whose product is zero."""
-    A = torch.zeros(old.A.shape)
+    A = torch.zeros(old.A.shape)  # on the CPU: the same values whatever the device
     B = torch.zeros(old.B.shape)
     if old.embedding:
         B.normal_(generator=rng)
     else:
         bound = 1 / math.sqrt(old.A[0].numel())
         A.uniform_(-bound, bound, generator=rng)
-    return replace(old, A=_on(old.A, A), B=_on(old.B, B))
-
-
-def _on(old: Tensor, new: Tensor) -> Tensor:
-    """Return ``new`` on the device of ``old``; drawn on the CPU, it is the same on all."""
-    return new.to(old.device)
+    return replace(old, A=A.to(old.A.device), B=B.to(old.B.device))

@@ -43,6 +43,14 @@ class AdapterError(ValueError):
         super().__init__(f"{where}: " + "; ".join(problems))
 
 
+def factor_of(key: str) -> Literal["A", "B"] | None:
+    """Return which LoRA factor a key of a PEFT state dict names; None for anything else."""
+    match = _LINEAR.match(key) or _EMBEDDING.match(key)
+    if match is None:
+        return None
+    return "A" if match["factor"] == "A" else "B"
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class LoraPair:
     """One LoRA module: it adds ``scale · B A`` to a frozen weight.

@@ -45,7 +45,12 @@ class SVD(NamedTuple):
 
 
 def compact_svd(
-    A: Tensor, B: Tensor, rank: int | None = None, *, energy: float | None = None
+    A: Tensor,
+    B: Tensor,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    floor: float = 0.0,
 ) -> SVD:
     """Return the truncated SVD of ``B A``.
 
@@ -59,6 +64,8 @@ def compact_svd(
         Keep at most this many singular values.
     energy : float, optional
         Keep the fewest leading values whose squares sum to this part of all squares.
+    floor : float (default: 0.0)
+        Leave out singular values up to this one.
 
     Notes
     -----
@@ -67,7 +74,7 @@ def compact_svd(
     only in second order.
     """
     if cheaper_dense(B.shape[0], A.shape[1], A.shape[0]):
-        return dense_svd(B @ A, rank, energy=energy)
+        return dense_svd(B @ A, rank, energy=energy, floor=floor)
     a, b = A.double(), B.double()
     gram_A, gram_B = a @ a.T, b.T @ b
     # Rows of A and columns of B of one length: a big factor beside a small one costs no digits.
@@ -81,19 +88,21 @@ def compact_svd(
     right = gram_B @ L
     # No singular value below this is more than rounding of the factors.
     noise = _EPS * math.sqrt(max(float(lengths[-1]), 0.0) * float(gram_B.norm()))
-    S, P = _leading(torch.linalg.eigh(L.T @ right), rank, energy, noise)
+    S, P = _leading(torch.linalg.eigh(L.T @ right), rank, energy, max(noise, floor))
     U = b @ (on_B[:, None] * (L @ (P / S)))
     Vh = (on_A[:, None] * (right @ (P / S**2))).T @ a
     return _signed(U, S, Vh)
 
 
-def dense_svd(D: Tensor, rank: int | None = None, *, energy: float | None = None) -> SVD:
+def dense_svd(
+    D: Tensor, rank: int | None = None, *, energy: float | None = None, floor: float = 0.0
+) -> SVD:
     """Return the truncated SVD of a matrix ``(m, n)``; options as in ``compact_svd``."""
     if D.shape[0] > D.shape[1]:
-        flipped = dense_svd(D.T, rank, energy=energy)
+        flipped = dense_svd(D.T, rank, energy=energy, floor=floor)
         return _signed(flipped.Vh.T, flipped.S, flipped.U.T)
     d = D.double()
-    S, U = _leading(torch.linalg.eigh(d @ d.T), rank, energy, 0.0)
+    S, U = _leading(torch.linalg.eigh(d @ d.T), rank, energy, floor)
     return _signed(U, S, (U / S).T @ d)
 
 
@@ -159,11 +168,13 @@ class ProductSum:
         if full:
             self._into_dense()
 
-    def svd(self, rank: int | None = None, *, energy: float | None = None) -> SVD:
+    def svd(
+        self, rank: int | None = None, *, energy: float | None = None, floor: float = 0.0
+    ) -> SVD:
         """Return the truncated SVD of the sum; options as in ``compact_svd``."""
         if self._dense is not None:
-            return dense_svd(self._into_dense(), rank, energy=energy)
-        return compact_svd(*self.stacked(), rank, energy=energy)
+            return dense_svd(self._into_dense(), rank, energy=energy, floor=floor)
+        return compact_svd(*self.stacked(), rank, energy=energy, floor=floor)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return ``A``, ``B`` with ``B A`` the sum: the stack, or an SVD of the dense sum."""
@@ -215,12 +226,12 @@ def complete(A: Tensor, like: Tensor, rank: int) -> Tensor:
 
 
 def _leading(
-    eigen: tuple[Tensor, Tensor], rank: int | None, energy: float | None, noise: float
+    eigen: tuple[Tensor, Tensor], rank: int | None, energy: float | None, floor: float
 ) -> tuple[Tensor, Tensor]:
     """Return the kept singular values, falling, and their vectors, from ``eigh``'s output."""
     squares, vectors = eigen[0].flip(0).clamp_min(0), eigen[1].flip(1)
     S = squares.sqrt()
-    floor = max(noise, 4 * _EPS * float(S[0]))
+    floor = max(floor, 4 * _EPS * float(S[0]))
     keep = int((floor < S).sum())
     if energy is not None:
         part = squares.cumsum(0) / squares.sum()

@@ -1,0 +1,84 @@
+"""Rules by which clients train, keep or send only one of the two factors.
+
+All three average with the other factor fixed. Where a client holds fewer rank entries,
+its share of the missing ones is zero: then the mean of one factor times the other is
+exactly the mean of the clients' products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from strategies.aggregation.averaging import FactorAverage, FactorState, HolderMean
+from strategies.aggregation.base import register
+
+
+class OneFactor(FactorAverage):
+    """Base of the rules that average the factor that was trained and leave the other."""
+
+    supports_dora = False  # magnitudes would be averaged over different directions
+
+    def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
+        """Return the mean of the trained factor and the current other one."""
+        sums, old = state.sums[module], state.current.pairs[module]
+        A, B = sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
+        kept = old.with_rank(len(sums.mass))
+        return (A, kept.B) if self.trained() == "A" else (kept.A, B)
+
+
+@register
+class FFA(OneFactor):
+    """A stays at its seeded start on every client; B is trained, sent and averaged.
+
+    FFA-LoRA, ICLR 2024, https://arxiv.org/abs/2403.12313 (rule as published; for unequal
+    ranks the leading slice, this project's decision). Exact, and half the bytes come back.
+    """
+
+    name = "ffa"
+
+    def trained(self) -> str:
+        """Return "B"."""
+        return "B"
+
+
+@register
+class RoLoRA(OneFactor):
+    """Odd rounds train and average B with A fixed, even rounds A with B fixed.
+
+    RoLoRA, https://arxiv.org/abs/2409.02346 (rule as published; for unequal ranks the
+    leading slice, this project's decision). Exact, and half the bytes come back.
+    """
+
+    name = "rolora"
+
+    def trained(self) -> str:
+        """Return "B" in odd rounds and "A" in even ones."""
+        return "B" if self.server_round % 2 else "A"
+
+
+@register
+class FedSA(HolderMean):
+    """A is averaged and shared; every client keeps a B of its own, which never leaves it.
+
+    FedSA-LoRA, ICLR 2025, https://arxiv.org/abs/2410.01463 (rule as published; for unequal
+    ranks each entry of A is averaged over the clients that hold it, this project's
+    decision). The server has no B: its own test set sees the frozen model and the shared
+    head only; judge this rule by the clients' own evaluation.
+    """
+
+    name = "fedsa"
+    supports_dora = False
+
+    def uploaded(self) -> str:
+        """Return "A"; B is trained but stays."""
+        return "A"
+
+    def downloaded(self) -> str:
+        """Return "A"."""
+        return "A"
+
+    def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
+        """Return the holders' mean of A and the current B."""
+        A, B = super().divide(state, module)
+        return A, state.current.pairs[module].with_rank(B.shape[1]).B

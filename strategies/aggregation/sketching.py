@@ -1,0 +1,110 @@
+"""FSLoRA: every client trains a random part of the global adapter's rank entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strategies.aggregation.base import (
+    AggregationResult,
+    Aggregator,
+    Download,
+    State,
+    Update,
+    register,
+)
+from strategies.lora import Adapter, LoraPair
+
+
+@dataclass
+class SketchState(State):
+    """Weighted sums of what changed at the sketched entries, by module."""
+
+    sum_a: dict[str, Tensor] = field(default_factory=dict)
+    sum_b: dict[str, Tensor] = field(default_factory=dict)
+
+
+@register
+class FSLoRA(Aggregator[SketchState]):
+    """Send a client k of the R rank entries, drawn anew each round; add what it changed.
+
+    FSLoRA, https://arxiv.org/abs/2501.19389 (rule as published). The sketch is
+    ``S = diag(e)`` with ``e_j = R/k`` on the drawn set, so ``E[S] = I``: the client trains
+    ``B[:, I], A[I, :]`` at scale ``s·R/k``. The server adds the weighted changes at those
+    entries, zero elsewhere, divided over ALL participants. One set serves A and B of a
+    module; modules of one rank share it. Clients evaluate with the whole adapter, for a
+    sketch of it is not the model (this project's decision).
+    """
+
+    name = "fslora"
+    supports_dora = False
+    shares_downloads = False
+
+    def download(self, current: Adapter, rank: int, rng: np.random.Generator) -> Download:
+        """Return a random block of ``rank`` entries at its scale."""
+        drawn: dict[int, Tensor] = {}
+        pairs, entries = {}, {}
+        for module, pair in current.pairs.items():
+            k = min(rank, pair.rank)
+            if pair.rank not in drawn:
+                chosen = np.sort(rng.choice(pair.rank, size=k, replace=False))
+                drawn[pair.rank] = torch.from_numpy(chosen)
+            index = entries[module] = drawn[pair.rank]
+            pairs[module] = replace(
+                pair, A=pair.A[index], B=pair.B[:, index], scale=pair.scale * pair.rank / k
+            )
+        return Download(Adapter(pairs, current.dense), entries)
+
+    def view(self, current: Adapter, rank: int) -> Adapter:
+        """Return the whole adapter."""
+        return current
+
+    def init(self, current: Adapter) -> SketchState:
+        """Return empty sums."""
+        return SketchState(current)
+
+    def fold(self, state: SketchState, update: Update) -> Update:
+        """Return the update at the scale it was sent with, which its changes belong to."""
+        sent = update.sent or Download(state.current)
+        scales = {module: pair.scale for module, pair in sent.adapter.pairs.items()}
+        return replace(update, adapter=update.adapter.with_scale(scales))
+
+    def add_pairs(self, state: SketchState, update: Update, weight: float) -> None:
+        """Add the weighted changes at the update's entries.
+
+        Raises
+        ------
+        ValueError
+            If the update says not what it started from and has not the global rank.
+        """
+        sent = update.sent or Download(state.current)
+        for module, pair in update.adapter.pairs.items():
+            if pair.rank != sent.adapter.pairs[module].rank:
+                raise ValueError(
+                    f"fslora adds changes, but {module!r} came with rank {pair.rank} and was sent "
+                    f"with {sent.adapter.pairs[module].rank}; give Update.sent"
+                )
+        for module, pair in update.adapter.pairs.items():
+            start, old = sent.adapter.pairs[module], state.current.pairs[module]
+            if module not in state.sum_a:
+                state.sum_a[module] = torch.zeros_like(old.A, dtype=torch.float32)
+                state.sum_b[module] = torch.zeros_like(old.B, dtype=torch.float32)
+            index = torch.arange(old.rank) if sent.entries is None else sent.entries[module]
+            moved_A, moved_B = pair.A.float() - start.A.float(), pair.B.float() - start.B.float()
+            state.sum_a[module].index_add_(0, index, moved_A, alpha=weight)
+            state.sum_b[module].index_add_(1, index, moved_B, alpha=weight)
+
+    def finish_pairs(self, state: SketchState) -> AggregationResult:
+        """Add the mean change to the current adapter."""
+        pairs: dict[str, LoraPair] = {}
+        for module, old in state.current.pairs.items():
+            if module not in state.sum_a:
+                pairs[module] = old
+                continue
+            A = old.A.float() + state.sum_a[module] / state.total
+            B = old.B.float() + state.sum_b[module] / state.total
+            pairs[module] = replace(old, A=A, B=B)
+        return AggregationResult(Adapter(pairs))

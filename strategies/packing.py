@@ -1,0 +1,160 @@
+"""What goes into a message for one client, and what comes out of its reply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord
+
+from strategies.aggregation import Aggregator, Download
+from strategies.clients import Client
+from strategies.lora import Adapter, AdapterError, factor_of
+from strategies.messages import (
+    CLIENT_KEY,
+    RANK_KEY,
+    ROUND_KEY,
+    SCALE_KEY,
+    SEND_KEY,
+    TRAIN_KEY,
+    Reply,
+    record_bytes,
+    to_record,
+)
+from strategies.model import GlobalModel
+from strategies.wire import WIRE_KEY, decode, encode
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What one client is sent.
+
+    Parameters
+    ----------
+    download : Download
+        The adapter it is to train.
+    record : ArrayRecord
+        That adapter as it travels, and what was merged into the base.
+    expected : list of str
+        Names of the arrays that must come back, in their order.
+    """
+
+    download: Download
+    record: ArrayRecord
+    expected: list[str]
+
+    @property
+    def rank(self) -> int:
+        """The rank the client trains."""
+        return self.download.adapter.rank
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return record_bytes(self.record)
+
+
+class Packing:
+    """Turn the global model into parcels and replies into adapters, as the rule says.
+
+    Parameters
+    ----------
+    rule : Aggregator
+        Says which factors are sent, trained and sent back.
+    model : GlobalModel
+        The model of the round.
+    wire : str
+        How numbers travel; declared to the client.
+    server_round : int
+    """
+
+    def __init__(
+        self, rule: Aggregator[Any], model: GlobalModel, wire: str, server_round: int
+    ) -> None:
+        self.rule = rule
+        self.model = model
+        self.wire = wire
+        self.server_round = server_round
+        # method "head": without LoRA modules no factor is trained or sent
+        has_lora = bool(model.adapter.pairs)
+        self.trained = rule.trained() if has_lora else ""
+        self.uploaded = rule.uploaded() if has_lora else ""
+        merged = GlobalModel(Adapter({}), model.merged).to_tensors()
+        # The merges of all rounds are encoded once, whatever the number of clients.
+        self._merged = to_record(encode(merged, wire))
+        self._made: dict[tuple[str, int], Parcel] = {}
+
+    def train(self, rank: int, rng: np.random.Generator) -> Parcel:
+        """Return what a client of ``rank`` trains; made once a rank where the rule allows."""
+        key = "train", rank
+        if key not in self._made or not self.rule.shares_downloads:
+            self._made[key] = self._pack(self.rule.download(self.model.adapter, rank, rng))
+        return self._made[key]
+
+    def evaluate(self, rank: int) -> Parcel:
+        """Return what a client of ``rank`` evaluates."""
+        key = "evaluate", rank
+        if key not in self._made:
+            self._made[key] = self._pack(Download(self.rule.view(self.model.adapter, rank)))
+        return self._made[key]
+
+    def config(self, base: ConfigRecord, client: Client, parcel: Parcel, rank: int) -> ConfigRecord:
+        """Return the settings that go with a parcel; the caller's record is not touched."""
+        scales = {pair.scale for pair in parcel.download.adapter.pairs.values()}
+        own: dict[str, int | float | str] = {
+            ROUND_KEY: self.server_round,
+            CLIENT_KEY: client.index,
+            RANK_KEY: rank,
+            SCALE_KEY: scales.pop() if scales else 1.0,
+            TRAIN_KEY: self.trained,
+            SEND_KEY: self.uploaded,
+            WIRE_KEY: self.wire,
+        }
+        return ConfigRecord({**base, **own})
+
+    def read(self, reply: Reply, parcel: Parcel, *, any_rank: bool = False) -> Adapter:
+        """Return the adapter of a reply, whole: a factor that stayed fixed is as it was sent.
+
+        Raises
+        ------
+        ValueError
+            With everything that does not match what was sent.
+        """
+        sent = parcel.download.adapter
+        tensors = decode(reply.arrays, self.wire)
+        for key, tensor in sent.to_state_dict().items():
+            if self._travels(key, self.uploaded):
+                continue
+            if key in tensors:
+                raise AdapterError(
+                    [f"{key!r} came back, but only {self.uploaded or 'the head'} is asked for"],
+                    "reply",
+                )
+            tensors[key] = tensor
+        scales = {module: pair.scale for module, pair in sent.pairs.items()}
+        scale: float | Mapping[str, float] = scales
+        if SCALE_KEY in reply.metrics:
+            scale = float(reply.metrics[SCALE_KEY])
+        elif len(set(scales.values())) <= 1:
+            scale = next(iter(scales.values()), 1.0)
+        adapter = Adapter.from_state_dict(tensors, scale, check_finite=False)
+        problems = adapter.differences(sent, None if any_rank else sent.ranks)
+        if problems:
+            raise AdapterError(problems + adapter.non_finite(), "reply")
+        return adapter
+
+    def _pack(self, download: Download) -> Parcel:
+        state = download.adapter.to_state_dict()
+        down = {k: t for k, t in state.items() if self._travels(k, self.rule.downloaded())}
+        up = {k: t for k, t in state.items() if self._travels(k, self.uploaded)}
+        record = to_record(encode(down, self.wire))
+        if len(self._merged):
+            record = ArrayRecord({**record, **self._merged})
+        return Parcel(download, record, list(encode(up, self.wire)))
+
+    @staticmethod
+    def _travels(key: str, factors: str) -> bool:
+        factor = factor_of(key)
+        return factor is None or factor in factors
