@@ -108,6 +108,7 @@ class Console:
     def _watch(self) -> None:
         """Keep the status line up to date until the run ends."""
         number, clients, replies, since = 0, 0, 0, time.monotonic()
+        doing = "starting Flower and Ray"
         position = self.metrics.stat().st_size if self.metrics.exists() else 0
         while not self._done.wait(0.3):
             records, position = _new_records(self.metrics, position)
@@ -119,8 +120,8 @@ class Console:
                     case "client":
                         replies += 1
                     case "round":
-                        number = 0
-            bar = ""
+                        number, doing, since = 0, "preparing", time.monotonic()
+            bar = f"{doing}  {time.monotonic() - since:.0f} s"
             if number:
                 filled = round(10 * min(replies / max(clients, 1), 1))
                 bar = (

@@ -85,11 +85,10 @@ class Round:
         width = len(str(num_rounds))
         parts = [
             f"round {self.number:>{width}}/{num_rounds}",
-            f"{self.accepted}/{len(self.assignments)} clients",
-            f"ranks {span}",
+            f"{self.accepted}/{len(self.assignments)} clients, ranks {span}",
             f"loss {self.loss:.3f}" if self.loss is not None else "loss -",
             _scores(self.evaluation),
-            f"down {self.bytes_down / 1e6:.2f} MB up {self.bytes_up / 1e6:.2f} MB",
+            f"MB {self.bytes_down / 1e6:.2f} down {self.bytes_up / 1e6:.2f} up",
             f"train {self.train_seconds:.1f} s agg {self.aggregate_seconds:.2f} s",
             f"left {duration(seconds_left)}",
         ]
@@ -98,7 +97,9 @@ class Round:
 
 def _scores(metrics: Mapping[str, float]) -> str:
     """Return the server-side scores, the usual ones first and short."""
-    short = {"accuracy": "acc", "macro_f1": "F1", "loss": "test loss"}
+    short = (
+        {"accuracy": "acc", "macro_f1": "F1"} if "accuracy" in metrics else {"loss": "test loss"}
+    )
     shown = [f"{label} {metrics[key]:.3f}" for key, label in short.items() if key in metrics]
     return " ".join(shown)
 
