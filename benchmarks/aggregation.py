@@ -1,7 +1,7 @@
 """How fast the aggregation rules are, beside what others do with the same updates.
 
-python -m benchmarks.aggregation            # half an hour; docs/benchmarks/aggregation.md, .png
-python -m benchmarks.aggregation --quick    # a minute; prints only
+python -m benchmarks.aggregation            # some minutes; docs/benchmarks/aggregation.md, .png
+python -m benchmarks.aggregation --quick    # seconds; prints only
 python -m benchmarks.aggregation --only averaging --threads 1
 """
 

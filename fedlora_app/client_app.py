@@ -7,6 +7,7 @@ after the other; only the adapter is swapped, at the rank the server sent.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -15,7 +16,9 @@ from flwr.app import Context, RecordDict
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
+from numpy.typing import NDArray
 from peft import PeftModel
+from torch import Tensor
 
 from fedlora_app.config import DataConfig, LoraConfig, ModelConfig, RunConfig
 from fedlora_app.data import (
@@ -27,14 +30,29 @@ from fedlora_app.data import (
     train_validation_split,
 )
 from fedlora_app.models import add_lora, build_model, build_tokenizer
-from fedlora_app.training import evaluate, train
-from strategies.client import receive, send
+from fedlora_app.training import EvalResult, evaluate, per_sample_losses, train
+from strategies.client import (
+    IDENTITY_KEYS,
+    adapter_state,
+    load_adapter,
+    merge_into_base,
+    profile,
+    profile_wanted,
+    receive,
+    send,
+    tail_penalty,
+)
+from strategies.lora import Adapter
 from strategies.messages import CLIENT_KEY, NAMES_KEY, ROUND_KEY
+from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, profile_rows
+from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
+from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
 
 LABELS_KEY = "label-names"
 STEPS_KEY = "steps-factor"
 
 Settings = dict[str, Scalar]
+Losses = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 
 class LoRAClient(NumPyClient):
@@ -56,9 +74,23 @@ class LoRAClient(NumPyClient):
         self.state = state
 
     def get_properties(self, config: Settings) -> Settings:
-        """Say who this is; only what the node config holds, no look at the data."""
-        told = ("partition-id", "max-rank")
-        return {key: self.node[key] for key in told if key in self.node}
+        """Say who this is: what the node config holds, and a profile if that is asked for.
+
+        The profile is measured on the model as it starts, which every node builds from the
+        same seed, and kept in the Flower state: asked again, nothing is computed.
+        """
+        told: Settings = {key: self.node[key] for key in IDENTITY_KEYS if key in self.node}
+        if config.get(PROFILE_KEY):
+            labels = json.loads(str(config[LABELS_KEY]))
+
+            def measure() -> Losses:
+                model = self._model(len(labels))
+                merge_into_base(model, Adapter({}))
+                load_adapter(model, _start(model))
+                return self._losses(model, self._rows(labels)[0], config)
+
+            told.update(profile(self.state, measure))
+        return told
 
     def fit(
         self, parameters: NDArrays, config: Settings
@@ -66,13 +98,25 @@ class LoRAClient(NumPyClient):
         """Train at the rank that was sent; return the same arrays, trained."""
         labels = json.loads(str(config[LABELS_KEY]))
         model = self._receive(parameters, config, len(labels))
-        rows, _ = self._rows(labels)
+        rows, held_out = self._rows(labels)
+        extra: dict[str, Scalar] = {}
+        if profile_wanted(config):  # of the received adapter, before it is trained
+            found = profile(self.state, lambda: self._losses(model, rows, config), again=True)
+            extra.update({key: found[key] for key in METRICS})
         server_round = int(config[ROUND_KEY])
         settings = self.config.train.in_round(server_round, times=int(config.get(STEPS_KEY, 1)))
         seed = np.random.SeedSequence([self.config.seed, server_round, int(config[CLIENT_KEY])])
-        result = train(model, rows, settings, seed=int(seed.generate_state(1)[0]))
+        result = train(
+            model,
+            rows,
+            settings,
+            seed=int(seed.generate_state(1)[0]),
+            penalty=_penalty(model, config),
+        )
+        if config.get(VALIDATE_KEY):
+            extra[VALIDATION_LOSS] = self._evaluate(model, held_out, len(labels)).loss
         arrays = send(model, config, self.state)
-        metrics: dict[str, Scalar] = {"loss": result.loss, "seconds": result.seconds}
+        metrics = {"loss": result.loss, "seconds": result.seconds, **extra}
         return [array.numpy() for array in arrays.values()], result.examples, metrics
 
     def evaluate(
@@ -82,25 +126,45 @@ class LoRAClient(NumPyClient):
         labels = json.loads(str(config[LABELS_KEY]))
         model = self._receive(parameters, config, len(labels))
         _, rows = self._rows(labels)
-        result = evaluate(
-            model,
-            rows,
-            batch_size=self.config.evaluate.batch_size,
-            num_labels=len(labels),
-            precision=self.config.train.precision,
-        )
+        result = self._evaluate(model, rows, len(labels))
         metrics: dict[str, Scalar] = {"accuracy": result.accuracy, "macro_f1": result.macro_f1}
         return result.loss, result.examples, metrics
+
+    def _evaluate(self, model: PeftModel, rows: TokenizedRows, num_labels: int) -> EvalResult:
+        c = self.config
+        return evaluate(
+            model,
+            rows,
+            batch_size=c.evaluate.batch_size,
+            num_labels=num_labels,
+            precision=c.train.precision,
+        )
+
+    def _losses(self, model: PeftModel, rows: TokenizedRows, config: Settings) -> Losses:
+        """Return the losses of the rows, or of a seeded choice of them, and all labels."""
+        c = self.config
+        chosen = profile_rows(len(rows), int(config.get(SAMPLES_KEY, 0)), c.seed)
+        losses = per_sample_losses(
+            model,
+            rows.take(chosen),
+            batch_size=c.evaluate.batch_size,
+            precision=c.train.precision,
+        )
+        return losses, rows.labels
 
     def _receive(self, parameters: NDArrays, config: Settings, num_labels: int) -> PeftModel:
         """Put the received arrays into the resident model."""
         names: list[str] = json.loads(str(config[NAMES_KEY]))
         arrays = {n: torch.from_numpy(p) for n, p in zip(names, parameters, strict=True)}
-        c = self.config
-        torch.set_num_threads(c.train.threads)  # the process is this app's own
-        model = _resident_model(c.model, c.lora, num_labels, c.train.precision, c.seed)
+        model = self._model(num_labels)
         receive(model, arrays, config, self.state)
         return model
+
+    def _model(self, num_labels: int) -> PeftModel:
+        """Return the resident model, as the client before left it."""
+        c = self.config
+        torch.set_num_threads(c.train.threads)  # the process is this app's own
+        return _resident_model(c.model, c.lora, num_labels, c.train.precision, c.seed)
 
     def _rows(self, labels: list[str]) -> tuple[TokenizedRows, TokenizedRows]:
         """Return this node's training and validation rows."""
@@ -124,7 +188,20 @@ def _resident_model(
 ) -> PeftModel:
     """Return the process's one model; every client resizes its LoRA modules in place."""
     base = build_model(model, num_labels=num_labels, seed=seed, precision=precision)
-    return add_lora(base, lora, rank=1, seed=seed)
+    made = add_lora(base, lora, rank=1, seed=seed)
+    made.fedlora_start = {k: tensor.cpu().clone() for k, tensor in adapter_state(made).items()}
+    return made
+
+
+def _start(model: PeftModel) -> Adapter:
+    """Return the adapter the model was made with: a seeded head, and B = 0."""
+    return Adapter.from_state_dict(model.fedlora_start, 1.0)  # no scale matters where B = 0
+
+
+def _penalty(model: PeftModel, config: Settings) -> Callable[[], Tensor] | None:
+    """Return what self-pruning adds to the loss, if the message asks for it."""
+    weight, gamma = float(config.get(PENALTY_KEY, 0.0)), float(config.get(GAMMA_KEY, 1.0))
+    return (lambda: weight * tail_penalty(model, gamma)) if weight else None
 
 
 @lru_cache(maxsize=1)

@@ -141,13 +141,73 @@ class RanksConfig:
 
     policy: str = option(
         "cycle",
-        "uniform (rank), list (one per client), cycle (list repeated), reported (node's max-rank)",
-        choices=("uniform", "list", "cycle", "reported"),
+        "uniform (rank), list (one per client), cycle (list repeated), reported (node's max-rank), "
+        "quality (low, the best high), autorank (by each client's data, min to max), "
+        "self-pruning (max, shrinking)",
+        choices=("uniform", "list", "cycle", "reported", "quality", "autorank", "self-pruning"),
     )
     rank: int = option(8, "uniform: rank of every client", low=1)
     list: str = option("4,8,16,32", "list and cycle: comma-separated ranks")
-    max: int = option(32, "reported: largest rank; also the rank of the global adapter", low=1)
-    fallback: int = option(4, "reported: rank of a node that names no max-rank", low=1)
+    min: int = option(4, "autorank and self-pruning: smallest rank", low=1)
+    max: int = option(
+        32,
+        "reported, autorank, self-pruning: largest rank; also the rank of the global adapter",
+        low=1,
+    )
+    fallback: int = option(
+        0,
+        "reported: rank of a node that names no max-rank; autorank: of one that gives no usable "
+        "profile; 0: ranks.min",
+        low=0,
+    )
+    budget: float = option(
+        0.0,
+        "autorank: mean rank of the clients, divided in proportion to the scores; 0: none",
+        low=0,
+    )
+    budget_mb: float = option(
+        0.0,
+        "autorank: instead, megabytes a round in which every client trains may move, "
+        "down and up; 0: none",
+        low=0,
+    )
+    reassign_every: int = option(
+        0, "autorank: profile and assign again every N rounds; 0: never", low=0
+    )
+    profile_samples: int = option(
+        2000, "autorank: rows of the profiling forward pass, a seeded choice; 0: all", low=0
+    )
+    profile_timeout: float = option(
+        600.0, "autorank: seconds to wait for the answers to a profiling query", above=0
+    )
+    order: str = option(
+        "score",
+        "autorank: score, or to compare with: reversed (lowest score, highest rank), random",
+        choices=("score", "reversed", "random"),
+    )
+    low: int = option(5, "quality: rank of everyone at first", low=1)
+    high: int = option(20, "quality: rank of the best after their first round", low=1)
+    best_fraction: float = option(
+        0.1, "quality: share of the clients that are best", above=0, high=1
+    )
+    validation_rows: int = option(
+        0,
+        "quality: rows of the server's test set that judge the clients, and are then left out of "
+        "all test scores; 0: the clients' own validation rows judge",
+        low=0,
+    )
+    gamma: float = option(
+        0.99,
+        "self-pruning: share of its rank a client keeps; 0.99 as published shrinks nothing "
+        "below rank 100",
+        above=0,
+        high=0.9999,
+    )
+    penalty: float = option(0.001, "self-pruning: weight of the tail in the client's loss", low=0)
+
+    def fallback_rank(self) -> int:
+        """Return ``fallback``, or the smallest rank where none is named."""
+        return self.fallback or self.min
 
 
 @dataclass(frozen=True)
@@ -246,6 +306,8 @@ class RunConfig:
                 return self.ranks.rank
             case "list" | "cycle":
                 return max(self.rank_list())
+            case "quality":
+                return self.ranks.high
             case _:
                 return self.ranks.max
 
@@ -347,6 +409,21 @@ def _impossible(config: RunConfig) -> list[str]:
         except (TypeError, ValueError) as error:
             problems.append(f"aggregation-options: {error}")
         else:
+            kept = set(rule.trained()) - set(rule.uploaded())
+            blind = config.ranks.policy == "self-pruning" or (
+                config.ranks.policy == "quality" and config.ranks.validation_rows
+            )
+            if kept and blind:
+                problems.append(
+                    f"ranks.policy = {config.ranks.policy!r} judges whole adapters on the server, "
+                    f"but aggregation = {config.aggregation!r} keeps {', '.join(sorted(kept))} on "
+                    "the clients; use another aggregation"
+                    + (
+                        ""
+                        if config.ranks.policy == "self-pruning"
+                        else " or ranks.validation-rows = 0"
+                    )
+                )
             if config.lora.dora and not rule.supports_dora:
                 problems.append(
                     f"aggregation = {config.aggregation!r} changes the factors that DoRA "
@@ -367,17 +444,49 @@ def _impossible(config: RunConfig) -> list[str]:
                 "aggregation = 'fedit' averages equal ranks only, but ranks.list = "
                 f"{config.ranks.list!r}; use ranks.policy = 'uniform' or another aggregation"
             )
-    if config.ranks.policy == "reported":
-        if config.ranks.fallback > config.ranks.max:
+    problems += _impossible_ranks(config)
+    return problems
+
+
+def _impossible_ranks(config: RunConfig) -> list[str]:
+    ranks, problems = config.ranks, []
+    least, most = {
+        "reported": (ranks.fallback_rank(), ranks.max),
+        "autorank": (ranks.min, ranks.max),
+        "self-pruning": (ranks.min, ranks.max),
+        "quality": (ranks.low, ranks.high),
+    }.get(ranks.policy, (0, 0))
+    names = {
+        "reported": ("ranks.fallback" if ranks.fallback else "ranks.min", "ranks.max"),
+        "quality": ("ranks.low", "ranks.high"),
+    }.get(ranks.policy, ("ranks.min", "ranks.max"))
+    if least > most:
+        problems.append(f"{names[0]} ({least}) must not exceed {names[1]} ({most})")
+    if ranks.policy == "autorank" and ranks.fallback > ranks.max:
+        problems.append(
+            f"ranks.fallback ({ranks.fallback}) must not exceed ranks.max ({ranks.max})"
+        )
+    if least and config.aggregation == "fedit" and config.method == "lora":
+        same = ranks.policy != "reported" and least == most
+        if not same:
             problems.append(
-                f"ranks.fallback ({config.ranks.fallback}) must not exceed "
-                f"ranks.max ({config.ranks.max})"
+                f"aggregation = 'fedit' averages equal ranks only, but ranks.policy = "
+                f"{ranks.policy!r} lets nodes differ; use ranks.policy = 'uniform' or another "
+                "aggregation"
             )
-        if config.aggregation == "fedit" and config.method == "lora":
-            problems.append(
-                "aggregation = 'fedit' averages equal ranks only, but ranks.policy = 'reported' "
-                "lets nodes differ; use ranks.policy = 'uniform' or another aggregation"
-            )
+    if ranks.budget and ranks.budget_mb:
+        problems.append("ranks.budget and ranks.budget-mb: set one of them, the other to 0")
+    if (ranks.budget or ranks.budget_mb) and ranks.policy != "autorank":
+        key = "ranks.budget" if ranks.budget else "ranks.budget-mb"
+        problems.append(
+            f"{key} is divided by scores, which ranks.policy = {ranks.policy!r} does not have; "
+            "use ranks.policy = 'autorank'"
+        )
+    elif ranks.budget and not least <= ranks.budget <= most:
+        problems.append(
+            f"ranks.budget: a mean rank of {ranks.budget:g} is not between ranks.min ({least}) "
+            f"and ranks.max ({most})"
+        )
     return problems
 
 

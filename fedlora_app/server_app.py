@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,11 @@ from flwr.serverapp import Grid, ServerApp
 from peft import PeftModel, get_peft_model_state_dict
 
 from fedlora_app.client_app import LABELS_KEY, STEPS_KEY
-from fedlora_app.config import RunConfig
+from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.data import TokenizedRows, load_test, tokenize
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.report import RunFolder
-from fedlora_app.training import EvalResult, evaluate, torch_threads
+from fedlora_app.training import EvalResult, evaluate, per_sample_losses, torch_threads
 from strategies import FedLoRA
 from strategies.aggregation import make_aggregator
 from strategies.client import load_adapter
@@ -29,7 +31,15 @@ from strategies.clients import Client
 from strategies.lora import Adapter
 from strategies.messages import from_record, to_record
 from strategies.model import GlobalModel
-from strategies.ranks import ListRank, RankPolicy, ReportedRank, UniformRank
+from strategies.ranks import (
+    AutoRank,
+    ListRank,
+    QualityRank,
+    RankPolicy,
+    ReportedRank,
+    SelfPruningRank,
+    UniformRank,
+)
 from strategies.sampling import FractionSampling
 
 app = ServerApp()
@@ -71,7 +81,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 class TestSet:
-    """The server's held-out rows."""
+    """The server's held-out rows; ``validation`` are those that judge, and never test."""
 
     __test__ = False  # not a test, whatever pytest makes of its name
 
@@ -81,6 +91,18 @@ class TestSet:
         self.config = config
         tokenizer = build_tokenizer(config.model)
         self.all: TokenizedRows = tokenize(rows, tokenizer, config.data.max_length)
+        self.validation: TokenizedRows | None = None
+        if config.ranks.policy == "quality" and (size := config.ranks.validation_rows):
+            if size >= len(self.all):
+                raise ConfigError(
+                    [
+                        f"ranks.validation-rows: the test set has {len(self.all)} rows, so {size} "
+                        "leave none to test on"
+                    ]
+                )
+            order = np.random.default_rng([config.seed, 1]).permutation(len(self.all))
+            self.validation = self.all.take(np.sort(order[:size]))
+            self.all = self.all.take(np.sort(order[size:]))
         self.some = self.all
         if 0 < config.data.test_rows < len(self.all):
             rng = np.random.default_rng(config.seed)
@@ -97,6 +119,20 @@ class TestSet:
                 num_labels=len(self.label_names),
                 precision=self.config.train.precision,
             )
+
+    def validation_loss(self, model: PeftModel, adapter: Adapter) -> float:
+        """Return the loss of a client's adapter on the validation rows."""
+        if self.validation is None:
+            raise ValueError("there are no validation rows; set ranks.validation-rows")
+        load_adapter(model, adapter)
+        with torch_threads(os.cpu_count() or 1):
+            losses = per_sample_losses(
+                model,
+                self.validation,
+                batch_size=self.config.evaluate.batch_size,
+                precision=self.config.train.precision,
+            )
+        return float(losses.mean())
 
     def metrics(self, model: PeftModel, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate global arrays; what the strategy calls after each round."""
@@ -123,13 +159,30 @@ def initial_adapter(config: RunConfig, num_labels: int) -> tuple[PeftModel, Adap
     return model, adapter.only_dense() if config.method == "head" else adapter
 
 
-def make_ranks(config: RunConfig) -> RankPolicy:
-    """Return the rank policy of the run config."""
-    match config.ranks.policy:
+def make_ranks(config: RunConfig, score_fn: Callable[[Adapter], float] | None = None) -> RankPolicy:
+    """Return the rank policy of the run config; ``score_fn`` is for ``quality``."""
+    r = config.ranks
+    match r.policy:
         case "uniform":
-            return UniformRank(config.ranks.rank)
+            return UniformRank(r.rank)
         case "reported":
-            return ReportedRank(config.ranks.max, fallback=config.ranks.fallback)
+            return ReportedRank(r.max, fallback=r.fallback_rank())
+        case "quality":
+            return QualityRank(r.low, r.high, r.best_fraction, score_fn=score_fn)
+        case "autorank":
+            return AutoRank(
+                r.min,
+                r.max,
+                budget=r.budget or None,
+                byte_budget=r.budget_mb * 1e6 or None,
+                reassign_every=r.reassign_every,
+                fallback=r.fallback or None,
+                profile_samples=r.profile_samples,
+                order=r.order,
+                seed=config.seed,
+            )
+        case "self-pruning":
+            return SelfPruningRank(r.max, gamma=r.gamma, penalty=r.penalty, min_rank=r.min)
         case policy:
             return ListRank(config.rank_list(), cycle=policy == "cycle")
 
@@ -137,9 +190,13 @@ def make_ranks(config: RunConfig) -> RankPolicy:
 def make_strategy(config: RunConfig, folder: RunFolder, test: TestSet, model: PeftModel) -> FedLoRA:
     """Return the strategy of the run config."""
     fraction, least = config.sampling.fraction, config.sampling.min_clients
+    judge = None
+    if test.validation is not None:
+        judge = partial(test.validation_loss, model)
     settings: dict[str, Any] = {
         "aggregation": make_aggregator(config.aggregation, **config.aggregation_settings()),
-        "ranks": make_ranks(config),
+        "ranks": make_ranks(config, judge),
+        "profile_timeout": config.ranks.profile_timeout,
         "client_api": "numpy",
         "scale": config.lora.scale,
         "wire_dtype": config.wire_dtype,

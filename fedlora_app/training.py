@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +78,14 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(previous)
 
 
-def train(model: nn.Module, rows: TokenizedRows, config: TrainConfig, *, seed: int) -> TrainResult:
+def train(
+    model: nn.Module,
+    rows: TokenizedRows,
+    config: TrainConfig,
+    *,
+    seed: int,
+    penalty: Callable[[], Tensor] | None = None,
+) -> TrainResult:
     """Train the weights of ``model`` that require gradients, in place.
 
     AdamW with one learning rate for the LoRA weights and one for everything else, a
@@ -96,6 +103,8 @@ def train(model: nn.Module, rows: TokenizedRows, config: TrainConfig, *, seed: i
     seed : int
         Decides the order of the rows and the dropout. On the same machine, with the same
         number of threads, a seed gives the same weights whatever ran before.
+    penalty : callable, optional
+        A scalar that is added to the loss at each step; the reported loss leaves it out.
 
     Raises
     ------
@@ -120,8 +129,9 @@ def train(model: nn.Module, rows: TokenizedRows, config: TrainConfig, *, seed: i
         for batch in training_batches(rows, config.batch_size, total, rng):
             logits = _logits(model, batch, device, config.precision)
             loss = nn.functional.cross_entropy(logits, batch.labels.to(device))
+            objective = loss if penalty is None else loss + penalty()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            objective.backward()  # type: ignore[no-untyped-call]
             if config.max_grad_norm:
                 nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()

@@ -2,26 +2,38 @@
 
 ``receive`` and ``send`` do all a client needs: they follow what the message says of rank,
 scale, wire type, what is trained, kept and sent back, and what is merged into the base.
+The rank policies that ask more of a client have a helper each: ``register_profile`` and
+``profile`` (autorank), ``tail_penalty`` (self-pruning).
 PEFT itself is not imported: its LoRA layers are found by their ``lora_A`` attributes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from strategies.lora import Adapter, LoraPair, factor_of
 from strategies.lora.algebra import resize
 from strategies.messages import SCALE_KEY, SEND_KEY, TRAIN_KEY, from_record, to_record
 from strategies.model import GlobalModel
+from strategies.profiling import PROFILE_KEY, profile_metrics
+from strategies.ranks.pruning import tail_start
 from strategies.wire import WIRE_KEY, decode, encode
 
 # Where a client keeps the factors that never leave it, in its Flower state.
 KEPT_KEY = "fedlora.kept"
+# Where it keeps its answer to the profiling query.
+PROFILED_KEY = "fedlora.profile"
+# What a node says of itself in answer to a query, as far as its node config has it.
+IDENTITY_KEYS = ("partition-id", "max-rank", "num-examples")
+
+LossesAndLabels = tuple[ArrayLike, ArrayLike]
 
 
 def receive(
@@ -93,6 +105,82 @@ def send(
             raise ValueError("this rule keeps a factor on the client; pass context.state")
         state[KEPT_KEY] = to_record(kept)
     return encode(out, str(config.get(WIRE_KEY, "float32")))
+
+
+def profile(
+    state: RecordDict, measure: Callable[[], LossesAndLabels], *, again: bool = False
+) -> dict[str, float | int]:
+    """Return a client's profile for ``AutoRank``, measured once and kept in its Flower state.
+
+    Parameters
+    ----------
+    state : RecordDict
+        ``context.state``; the profile is kept there as ``fedlora.profile``.
+    measure : callable
+        Returns the losses of the training samples (or of ``profile_rows`` of them) and the
+        labels of all of them. Called only if nothing is kept, or ``again``.
+    again : bool (default: False)
+        Measure anew, e.g. after the received adapter was loaded because a training message
+        says ``profile``.
+
+    Returns
+    -------
+    dict
+        The three numbers of ``profile_metrics``, and ``num-examples``, which every reply of
+        a Flower client holds anyway: a query reports it for the server's log.
+    """
+    if again or PROFILED_KEY not in state:
+        losses, labels = measure()
+        found = profile_metrics(losses, labels)
+        state[PROFILED_KEY] = MetricRecord({**found, "num-examples": len(labels)})  # type: ignore[arg-type]
+    return dict(state.metric_records[PROFILED_KEY])  # type: ignore[arg-type]
+
+
+def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabels]) -> None:
+    """Let a Message API app answer the server's queries, profiling included.
+
+    ``register_profile(app, my_losses_and_labels)`` registers the app's ``@app.query()``
+    handler. It answers ``partition-id`` and ``max-rank`` from the node config and, where a
+    profile is asked for, the three numbers of ``profile_metrics`` and ``num-examples``.
+
+    Parameters
+    ----------
+    app : ClientApp
+        Without a query handler of its own.
+    measure : callable
+        ``measure(context)`` returns the losses of the training samples on the model as the
+        run starts from it, and the labels. Called once a node and run.
+    """
+
+    @app.query()
+    def answer(message: Message, context: Context) -> Message:
+        known = {k: context.node_config[k] for k in IDENTITY_KEYS if k in context.node_config}
+        content = RecordDict({"properties": ConfigRecord(known)})  # type: ignore[arg-type]
+        if any(config.get(PROFILE_KEY) for config in message.content.config_records.values()):
+            found = profile(context.state, lambda: measure(context))
+            content["profile"] = MetricRecord(found)  # type: ignore[arg-type]
+        return Message(content, reply_to=message)
+
+
+def profile_wanted(config: Mapping[str, Any]) -> bool:
+    """Tell whether a training message asks to profile the adapter that came with it."""
+    return bool(config.get(PROFILE_KEY))
+
+
+def tail_penalty(model: nn.Module, gamma: float, *, adapter_name: str = "default") -> Tensor:
+    """Return ``Σ ‖B[:, γr:]‖·‖A[γr:, :]‖`` over the LoRA layers of a PEFT model.
+
+    HetLoRA's self-pruning adds it to the loss, times λ. See ``SelfPruningRank``.
+    """
+    total = torch.zeros(())
+    for _, layer in _lora_layers(model, adapter_name):
+        if adapter_name in layer.lora_A:
+            A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        else:
+            A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+        k = tail_start(A.shape[0], gamma)
+        total = total.to(A.device) + A[k:].norm() * B[:, k:].norm()
+    return total
 
 
 def _kept_factors(

@@ -100,6 +100,19 @@ class Packing:
             self._made[key] = self._pack(Download(self.rule.view(self.model.adapter, rank)))
         return self._made[key]
 
+    def cost(self, rng: np.random.Generator) -> tuple[float, float]:
+        """Return the bytes a client moves in a round, down and up, as ``fixed + per_rank · r``."""
+        high = max(2, self.model.adapter.rank if self.trained else 0)
+        one, most = (self._bytes(rank, rng) for rank in (1, high))
+        per_rank = (most - one) / (high - 1)
+        return one - per_rank, per_rank
+
+    def _bytes(self, rank: int, rng: np.random.Generator) -> int:
+        download = self.rule.download(self.model.adapter, rank, rng)
+        state = download.adapter.to_state_dict()
+        up = {k: t for k, t in state.items() if self._travels(k, self.uploaded)}
+        return self._pack(download).nbytes + record_bytes(to_record(encode(up, self.wire)))
+
     def config(self, base: ConfigRecord, client: Client, parcel: Parcel, rank: int) -> ConfigRecord:
         """Return the settings that go with a parcel; the caller's record is not touched."""
         scales = {pair.scale for pair in parcel.download.adapter.pairs.values()}
@@ -149,7 +162,13 @@ class Packing:
         state = download.adapter.to_state_dict()
         down = {k: t for k, t in state.items() if self._travels(k, self.rule.downloaded())}
         up = {k: t for k, t in state.items() if self._travels(k, self.uploaded)}
-        record = to_record(encode(down, self.wire))
+        encoded = encode(down, self.wire)
+        record = to_record(encoded)
+        if self.wire != "float32":  # what the client starts from is what arrives
+            scales = {m: p.scale for m, p in download.adapter.pairs.items()}
+            state |= decode(encoded, self.wire)
+            adapter = Adapter.from_state_dict(state, scales, check_finite=False)
+            download = Download(adapter, download.entries)
         if len(self._merged):
             record = ArrayRecord({**record, **self._merged})
         return Parcel(download, record, list(encode(up, self.wire)))

@@ -23,7 +23,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from strategies.aggregation import Aggregator, Update, make_aggregator
-from strategies.clients import Client, Roster
+from strategies.census import Census
+from strategies.clients import Client
 from strategies.lora import Adapter
 from strategies.messages import (
     MessageProtocol,
@@ -37,7 +38,8 @@ from strategies.messages import (
 )
 from strategies.model import GlobalModel
 from strategies.packing import Packing
-from strategies.ranks import RankPolicy, make_rank_policy
+from strategies.ranks import RankPolicy, Trained, make_rank_policy
+from strategies.ranks.report import rank_record, rank_table
 from strategies.rounds import Assignment, Round, duration
 from strategies.sampling import FractionSampling, Sampler, make_sampler
 from strategies.transport import exchange
@@ -80,16 +82,18 @@ class FedLoRA(Strategy):
     query : bool, optional
         Ask each node once for ``partition-id`` and ``max-rank`` when it appears.
         Default: with ``client_api="numpy"``, where a client that does not implement
-        ``get_properties`` just answers nothing.
+        ``get_properties`` just answers nothing, and with a policy that profiles clients.
     query_timeout : float (default: 60.0)
         Seconds to wait for those answers; who does not answer takes part without.
+    profile_timeout : float, optional
+        The same for a rank policy's profiling query (default: ``query_timeout``).
     weighted_by_key, arrayrecord_key, configrecord_key : str
         As in Flower's ``FedAvg``; for Message API clients.
     train_metrics_aggr_fn, evaluate_metrics_aggr_fn : callable, optional
         As in Flower's ``FedAvg``.
     listeners : Iterable[callable]
         Called with a JSON-able record at each step: ``kind`` is ``round-start``,
-        ``client``, ``client-evaluation`` or ``round``.
+        ``ranks``, ``client``, ``client-evaluation`` or ``round``.
 
     Raises
     ------
@@ -113,6 +117,7 @@ class FedLoRA(Strategy):
         evaluate_every: int = 1,
         query: bool | None = None,
         query_timeout: float = 60.0,
+        profile_timeout: float | None = None,
         weighted_by_key: str = "num-examples",
         arrayrecord_key: str = "arrays",
         configrecord_key: str = "config",
@@ -152,14 +157,22 @@ class FedLoRA(Strategy):
             FractionSampling(evaluate_fraction) if evaluate_fraction > 0 else None
         )
         self.evaluate_every = evaluate_every
-        self.query = client_api == "numpy" if query is None else query
-        self.query_timeout = query_timeout
+        asks = client_api == "numpy" or self.ranks.profiles
+        self.census = Census(
+            self.protocol,
+            min_nodes=min_available_nodes,
+            introduce=asks if query is None else query,
+            timeout=query_timeout,
+            profile_timeout=query_timeout if profile_timeout is None else profile_timeout,
+        )
+        self.roster = self.census.roster
         self.weighted_by_key = weighted_by_key
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or aggregate_metricrecords
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or aggregate_metricrecords
         self.listeners = list(listeners)
-        self.roster = Roster()
         self.round = Round(0)
+        self._ranks: dict[int, int] = {}  # of the round in progress, by node id
+        self._ranks_told: Mapping[str, Any] = {}
         self._door: tuple[ArrayRecord, GlobalModel] | None = None
         self._packing: Packing | None = None
 
@@ -169,19 +182,23 @@ class FedLoRA(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message for each chosen client, with its own slice of the adapter."""
-        clients = self._clients(grid)
-        ranks = self.ranks.assign(clients, server_round)
+        clients = self.census.take(grid, self.ranks, config, server_round)
+        self.aggregation.server_round = server_round
+        packing = self._packing = self._pack(server_round, arrays)
+        if self.ranks.counts_bytes:
+            self.ranks.learn_cost(*packing.cost(self._rng(server_round, 3)))
+        self._ranks = {}
+        ranks = self._assign_ranks(clients, server_round)
         chosen = self.sampling.sample(clients, server_round, self._rng(server_round, 0))
         self.round = Round(server_round, total_clients=len(clients))
         self._emit(kind="round-start", round=server_round, clients=len(chosen))
-        self.aggregation.server_round = server_round
-        packing = self._packing = self._pack(server_round, arrays)
         messages = []
         for client in chosen:
             rank = ranks[client.node_id]
             parcel = packing.train(rank, self._rng(server_round, 2, client.index))
             self.round.assignments[client.node_id] = Assignment(client, parcel)
             settings = packing.config(config, client, parcel, rank)
+            settings.update(self.ranks.train_settings(client, server_round))
             content = self.protocol.train(parcel.record, settings)
             messages.append(Message(content, client.node_id, "train"))
         return messages
@@ -224,6 +241,7 @@ class FedLoRA(Strategy):
                 continue
             self.round.aggregate_seconds += time.perf_counter() - clock
             metrics.append(self._accept(assignment, reply))
+            self._observe(assignment, adapter, reply)
             self.on_update(assignment.client, adapter)
         for assignment in silent.values():
             self._reject(assignment, "no answer")
@@ -249,8 +267,8 @@ class FedLoRA(Strategy):
         """Return one message for each client that evaluates the model at its own rank."""
         if self.evaluate_sampling is None:
             return []
-        clients = self._clients(grid)
-        ranks = self.ranks.assign(clients, server_round)
+        clients = self.census.take(grid, self.ranks, config, server_round)
+        ranks = self._assign_ranks(clients, server_round)
         packing = self._pack(server_round, arrays)
         rng = self._rng(server_round, 1)
         messages = []
@@ -381,35 +399,31 @@ class FedLoRA(Strategy):
             self._door = (arrays, model)
         return self._door[1]
 
-    def _clients(self, grid: Grid) -> list[Client]:
-        """Return who is connected, in a lasting order; ask newcomers who they are."""
-        told = False
-        while len(node_ids := list(grid.get_node_ids())) < self.min_available_nodes:
-            if not told:
-                log(INFO, "waiting for nodes: %s of %s", len(node_ids), self.min_available_nodes)
-                told = True
-            time.sleep(1)
-        if new := self.roster.unknown(node_ids):
-            answers: dict[int, Mapping[str, object]] = {node_id: {} for node_id in new}
-            if self.query:
-                answers.update(self._ask(grid, new))
-            self.roster.join(answers)
-        return self.roster.present(node_ids)
+    def _assign_ranks(self, clients: list[Client], server_round: int) -> Mapping[int, int]:
+        """Return the ranks by node id; who has one keeps it until the next round begins."""
+        if all(client.node_id in self._ranks for client in clients):
+            return self._ranks
+        ranks = {**self.ranks.assign(clients, server_round), **self._ranks}
+        self._ranks = ranks
+        record = rank_record(self.ranks, clients, ranks, server_round)
+        if {**record, "round": 0} != self._ranks_told:
+            self._ranks_told = {**record, "round": 0}
+            self._emit(**record)
+            for line in rank_table(record):
+                log(INFO, "%s", line)
+            for note in record["notes"]:
+                log(WARNING, "ranks: %s", note)
+        return ranks
 
-    def _ask(self, grid: Grid, node_ids: list[int]) -> dict[int, Mapping[str, object]]:
-        """Ask nodes for their properties; who fails to answer is left out."""
-        messages = [
-            Message(self.protocol.query(ConfigRecord()), node_id, self.protocol.query_type)
-            for node_id in node_ids
-        ]
-        answers: dict[int, Mapping[str, object]] = {}
-        for message in exchange(grid, messages, self.query_timeout):
-            if reason := reply_error(message):
-                log(WARNING, "node %s did not introduce itself: %s",
-                    message.metadata.src_node_id, reason)  # fmt: skip
-                continue
-            answers[message.metadata.src_node_id] = self.protocol.read_query(message.content)
-        return answers
+    def _observe(self, assignment: Assignment, adapter: Adapter, reply: Reply) -> None:
+        """Let the rank policy look at a good reply."""
+        client, sent = assignment.client, assignment.parcel.download.adapter
+        merged = self._packing.model.merged if self._packing else Adapter({})
+        number = self.round.number
+        try:
+            self.ranks.observe(Trained(client, adapter, sent, reply.metrics, number, merged))
+        except ValueError as error:
+            log(WARNING, "round %s: %s: %s", self.round.number, client.name, error)
 
     def _place(self, message: Message) -> tuple[int, int]:
         """Return where a reply stands in the lasting order."""
@@ -419,7 +433,9 @@ class FedLoRA(Strategy):
 
     def _light(self, reply: Reply) -> RecordDict:
         """Return the metrics of a reply alone, as metric aggregation functions expect them."""
-        metrics: dict[str, Any] = {**reply.metrics, self.weighted_by_key: reply.weight}
+        # Flower's average takes it that every reply has the same metrics.
+        shared = {k: v for k, v in reply.metrics.items() if k not in self.ranks.metrics}
+        metrics: dict[str, Any] = {**shared, self.weighted_by_key: reply.weight}
         return RecordDict({"metrics": MetricRecord(metrics)})
 
     def _accept(self, assignment: Assignment, reply: Reply) -> RecordDict:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from strategies.lora import factor_of
+
 WIRE_KEY = "wire-dtype"
 _STEP = "::step"  # suffix of the array that holds the int8 steps of another
 
@@ -69,7 +71,13 @@ def decode(arrays: Mapping[str, Tensor], wire: str) -> dict[str, Tensor]:
         if wire == "int8" and array.dtype == torch.int8:
             if name + _STEP not in arrays:
                 raise ValueError(f"{name!r} came without its steps, {name + _STEP!r}")
-            out[name] = array.float() * arrays[name + _STEP]
+            step = arrays[name + _STEP]
+            if step.dtype != torch.float32 or not _fits(step, array):
+                raise ValueError(
+                    f"the steps of {name!r} have shape {tuple(step.shape)}, which does not fit "
+                    f"{tuple(array.shape)}"
+                )
+            out[name] = array.float() * step
             continue
         expected = {"float16": torch.float16, "bfloat16": torch.int16}.get(wire, torch.float32)
         if array.dtype != expected:
@@ -93,14 +101,27 @@ def _write_bfloat16(out: dict[str, Tensor], name: str, tensor: Tensor) -> None:
 
 
 def _write_int8(out: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    if tensor.dim() < 2 or not bool(tensor.isfinite().all()):
-        out[name] = tensor  # NaN must arrive as NaN, to be refused by name
+    if tensor.dim() < 2:
+        out[name] = tensor
         return
-    axis = 0 if tensor.shape[0] <= tensor.shape[1] else 1
+    # By name: shapes do not tell where a layer is as wide as its rank.
+    factor = factor_of(name)
+    axis = 1 if factor == "B" or (factor is None and tensor.shape[0] > tensor.shape[1]) else 0
     others = [d for d in range(tensor.dim()) if d != axis]
     step = tensor.abs().amax(dim=others, keepdim=True) / 127
-    out[name] = torch.where(step > 0, tensor / step, 0.0).round().to(torch.int8)
+    codes = torch.where(step > 0, tensor / step, 0.0).round().clamp(-127, 127)
+    # NaN and Inf arrive through their steps, to be refused by name.
+    out[name] = torch.where(step.isfinite(), codes, 1.0).to(torch.int8)
     out[name + _STEP] = step
+
+
+def _fits(step: Tensor, array: Tensor) -> bool:
+    long = [d for d in range(step.dim()) if step.shape[d] != 1]
+    return (
+        step.dim() == array.dim()
+        and len(long) <= 1
+        and all(step.shape[d] == array.shape[d] for d in long)
+    )
 
 
 _ENCODERS: dict[str, Callable[[dict[str, Tensor], str, Tensor], None]] = {

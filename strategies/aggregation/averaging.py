@@ -18,39 +18,53 @@ from strategies.lora import Adapter, AdapterError, LoraPair
 from strategies.lora.algebra import resize
 
 
-@dataclass
 class FactorSum:
-    """Weighted sums of one module's factors, and the weight behind each rank entry."""
+    """Weighted sums of one module's factors, and the weight behind each rank entry.
 
-    A: Tensor
-    B: Tensor
-    mass: Tensor  # float64, (rank,)
+    Parameters
+    ----------
+    rank : int
+        Entries at the start; an update with more widens the sums.
+    """
 
-    @classmethod
-    def zeros(cls, pair: LoraPair, rank: int) -> FactorSum:
-        """Return empty sums for the module of ``pair``, ``rank`` entries wide."""
-        shape_A, shape_B = (rank, *pair.A.shape[1:]), (pair.B.shape[0], rank, *pair.B.shape[2:])
-        return cls(
-            pair.A.new_zeros(shape_A, dtype=torch.float32),
-            pair.B.new_zeros(shape_B, dtype=torch.float32),
-            torch.zeros(rank, dtype=torch.float64),
-        )
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.A: Tensor | None = None
+        self.B: Tensor | None = None
+        self._weights: dict[int, float] = {}  # by rank: cheaper than a tensor for each update
 
     def add(self, pair: LoraPair, weight: float) -> None:
-        """Add ``weight · pair`` to the leading entries."""
-        if pair.rank > len(self.mass):
-            self.A, self.B = resize(self.A, 0, pair.rank), resize(self.B, 1, pair.rank)
-            self.mass = resize(self.mass, 0, pair.rank)
-        self.A[: pair.rank].add_(pair.A, alpha=weight)
-        self.B[:, : pair.rank].add_(pair.B, alpha=weight)
-        self.mass[: pair.rank] += weight
+        """Add ``weight · pair`` to the leading entries, in one pass over the memory."""
+        self.rank = max(self.rank, pair.rank)
+        self.A = _add_leading(self.A, pair.A, weight, 0, self.rank)
+        self.B = _add_leading(self.B, pair.B, weight, 1, self.rank)
+        self._weights[pair.rank] = self._weights.get(pair.rank, 0.0) + weight
+
+    @property
+    def mass(self) -> Tensor:
+        """The weight of the clients that hold each entry, float64, ``(rank,)``."""
+        mass = torch.zeros(self.rank, dtype=torch.float64)
+        for rank, weight in sorted(self._weights.items()):
+            mass[:rank] += weight
+        return mass
 
     def scaled(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both sums, entry ``j`` of the rank axis multiplied by ``factor[j]``."""
+        """Return both sums, entry ``j`` of the rank axis multiplied by ``factor[j]``; in place."""
+        if self.A is None or self.B is None:
+            raise RuntimeError("nothing was added yet")
         f = factor.to(self.A.dtype)
         on_A = f.reshape(-1, *[1] * (self.A.dim() - 1))
         on_B = f.reshape(1, -1, *[1] * (self.B.dim() - 2))
-        return self.A * on_A, self.B * on_B
+        return self.A.mul_(on_A), self.B.mul_(on_B)
+
+
+def _add_leading(total: Tensor | None, x: Tensor, weight: float, axis: int, size: int) -> Tensor:
+    """Add ``weight · x`` to the leading entries of ``axis`` of a float32 sum of that size."""
+    if total is None:
+        return resize(x.to(torch.float32) * weight, axis, size)
+    total = resize(total, axis, size)
+    resize(total, axis, x.shape[axis]).add_(x, alpha=weight)  # a view of the leading entries
+    return total
 
 
 @dataclass
@@ -95,8 +109,7 @@ def _accumulate(
 ) -> None:
     for module, pair in update.adapter.pairs.items():
         if module not in sums:
-            rank = max(pair.rank, state.current.pairs[module].rank)
-            sums[module] = FactorSum.zeros(pair, rank)
+            sums[module] = FactorSum(state.current.pairs[module].rank)
         sums[module].add(pair, weight)
 
 

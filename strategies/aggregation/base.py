@@ -82,8 +82,8 @@ class AggregationResult:
     base_delta: Adapter | None = None
 
     def for_rank(self, rank: int) -> Adapter:
-        """Return what a client of ``rank`` downloads."""
-        return self.adapter.with_rank(rank)
+        """Return what a client of ``rank`` downloads; a module with less gives what it has."""
+        return self.adapter.with_rank({m: min(rank, r) for m, r in self.adapter.ranks.items()})
 
 
 @dataclass
@@ -213,7 +213,10 @@ class Aggregator(ABC, Generic[StateT]):
         return replace(update, adapter=update.adapter.with_scale(scales))
 
     def finish(self, state: StateT) -> AggregationResult:
-        """Return the new global adapter; without updates, the current one."""
+        """Return the new global adapter; without updates, the current one.
+
+        The state is used up: its sums become the result, without another copy.
+        """
         if state.count == 0:
             return AggregationResult(state.current)
         result = self.finish_pairs(state)

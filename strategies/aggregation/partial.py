@@ -7,17 +7,43 @@ exactly the mean of the clients' products.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from strategies.aggregation.averaging import FactorAverage, FactorState, HolderMean
-from strategies.aggregation.base import register
+from strategies.aggregation.base import Update, register
+from strategies.lora import Adapter
+
+
+def refuse_zero_factors(rule: str, adapter: Adapter) -> None:
+    """Refuse modules whose A is zero, as PEFT's embeddings start: they would never learn."""
+    for module, pair in adapter.pairs.items():
+        if not bool(pair.A.any()):
+            raise ValueError(
+                f"{rule} starts clients from A with B = 0, but A of {module!r} is zero (PEFT "
+                "starts embeddings so): it would never learn; leave it out of the target modules"
+            )
 
 
 class OneFactor(FactorAverage):
     """Base of the rules that average the factor that was trained and leave the other."""
 
     supports_dora = False  # magnitudes would be averaged over different directions
+
+    def fold(self, state: FactorState, update: Update) -> Update:
+        """Return the update at the global scale, the ratio in the factor that was trained."""
+        if self.trained() == "B":
+            return super().fold(state, update)
+        scales = {m: p.scale for m, p in state.current.pairs.items()}
+        pairs = {
+            m: p
+            if p.scale == scales[m]
+            else replace(p, A=p.A * (p.scale / scales[m]), scale=scales[m])
+            for m, p in update.adapter.pairs.items()
+        }
+        return replace(update, adapter=Adapter(pairs, update.adapter.dense))
 
     def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
         """Return the mean of the trained factor and the current other one."""
@@ -36,6 +62,11 @@ class FFA(OneFactor):
     """
 
     name = "ffa"
+
+    def check(self, adapter: Adapter) -> None:
+        """Refuse what ``Aggregator.check`` does, and modules whose A is zero."""
+        super().check(adapter)
+        refuse_zero_factors(self.name, adapter)
 
     def trained(self) -> str:
         """Return "B"."""
@@ -69,6 +100,11 @@ class FedSA(HolderMean):
 
     name = "fedsa"
     supports_dora = False
+
+    def check(self, adapter: Adapter) -> None:
+        """Refuse what ``Aggregator.check`` does, and modules whose A is zero."""
+        super().check(adapter)
+        refuse_zero_factors(self.name, adapter)
 
     def uploaded(self) -> str:
         """Return "A"; B is trained but stays."""

@@ -8,6 +8,7 @@ every client's rank. All of it is low-rank arithmetic, see ``strategies.lora.low
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from strategies.aggregation.base import AggregationResult, Aggregator, State, Update, register
 from strategies.lora import Adapter, LoraPair
 from strategies.lora.algebra import resize
-from strategies.lora.lowrank import SVD, ProductSum, complete
+from strategies.lora.lowrank import SVD, ProductSum, complete, in_parallel
 
 
 @dataclass
@@ -41,6 +42,7 @@ class FlexLoRA(Aggregator[ProductState]):
     """
 
     name = "flexlora"
+    supports_dora = False
 
     def init(self, current: Adapter) -> ProductState:
         """Return empty sums."""
@@ -56,15 +58,13 @@ class FlexLoRA(Aggregator[ProductState]):
 
     def finish_pairs(self, state: ProductState) -> AggregationResult:
         """Decompose every module's mean product."""
-        pairs = {}
-        for module, old in state.current.pairs.items():
-            if module not in state.sums:
-                pairs[module] = old  # nobody trained it this round
-                continue
-            total = state.sums[module]
+
+        def mean(module: str) -> LoraPair:
+            old, total = state.current.pairs[module], state.sums[module]
             rank = min(max(old.rank, state.ranks[module]), total.m, total.n)
-            pairs[module] = self.cut(old, total, rank, state.total)
-        return AggregationResult(Adapter(pairs))
+            return self.cut(old, total, rank, state.total)
+
+        return _replaced(state.current, state.sums, mean)
 
     def cut(self, old: LoraPair, total: ProductSum, rank: int, divisor: float) -> LoraPair:
         """Return ``total / divisor`` as a pair of ``rank``, in the shape of ``old``."""
@@ -118,6 +118,8 @@ class RankOneState(State):
 class HolderProduct(Aggregator[RankOneState]):
     """Base of the rules that reweigh rank-one terms by who holds their entry."""
 
+    supports_dora = False
+
     def init(self, current: Adapter) -> RankOneState:
         """Return an empty list of factors."""
         return RankOneState(current)
@@ -131,20 +133,18 @@ class HolderProduct(Aggregator[RankOneState]):
 
     def finish_pairs(self, state: RankOneState) -> AggregationResult:
         """Weigh, sum and decompose."""
-        pairs = {}
-        for module, old in state.current.pairs.items():
-            if module not in state.held:
-                pairs[module] = old  # nobody trained it this round
-                continue
-            held = state.held[module]
+
+        def mean(module: str) -> LoraPair:
+            old, held = state.current.pairs[module], state.held[module]
             largest = max(old.rank, *(len(A) for A, _, _ in held))
             weights = self.entry_weights([(len(A), w) for A, _, w in held])
             total = ProductSum.like(old.A, old.B)
             for (A, B, _), w in zip(held, weights, strict=True):
                 total.add(A, B, w)
             rank = min(largest, total.m, total.n)
-            pairs[module] = from_svd(old, total.svd(rank), rank, 1.0)
-        return AggregationResult(Adapter(pairs))
+            return from_svd(old, total.svd(rank), rank, 1.0)
+
+        return _replaced(state.current, state.held, mean)
 
     @abstractmethod
     def entry_weights(self, clients: list[tuple[int, float]]) -> list[Tensor]:
@@ -196,6 +196,15 @@ class RaFLoRA(HolderProduct):
                     own[start:end] = w / mass
             start = end
         return weights
+
+
+def _replaced(
+    current: Adapter, trained: Iterable[str], new: Callable[[str], LoraPair]
+) -> AggregationResult:
+    """Return ``current`` with the trained modules replaced; the others stay as they were."""
+    modules = list(trained)
+    found = dict(zip(modules, in_parallel(new, modules), strict=True))
+    return AggregationResult(Adapter({m: found.get(m, old) for m, old in current.pairs.items()}))
 
 
 def from_svd(old: LoraPair, svd: SVD, rank: int, divisor: float) -> LoraPair:

@@ -43,6 +43,21 @@ class FSLoRA(Aggregator[SketchState]):
     supports_dora = False
     shares_downloads = False
 
+    def check(self, adapter: Adapter) -> None:
+        """Refuse what ``Aggregator.check`` does, and modules of different rank.
+
+        Raises
+        ------
+        ValueError
+            Their sketches would have different scales, and a message carries one.
+        """
+        super().check(adapter)
+        if len(set(adapter.ranks.values())) > 1:
+            raise ValueError(
+                "fslora needs one rank for all modules, got "
+                f"{sorted(set(adapter.ranks.values()))}; leave out rank_pattern"
+            )
+
     def download(self, current: Adapter, rank: int, rng: np.random.Generator) -> Download:
         """Return a random block of ``rank`` entries at its scale."""
         drawn: dict[int, Tensor] = {}

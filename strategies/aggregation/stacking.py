@@ -18,7 +18,7 @@ from strategies.aggregation.averaging import FactorSum
 from strategies.aggregation.base import AggregationResult, Aggregator, State, Update, register
 from strategies.aggregation.product import shaped_like
 from strategies.lora import Adapter, LoraPair
-from strategies.lora.lowrank import ProductSum
+from strategies.lora.lowrank import ProductSum, in_parallel
 
 
 @dataclass
@@ -46,6 +46,8 @@ class FLoRA(Aggregator[StackState]):
     """
 
     name = "flora"
+    merges_base = True
+    supports_dora = False
 
     def __init__(self, *, seed: int = 42) -> None:
         self.seed = seed
@@ -63,15 +65,16 @@ class FLoRA(Aggregator[StackState]):
 
     def finish_pairs(self, state: StackState) -> AggregationResult:
         """Return fresh factors and, as ``base_delta``, the stacks."""
-        rng = _generator(self.seed, getattr(self, "server_round", 0))
-        pairs, delta = {}, {}
-        for module, old in state.current.pairs.items():
-            new = _fresh(old, rng)  # drawn for every module: nobody's values depend on who replied
-            pairs[module] = new if module in state.sums else old
-            if module in state.sums:
-                A, B = state.sums[module].factors()
-                if len(A):
-                    delta[module] = shaped_like(old, A / state.total, B)
+        rng = _generator(self.seed, self.server_round)
+        # Drawn for every module, so that nobody's values depend on who replied.
+        fresh = {module: _fresh(old, rng) for module, old in state.current.pairs.items()}
+        pairs, delta = dict(state.current.pairs), {}
+        modules = list(state.sums)
+        stacks = in_parallel(lambda module: state.sums[module].factors(), modules)
+        for module, (A, B) in zip(modules, stacks, strict=True):
+            pairs[module] = fresh[module]
+            if len(A):
+                delta[module] = shaped_like(pairs[module], A / state.total, B)
         return AggregationResult(Adapter(pairs), Adapter(delta) if delta else None)
 
 
@@ -101,6 +104,8 @@ class FedEx(Aggregator[ResidualState]):
     """
 
     name = "fedex"
+    merges_base = True
+    supports_dora = False
 
     def init(self, current: Adapter) -> ResidualState:
         """Return empty sums."""
@@ -111,7 +116,7 @@ class FedEx(Aggregator[ResidualState]):
         for module, pair in update.adapter.pairs.items():
             start = state.current.pairs[module]
             if module not in state.means:
-                state.means[module] = FactorSum.zeros(pair, max(pair.rank, start.rank))
+                state.means[module] = FactorSum(start.rank)
                 state.moved[module] = ProductSum.like(pair.A, pair.B)
             state.means[module].add(pair, weight)
             start = start.with_rank(pair.rank)
@@ -120,28 +125,36 @@ class FedEx(Aggregator[ResidualState]):
 
     def finish_pairs(self, state: ResidualState) -> AggregationResult:
         """Return the mean factors and, as ``base_delta``, the residual at its own rank."""
-        pairs, delta = {}, {}
-        for module, old in state.current.pairs.items():
-            if module not in state.means:
-                pairs[module] = old  # nobody trained it this round
-                continue
-            sums, residual = state.means[module], state.moved[module]
-            mean_A, mean_B = sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
-            start = old.with_rank(len(sums.mass)).to(torch.float32)
-            held = sums.mass > 0
-            # A client without entry j stands at zero there, away from the start by all of it.
-            absent = (state.total - sums.mass)[held].clamp_min(0)
-            residual.add(start.A[held], start.B[:, held], absent)
-            shift_A, shift_B = (mean_A - start.A)[held], (mean_B - start.B)[:, held]
-            residual.add(shift_A, -shift_B, state.total)
-            mean_A[~held] = start.A[~held]
-            pairs[module] = replace(old, A=mean_A, B=mean_B)
-            rounding = _rounding(mean_A, mean_B) + _rounding(shift_A, shift_B)
-            svd = residual.svd(floor=state.total * rounding)
-            if len(svd.S):
-                A, B = svd._replace(S=svd.S / state.total).balanced()
-                delta[module] = shaped_like(old, A, B)
+        pairs, delta = dict(state.current.pairs), {}
+        modules = list(state.means)
+        found = in_parallel(lambda module: self._divide(state, module), modules)
+        for module, (mean, residual) in zip(modules, found, strict=True):
+            pairs[module] = mean
+            if residual is not None:
+                delta[module] = residual
         return AggregationResult(Adapter(pairs), Adapter(delta) if delta else None)
+
+    @staticmethod
+    def _divide(state: ResidualState, module: str) -> tuple[LoraPair, LoraPair | None]:
+        """Return the mean and the residual of one module."""
+        old, sums = state.current.pairs[module], state.means[module]
+        mean_A, mean_B = sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
+        start = old.with_rank(len(sums.mass)).to(torch.float32)
+        held = sums.mass > 0
+        shift_A, shift_B = (mean_A - start.A)[held], (mean_B - start.B)[:, held]
+        residual = state.moved[module].copy()
+        # A client without entry j stands at zero there, away from the start by all of it.
+        absent = (state.total - sums.mass)[held].clamp_min(0)
+        residual.add(start.A[held], start.B[:, held], absent)
+        residual.add(shift_A, -shift_B, state.total)
+        mean_A[~held] = start.A[~held]
+        mean = replace(old, A=mean_A, B=mean_B)
+        rounding = _rounding(mean_A, mean_B) + _rounding(shift_A, shift_B)
+        svd = residual.svd(floor=state.total * rounding)
+        if len(svd.S) == 0:
+            return mean, None
+        A, B = svd._replace(S=svd.S / state.total).balanced()
+        return mean, shaped_like(old, A, B)
 
 
 def _rounding(A: Tensor, B: Tensor) -> float:

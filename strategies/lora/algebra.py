@@ -18,7 +18,8 @@ def is_finite(x: Tensor) -> bool:
     A finite sum proves it in one pass without a temporary; only a sum that overflows
     needs the look at every element.
     """
-    if math.isfinite(float(x.sum(dtype=torch.float32))):
+    wide = torch.float32 if x.element_size() < 4 else None
+    if math.isfinite(x.sum(dtype=wide).item()):
         return True
     return bool(torch.isfinite(x).all())
 
@@ -26,7 +27,9 @@ def is_finite(x: Tensor) -> bool:
 def resize(x: Tensor, axis: int, size: int) -> Tensor:
     """Return the leading ``size`` entries of ``axis``, zero-padded when there are fewer."""
     have = x.shape[axis]
-    if size <= have:
+    if size == have:
+        return x
+    if size < have:
         return x.narrow(axis, 0, size)
     shape = list(x.shape)
     shape[axis] = size - have

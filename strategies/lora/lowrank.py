@@ -6,24 +6,31 @@ m×n matrix is only formed where ρ comes near ``min(m, n)`` and forming it is c
 
 Why Gram matrices and not QR: in float64, the Gram matrices of float32 factors carry singular values
 down to about 1e-8 of the largest, which is below what float32 factors mean at all. Measured on
-two cores (2048×2048, ρ = 248, rank 64): Gram with ``eigh`` 12 ms, error 4e-8 of the norm;
-QR in float32 60 ms, 1e-6; QR in float64 64 ms, 4e-8; CholeskyQR2 in float32 14 ms, 2e-6, and
-it fails on stacks that repeat a row. ``benchmarks/aggregation.py`` repeats the measurement.
+two cores (4096×4096, ρ = 248, rank 64): Gram with ``eigh`` 20 ms, error 4e-8 of the norm; QR in
+float32 40 ms, 2e-5; QR in float64 57 ms, 4e-8; CholeskyQR2 in float32 23 ms, 1e-5, and it
+fails on stacks that repeat a row. ``benchmarks/aggregation.py`` repeats the measurement.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _EPS = torch.finfo(torch.float32).eps
 # Flops of a symmetric eigendecomposition of size k, in k³, at the speed of a matrix product.
 _EIGH = 25
 # Rank entries that are gathered before they are added to a dense sum in one product.
 _BLOCK = 256
+# Decompositions at a time; each may hold a few float64 copies of its module.
+_WORKERS = 16
 
 
 class SVD(NamedTuple):
@@ -168,6 +175,13 @@ class ProductSum:
         if full:
             self._into_dense()
 
+    def copy(self) -> ProductSum:
+        """Return a sum that can be added to without changing this one."""
+        out = ProductSum(self.m, self.n, lossless=self.lossless)
+        out._A, out._B, out.rank = list(self._A), list(self._B), self.rank
+        out._dense = None if self._dense is None else self._dense.clone()
+        return out
+
     def svd(
         self, rank: int | None = None, *, energy: float | None = None, floor: float = 0.0
     ) -> SVD:
@@ -223,6 +237,26 @@ def complete(A: Tensor, like: Tensor, rank: int) -> Tensor:
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0)
     new = (Q * sign)[:, have:].T / math.sqrt(3)
     return torch.cat([A, new.to(A.dtype)])
+
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Return ``[work(item) for item in items]``, as many at a time as torch has threads.
+
+    A small ``eigh`` gains nothing from a second thread, and where the cores are busy, as in a
+    simulation, its threads wait for each other: measured 25 ms on one thread against 0.1 to 4 s
+    on two. So the items are spread over the threads, not the work of one; on idle cores that
+    is 1.4 times as fast. The thread count is torch's global one; it is put back at the end.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, len(items), _WORKERS)
+    if workers <= 1:
+        return [work(item) for item in items]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _leading(

@@ -1,19 +1,28 @@
 """Rank policies: which LoRA rank each client trains."""
 
+from strategies.ranks.autorank import AutoRank
 from strategies.ranks.base import (
-    RANK_POLICIES,
+    Explanation,
     ListRank,
     RankPolicy,
     ReportedRank,
+    Trained,
     UniformRank,
-    make_rank_policy,
 )
+from strategies.ranks.pruning import SelfPruningRank
+from strategies.ranks.quality import QualityRank
+from strategies.ranks.registry import RANK_POLICIES, make_rank_policy
 
 __all__ = [
     "RANK_POLICIES",
+    "AutoRank",
+    "Explanation",
     "ListRank",
+    "QualityRank",
     "RankPolicy",
     "ReportedRank",
+    "SelfPruningRank",
+    "Trained",
     "UniformRank",
     "make_rank_policy",
 ]

@@ -2,20 +2,83 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from strategies.clients import Client
+from strategies.lora import Adapter
+from strategies.model import GlobalModel
+
+Settings = Mapping[str, bool | int | float | str]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One good reply, for policies that learn from what clients train.
+
+    Parameters
+    ----------
+    client : Client
+    adapter, sent : Adapter
+        What came back, and what the client had started from.
+    metrics : Mapping[str, float]
+        Every number of the reply.
+    server_round : int
+    merged : Adapter
+        What was merged into the base before, for rules that do.
+    """
+
+    client: Client
+    adapter: Adapter
+    sent: Adapter
+    metrics: Mapping[str, float]
+    server_round: int
+    merged: Adapter = field(default_factory=lambda: Adapter({}))
+
+    def effective(self) -> Adapter:
+        """Return the client's whole model as one adapter on the base."""
+        return GlobalModel(self.adapter, self.merged).combined()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why the ranks are what they are; all of it can go into JSON.
+
+    Parameters
+    ----------
+    clients : Mapping[int, Mapping[str, float or None]]
+        By client index, what its rank was derived from.
+    weights : Mapping[str, float]
+        How much each of those numbers counts.
+    notes : Sequence[str]
+        What could not be done as asked, and why.
+    """
+
+    clients: Mapping[int, Mapping[str, float | None]] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class RankPolicy(ABC):
-    """Say which rank every client trains; the device's ``max-rank`` caps every policy."""
+    """Say which rank every client trains; the device's ``max-rank`` caps every policy.
+
+    A policy needs ``max_rank`` and ``choose`` alone. One that learns from the clients also
+    overrides some of the methods below them, which do nothing here: what it asks before
+    training (``to_profile``, ``learn``), what it adds to a client's training message
+    (``train_settings``) and what it takes from each good reply (``observe``).
+    """
 
     name: ClassVar[str] = ""
     #: Whether a reply may have another rank than the one assigned.
     accepts_other_ranks: ClassVar[bool] = False
+    #: Whether the policy asks clients for a profile, and so wants to know who they are.
+    profiles: ClassVar[bool] = False
+    #: Whether ``learn_cost`` is to be called before each round.
+    counts_bytes: bool = False
+    #: Metrics of a reply that are meant for the policy and not for averages over clients.
+    metrics: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -41,12 +104,59 @@ class RankPolicy(ABC):
             ranks[client.node_id] = min(rank, client.max_rank or rank)
         return ranks
 
+    def to_profile(self, clients: Sequence[Client], server_round: int) -> list[Client]:
+        """Return the clients to send a profiling query to before this round."""
+        return []
+
+    def profile_settings(self) -> Settings:
+        """Return what the config of a profiling query holds."""
+        return {}
+
+    def learn(  # noqa: B027
+        self, client: Client, answer: Mapping[str, Any] | None, server_round: int
+    ) -> None:
+        """Take a client's answer to a profiling query; None: it did not answer in time.
+
+        Raises
+        ------
+        ValueError
+            If the answer cannot be used; the client then counts as not having answered.
+        """
+
+    def learn_cost(self, fixed: float, per_rank: float) -> None:  # noqa: B027
+        """Take the bytes a client moves in a round: ``fixed + per_rank · rank``."""
+
+    def train_settings(self, client: Client, server_round: int) -> Settings:
+        """Return what to add to the config of a client's training message."""
+        return {}
+
+    def observe(self, trained: Trained) -> None:  # noqa: B027
+        """Look at a good reply before it is dropped.
+
+        Raises
+        ------
+        ValueError
+            If the policy cannot use what the reply says; its training counts all the same.
+        """
+
+    def explain(self) -> Explanation:
+        """Return what the last choice was derived from."""
+        return Explanation()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the policy has learned, as JSON can hold it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Put back what ``state_dict`` returned."""
+
     def summary(self) -> str:
         """Return the policy and its settings in one line."""
         return f"{self.name} (up to {self.max_rank})"
 
 
-def _at_least_one(what: str, rank: int) -> int:
+def at_least_one(what: str, rank: int) -> int:
+    """Return a rank, or refuse it with its name."""
     if rank < 1:
         raise ValueError(f"{what}: expected a rank of at least 1, got {rank}")
     return rank
@@ -63,7 +173,7 @@ class UniformRank(RankPolicy):
     name = "uniform"
 
     def __init__(self, rank: int = 8) -> None:
-        self.rank = _at_least_one("uniform", rank)
+        self.rank = at_least_one("uniform", rank)
 
     @property
     def max_rank(self) -> int:
@@ -91,7 +201,7 @@ class ListRank(RankPolicy):
     def __init__(self, ranks: Sequence[int], *, cycle: bool = False) -> None:
         if not ranks:
             raise ValueError("ranks: expected at least one rank, got none")
-        self.ranks = [_at_least_one("ranks", r) for r in ranks]
+        self.ranks = [at_least_one("ranks", r) for r in ranks]
         self.cycle = cycle
 
     @property
@@ -136,8 +246,8 @@ class ReportedRank(RankPolicy):
     accepts_other_ranks = True
 
     def __init__(self, max_rank: int = 32, *, fallback: int = 4) -> None:
-        self._max_rank = _at_least_one("max_rank", max_rank)
-        self.fallback = _at_least_one("fallback", fallback)
+        self._max_rank = at_least_one("max_rank", max_rank)
+        self.fallback = at_least_one("fallback", fallback)
         if fallback > max_rank:
             raise ValueError(f"fallback ({fallback}) must not exceed max_rank ({max_rank})")
 
@@ -149,26 +259,3 @@ class ReportedRank(RankPolicy):
     def choose(self, clients: Sequence[Client], server_round: int) -> list[int]:
         """Return what each node reported, or the fallback."""
         return [min(client.max_rank or self.fallback, self.max_rank) for client in clients]
-
-
-RANK_POLICIES: dict[str, Callable[..., RankPolicy]] = {
-    "uniform": UniformRank,
-    "list": ListRank,
-    "cycle": lambda ranks: ListRank(ranks, cycle=True),
-    "reported": ReportedRank,
-}
-
-
-def make_rank_policy(name: str, **options: Any) -> RankPolicy:
-    """Return the policy registered as ``name``.
-
-    Raises
-    ------
-    ValueError
-        If there is no such policy; the message lists those that exist.
-    """
-    if name not in RANK_POLICIES:
-        close = difflib.get_close_matches(name, list(RANK_POLICIES), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"expected one of {', '.join(RANK_POLICIES)}; got {name!r}{hint}")
-    return RANK_POLICIES[name](**options)

@@ -265,3 +265,18 @@ def test_the_registry_suggests():
     assert set(ALL) <= set(AGGREGATIONS)
     with pytest.raises(ValueError, match="did you mean 'replication'"):
         make_aggregator("replicaton")
+
+
+def test_rules_that_change_factors_refuse_dora_magnitudes():
+    plain = random_adapter(2, seed=1)
+    dora = Adapter(plain.pairs, {**plain.dense, "tall.lora_magnitude_vector": torch.ones(9)})
+    refused = {name for name in AGGREGATIONS if not make_aggregator(name).supports_dora}
+    averaging = {"fedit", "zero-padding", "hetlora", "rbla", "replication"}
+    assert refused == set(AGGREGATIONS) - averaging
+    for name in AGGREGATIONS:
+        make_aggregator(name).check(plain)
+        if name in refused:
+            with pytest.raises(ValueError, match="train without DoRA"):
+                make_aggregator(name).check(dora)
+        else:
+            make_aggregator(name).check(dora)

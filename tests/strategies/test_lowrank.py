@@ -12,6 +12,7 @@ from strategies.lora.lowrank import (
     compact_svd,
     complete,
     dense_svd,
+    in_parallel,
 )
 
 
@@ -192,3 +193,17 @@ def test_completed_rows_are_new_directions():
     assert torch.allclose(complete(e[:3], e[:6], 6)[3:], e[3:6] / 3**0.5)
     assert torch.equal(complete(basis, like, 2), basis)  # nothing to add
     assert complete(factors(9, 12, 3)[0], like, 12).shape == (12, 12)
+
+
+def test_parallel_work_keeps_the_order_and_the_thread_count():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert in_parallel(lambda x: x * x, range(10)) == [x * x for x in range(10)]
+            assert in_parallel(lambda x: x, []) == []
+            with pytest.raises(ZeroDivisionError):
+                in_parallel(lambda x: 1 / x, [1, 0])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

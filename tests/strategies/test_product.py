@@ -409,7 +409,8 @@ def test_bad_updates_leave_no_trace_and_inputs_are_not_changed(rule):
     after = [*current.tensors(), *good.tensors()]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     again = aggregator.finish(state)  # finishing twice gives the same
-    assert same(Adapter(again.adapter.pairs), Adapter(result.adapter.pairs))
+    for module in SHAPES:
+        np.testing.assert_array_equal(whole(again, module), whole(result, module))
 
 
 @pytest.mark.parametrize("rule", RULES)

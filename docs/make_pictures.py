@@ -1,0 +1,119 @@
+"""Draw the pictures of the documentation: ``python docs/make_pictures.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+
+PICTURES = Path(__file__).parent / "pictures"
+
+INK, SOFT, LINE, GROUND = "#1f2933", "#5f6c7b", "#cbd2d9", "#f7f8fa"
+# Colours that stay apart for colour-blind readers, from Okabe and Ito; fill, edge.
+MARKS = {
+    "slice": ("#dcebf7", "#0072b2"),
+    "SVD": ("#d9f0e8", "#009e73"),
+    "merge": ("#fbe4d5", "#d55e00"),
+    "sketch": ("#f6e3ee", "#b5578f"),
+}
+MEANINGS = {
+    "slice": "leading r entries",
+    "SVD": "best approximation of rank r",
+    "merge": "slice, and a delta for the frozen weights",
+    "sketch": "random r entries, rescaled",
+}
+
+# name, what sets it apart, how it is downloaded, centre
+TOP, NEXT, LOW = 4.5, 3.5, 2.33
+RULES = [
+    ("fedit", "equal ranks only", "slice", (0.75, TOP)),
+    ("zero-padding", "missing entries are zeros", "slice", (2.2, TOP)),
+    ("hetlora", "weights: norm of s·BA", "slice", (3.65, TOP)),
+    ("ffa", "A fixed, B averaged: exact", "slice", (0.75, NEXT)),
+    ("rolora", "A, B fixed in turn: exact", "slice", (2.2, NEXT)),
+    ("fslora", "mean of the changes", "sketch", (3.65, NEXT)),
+    ("fedex", "mean factors + residual", "merge", (5.2, (TOP + NEXT) / 2)),
+    ("flexlora", "mean, cut to the rank", "SVD", (6.75, TOP)),
+    ("florist", "rank chosen by energy", "SVD", (8.2, TOP)),
+    ("flora", "exact; clients start afresh", "merge", (7.475, NEXT)),
+    ("rbla", "mean of the holders", "slice", (0.75, LOW)),
+    ("replication", "others copy the holders", "slice", (2.2, LOW)),
+    ("fedsa", "A only; B stays at home", "slice", (3.65, LOW)),
+    ("rb-lora", "by rank-one term", "SVD", (6.75, LOW)),
+    ("raflora", "by rank partition", "SVD", (8.2, LOW)),
+]
+WIDTH, HEIGHT = 1.34, 0.74
+# left edge and width of the columns, lower edge and height of the rows
+COLUMNS = [(-0.05, 5.2), (5.25, 3.75)]
+ROWS = [(2.98, 2.04), (1.5, 1.34)]
+
+
+def rules_picture(path: Path) -> None:
+    """Draw how the rules relate: what is combined, and by whose weight it is divided."""
+    figure, axes = plt.subplots(figsize=(11, 5.9), dpi=160)
+    axes.set_xlim(-0.75, 9.1)
+    axes.set_ylim(0.4, 5.75)
+    axes.axis("off")
+    for x, width in COLUMNS:
+        for y, height in ROWS:
+            _rounded(axes, x, y, width, height, GROUND, LINE)
+    _heading(axes, 2.55, 5.43, "factor-wise", "A and B are averaged themselves")
+    _heading(axes, 7.12, 5.43, "product", "the updates s·BA are averaged")
+    _heading(axes, -0.43, 4.0, "over all", "divided by the\nweight of all", turned=True)
+    _heading(axes, -0.43, 2.17, "over holders", "divided by the\nweight of holders", turned=True)
+    for name, note, mark, (x, y) in RULES:
+        _box(axes, x, y, name, note, mark)
+    for x, note in ((1.475, "equal under data weights"), (7.475, "equal as read here")):
+        axes.plot(
+            [x - 0.72, x - 0.72, x + 0.72, x + 0.72], [1.9, 1.82, 1.82, 1.9],
+            color=SOFT, linewidth=0.9,
+        )  # fmt: skip
+        axes.text(x, 1.68, note, ha="center", va="center", fontsize=8, color=SOFT)
+    _legend(axes)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.99)
+    figure.savefig(path, facecolor="white")
+    plt.close(figure)
+
+
+def _rounded(
+    axes: Axes, x: float, y: float, width: float, height: float, fill: str, edge: str
+) -> None:
+    style = f"round,pad=0,rounding_size={min(0.1, height / 4)}"
+    axes.add_patch(
+        FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=fill, edgecolor=edge)
+    )
+
+
+def _heading(
+    axes: Axes, x: float, y: float, title: str, note: str, *, turned: bool = False
+) -> None:
+    rotation = 90 if turned else 0
+    dx, dy = (0.13, 0.0) if turned else (0.0, -0.2)
+    style = {"ha": "center", "va": "center", "rotation": rotation}
+    axes.text(x - dx, y, title, fontsize=13, weight="bold", color=INK, **style)
+    axes.text(x + dx, y + dy, note, fontsize=8.5, color=SOFT, linespacing=1.15, **style)
+
+
+def _box(axes: Axes, x: float, y: float, name: str, note: str, mark: str) -> None:
+    _rounded(axes, x - WIDTH / 2, y - HEIGHT / 2, WIDTH, HEIGHT, *MARKS[mark])
+    axes.text(x, y + 0.12, name, ha="center", va="center", fontsize=11, weight="bold", color=INK)
+    axes.text(x, y - 0.17, note, ha="center", va="center", fontsize=7.4, color=INK)
+
+
+def _legend(axes: Axes) -> None:
+    axes.text(-0.05, 1.17, "What a client of rank r downloads", fontsize=9.5, weight="bold",
+              color=INK, va="center")  # fmt: skip
+    for x, mark in zip((-0.05, 1.85, 4.2, 7.0), MARKS, strict=True):
+        _rounded(axes, x, 0.59, 0.24, 0.24, *MARKS[mark])
+        axes.text(x + 0.34, 0.8, mark, fontsize=9, weight="bold", color=INK, va="center")
+        axes.text(x + 0.34, 0.6, MEANINGS[mark], fontsize=8, color=SOFT, va="center")
+
+
+if __name__ == "__main__":
+    PICTURES.mkdir(exist_ok=True)
+    rules_picture(PICTURES / "rules.png")

@@ -1,0 +1,134 @@
+"""Who is connected, and what they say of themselves and of their data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from logging import INFO, WARNING
+from typing import Any
+
+from flwr.app import ConfigRecord, Message
+from flwr.common import log
+from flwr.serverapp import Grid
+
+from strategies.clients import Client, Roster
+from strategies.messages import Protocol, reply_error
+from strategies.ranks import RankPolicy
+from strategies.transport import exchange
+
+Answer = Mapping[str, Any]
+
+
+class Census:
+    """Finds the connected nodes; asks newcomers who they are, and for a profile if need be.
+
+    Two queries, one after the other: a client that takes too long over its profile, or
+    fails at it, has still said who it is.
+
+    Parameters
+    ----------
+    protocol : Protocol
+    min_nodes : int
+        Wait for this many nodes.
+    introduce : bool
+        Whether to ask nodes who they are.
+    timeout, profile_timeout : float
+        Seconds to wait for the answers; who does not answer takes part without.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        *,
+        min_nodes: int,
+        introduce: bool,
+        timeout: float,
+        profile_timeout: float,
+    ) -> None:
+        self.protocol = protocol
+        self.min_nodes = min_nodes
+        self.introduce = introduce
+        self.timeout = timeout
+        self.profile_timeout = profile_timeout
+        self.roster = Roster()
+
+    def take(
+        self, grid: Grid, policy: RankPolicy, config: ConfigRecord, server_round: int
+    ) -> list[Client]:
+        """Return who is connected, in a lasting order.
+
+        Parameters
+        ----------
+        grid : Grid
+        policy : RankPolicy
+            Says who is to be profiled, and learns the answers.
+        config : ConfigRecord
+            The user's settings for clients; a profiling query carries them too.
+        server_round : int
+        """
+        node_ids = self._wait(grid)
+        if new := self.roster.unknown(node_ids):
+            answers: dict[int, Answer] = {node_id: {} for node_id in new}
+            if self.introduce:
+                answers.update(self._ask(grid, new, ConfigRecord(), self.timeout))
+            self.roster.join(answers)
+        clients = self.roster.present(node_ids)
+        if asked := policy.to_profile(clients, server_round):
+            self._profile(grid, policy, asked, config, server_round)
+            clients = self.roster.present(node_ids)
+        return clients
+
+    def _wait(self, grid: Grid) -> list[int]:
+        told = False
+        while len(node_ids := list(grid.get_node_ids())) < self.min_nodes:
+            if not told:
+                log(INFO, "waiting for nodes: %s of %s", len(node_ids), self.min_nodes)
+                told = True
+            time.sleep(1)
+        return node_ids
+
+    def _profile(
+        self,
+        grid: Grid,
+        policy: RankPolicy,
+        clients: Sequence[Client],
+        config: ConfigRecord,
+        server_round: int,
+    ) -> None:
+        settings = ConfigRecord({**config, **policy.profile_settings()})
+        node_ids = [client.node_id for client in clients]
+        answers = self._ask(grid, node_ids, settings, self.profile_timeout)
+        for client in clients:
+            answer = answers.get(client.node_id)
+            try:
+                policy.learn(client, answer, server_round)
+            except ValueError as error:
+                log(WARNING, "profile of %s left out: %s", client.name, error)
+            count = (answer or {}).get("num-examples")
+            if isinstance(count, int) and not isinstance(count, bool) and count > 0:
+                self.roster.observe(client.node_id, count)
+
+    def _ask(
+        self, grid: Grid, node_ids: Sequence[int], config: ConfigRecord, timeout: float
+    ) -> dict[int, Answer]:
+        """Send one query to each node; who fails to answer is left out."""
+        messages = [
+            Message(self.protocol.query(config), node_id, self.protocol.query_type)
+            for node_id in node_ids
+        ]
+        answers: dict[int, Answer] = {}
+        silent = list(node_ids)
+        for message in exchange(grid, messages, timeout):
+            node_id = message.metadata.src_node_id
+            silent.remove(node_id)
+            if reason := reply_error(message):
+                log(WARNING, "node %s did not answer a query: %s", node_id, reason)
+                continue
+            try:
+                answers[node_id] = self.protocol.read_query(message.content)
+            except (ValueError, KeyError, TypeError) as error:
+                log(WARNING, "node %s answered a query with what cannot be read: %s",
+                    node_id, error)  # fmt: skip
+        for node_id in silent:
+            log(WARNING, "node %s gave no answer to a query within %g s", node_id, timeout)
+        return answers

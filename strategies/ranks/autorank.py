@@ -1,0 +1,328 @@
+"""``AutoRank``: the more complex a client's data, the higher its rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies.clients import Client
+from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, checked_profile
+from strategies.ranks.base import Explanation, RankPolicy, Settings, Trained, at_least_one
+from strategies.ranks.mcda import (
+    critic_weights,
+    ranks_for_budget,
+    scores_to_ranks,
+    topsis_scores,
+)
+
+ORDERS = ("score", "reversed", "random")
+
+
+class AutoRank(RankPolicy):
+    """Ranks from three numbers a client measures on its data, weighed and scored.
+
+    AutoRank, https://arxiv.org/abs/2412.15553. Each client reports the entropy of its
+    losses, the entropy of its labels and their Gini-Simpson index (``profile_metrics``);
+    CRITIC weighs the three, TOPSIS scores the clients (``strategies.ranks.mcda``, with the
+    certainty of each step), and the scores are mapped to ``min_rank … max_rank``.
+
+    When and on which model clients are profiled is this project's decision [D]:
+
+    - By a query when a node appears, once, on the model the client itself builds: its
+      seeded start, where B = 0. No arrays travel, because a ``NumPyClient``'s
+      ``get_properties`` takes none.
+    - With ``reassign_every = N``, again by the first training message after N rounds, on
+      the adapter that came with it, before it is trained; the numbers return with the
+      reply. Ranks are assigned anew before rounds N + 1, 2N + 1, …
+    - A client that did not answer the query, or answered nonsense, trains at ``fallback``
+      and is asked once more with each training message. Its rank then follows.
+    - All profiled clients are scored together, so one that joins, or answers late, may
+      move the ranks of others. One that leaves moves them only under a budget. Ranks
+      depend on the profiles alone, not on node ids or the order of answers; ties under a
+      budget go to the lower client index.
+
+    Parameters
+    ----------
+    min_rank, max_rank : int (default: 4, 32)
+        Rank of the lowest and the highest score; ``max_rank`` is also that of the global
+        adapter. A device's own ``max-rank`` wins over both.
+    budget : float, optional
+        Mean rank of the connected clients: their ranks add up to ``budget`` times their
+        number, rounded down, in the proportions of the scores.
+    byte_budget : float, optional
+        The same for bytes: a round in which every connected client trains moves at most
+        this much, down and up, head included. With partial participation a round moves
+        less [D].
+    reassign_every : int (default: 0)
+        Profile and assign again every this many rounds; 0: never.
+    fallback : int, optional
+        Rank of a client without a usable profile (default: ``min_rank``).
+    profile_samples : int (default: 0)
+        Rows a client passes through its model, a seeded choice; 0: all.
+    order : "score", "reversed" or "random" (default: "score")
+        For comparison: the lowest score gets the highest rank, or the same scores are
+        dealt out at random. The authors compare with the reversed order [P].
+    seed : int (default: 42)
+        Of the random order.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or both budgets are given.
+    """
+
+    name = "autorank"
+    profiles = True
+    metrics = METRICS
+
+    def __init__(
+        self,
+        min_rank: int = 4,
+        max_rank: int = 32,
+        *,
+        budget: float | None = None,
+        byte_budget: float | None = None,
+        reassign_every: int = 0,
+        fallback: int | None = None,
+        profile_samples: int = 0,
+        order: str = "score",
+        seed: int = 42,
+    ) -> None:
+        self.min_rank = at_least_one("min_rank", min_rank)
+        self._max_rank = max_rank
+        self.fallback = min_rank if fallback is None else at_least_one("fallback", fallback)
+        if min_rank > max_rank:
+            raise ValueError(f"min_rank ({min_rank}) must not exceed max_rank ({max_rank})")
+        if self.fallback > max_rank:
+            raise ValueError(f"fallback ({fallback}) must not exceed max_rank ({max_rank})")
+        if budget is not None and byte_budget is not None:
+            raise ValueError("expected budget (a mean rank) or byte_budget, got both")
+        if budget is not None and not min_rank <= budget <= max_rank:
+            raise ValueError(
+                f"budget: a mean rank of {budget} is not between min_rank ({min_rank}) and "
+                f"max_rank ({max_rank})"
+            )
+        if byte_budget is not None and not (math.isfinite(byte_budget) and byte_budget > 0):
+            raise ValueError(f"byte_budget: expected a number above 0, got {byte_budget!r}")
+        for what, value in (
+            ("reassign_every", reassign_every),
+            ("profile_samples", profile_samples),
+        ):
+            if value < 0:
+                raise ValueError(f"{what}: expected 0 or more, got {value!r}")
+        if order not in ORDERS:
+            raise ValueError(f"order: expected one of {', '.join(ORDERS)}; got {order!r}")
+        self.budget = budget
+        self.byte_budget = byte_budget
+        self.reassign_every = reassign_every
+        self.profile_samples = profile_samples
+        self.order = order
+        self.seed = seed
+        self.counts_bytes = byte_budget is not None
+        self._cost: tuple[float, float] | None = None
+        # All by client index, for node ids differ from run to run.
+        self._asked: set[int] = set()
+        self._profiles: dict[int, tuple[float, float, float]] = {}
+        self._measured: dict[int, int] = {}  # the round of the profile; 0: before training
+        self._ranks: dict[int, int] = {}
+        self._stale = True  # someone got a first profile, or the costs changed
+        self._explanation = Explanation()
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank a client can get."""
+        return self._max_rank
+
+    # ----- what clients are asked, and answer ------------------------------------------
+
+    def to_profile(self, clients: Sequence[Client], server_round: int) -> list[Client]:
+        """Return the clients that were never asked."""
+        return [client for client in clients if client.index not in self._asked]
+
+    def profile_settings(self) -> Settings:
+        """Return the request for a profile."""
+        return {PROFILE_KEY: True, SAMPLES_KEY: self.profile_samples}
+
+    def learn(self, client: Client, answer: Mapping[str, Any] | None, server_round: int) -> None:
+        """Keep the three numbers of an answer."""
+        self._asked.add(client.index)
+        if answer is not None:
+            self._keep(client, answer, 0)
+
+    def learn_cost(self, fixed: float, per_rank: float) -> None:
+        """Remember what a rank costs; a change means that the bytes are divided anew."""
+        if self._cost != (fixed, per_rank):
+            self._cost = fixed, per_rank
+            self._stale = True
+
+    def train_settings(self, client: Client, server_round: int) -> Settings:
+        """Ask for a profile where there is none, or it is old."""
+        measured = self._measured.get(client.index)
+        due = measured is None or (
+            self.reassign_every > 0 and server_round - measured >= self.reassign_every
+        )
+        return self.profile_settings() if due else {}
+
+    def observe(self, trained: Trained) -> None:
+        """Keep the profile that came with a reply, if one did."""
+        if any(key in trained.metrics for key in METRICS):
+            self._keep(trained.client, trained.metrics, trained.server_round)
+
+    def _keep(self, client: Client, answer: Mapping[str, Any], measured: int) -> None:
+        profile = checked_profile(answer)
+        self._stale |= client.index not in self._profiles
+        self._profiles[client.index] = profile
+        self._measured[client.index] = measured
+
+    # ----- the ranks ---------------------------------------------------------------------
+
+    def choose(self, clients: Sequence[Client], server_round: int) -> list[int]:
+        """Return the ranks in effect, assigned anew where that is due."""
+        present = {client.index for client in clients}
+        again = self.reassign_every and server_round > 1
+        due = again and (server_round - 1) % self.reassign_every == 0
+        budgeted = self.budget is not None or self.byte_budget is not None
+        moved = not present <= self._ranks.keys() or (budgeted and present != self._ranks.keys())
+        if self._stale or due or moved:
+            self._assign(sorted(clients, key=lambda client: client.index))
+        return [self._ranks[client.index] for client in clients]
+
+    def _assign(self, clients: Sequence[Client]) -> None:
+        known = sorted(self._profiles)
+        scores: dict[int, float] = {}
+        weights = np.zeros(0)
+        if known:
+            x = np.array([self._profiles[index] for index in known])
+            weights = critic_weights(x)
+            scores = dict(zip(known, self._ordered(topsis_scores(x, weights), known), strict=True))
+        ranks = {client.index: _capped(self.fallback, client) for client in clients}
+        profiled = [client for client in clients if client.index in scores]
+        notes: list[str] = []
+        if len(profiled) < len(clients):
+            names = ", ".join(c.name for c in clients if c.index not in scores)
+            notes.append(f"no usable profile, so rank {self.fallback} (fallback): {names}")
+        total = self._total(clients, notes)
+        if total is None:
+            # Over all known clients, so that who is away for a round moves nobody's rank.
+            mapped = scores_to_ranks([scores[i] for i in known], self.min_rank, self.max_rank)
+            free = dict(zip(known, mapped.tolist(), strict=True))
+            ranks = {**free, **ranks} | {c.index: _capped(free[c.index], c) for c in profiled}
+        elif profiled:
+            others = sum(rank for index, rank in ranks.items() if index not in scores)
+            shares = self._divide(profiled, scores, total - others, notes)
+            ranks |= {c.index: r for c, r in zip(profiled, shares.tolist(), strict=True)}
+        elif sum(ranks.values()) != total:
+            notes.append(
+                f"the ranks add up to {sum(ranks.values())}, not {total}: nobody is scored"
+            )
+        self._ranks = ranks
+        self._stale = False
+        details: dict[int, dict[str, float | None]] = {}
+        for client in clients:
+            profile = self._profiles.get(client.index, (None,) * len(METRICS))
+            details[client.index] = dict(zip(METRICS, profile, strict=True))
+            details[client.index]["score"] = scores.get(client.index)
+        shown = dict(zip(METRICS, weights.tolist(), strict=False))
+        self._explanation = Explanation(details, shown, notes)
+
+    def _ordered(self, scores: NDArray[np.float64], known: Sequence[int]) -> list[float]:
+        if self.order == "reversed":
+            return (scores.max() + scores.min() - scores).tolist()  # type: ignore[no-any-return]
+        if self.order == "random":
+            # A draw of its own for each client: others joining do not change it.
+            draws = [np.random.default_rng([self.seed, index]).random() for index in known]
+            dealt = np.empty_like(scores)
+            dealt[np.argsort(draws, kind="stable")] = np.sort(scores)
+            return dealt.tolist()  # type: ignore[no-any-return]
+        return scores.tolist()  # type: ignore[no-any-return]
+
+    def _total(self, clients: Sequence[Client], notes: list[str]) -> int | None:
+        """Return the sum of ranks that the budget allows, or None without a budget."""
+        if self.budget is not None:
+            exact = self.budget * len(clients)
+            total = math.floor(exact + 1e-9)
+            if abs(exact - total) > 1e-9:
+                notes.append(
+                    f"a mean rank of {self.budget:g} over {len(clients)} clients is {exact:g}; "
+                    f"ranks are whole, so {total} are divided"
+                )
+            return total
+        if self.byte_budget is None or self._cost is None:
+            return None
+        fixed, per_rank = self._cost
+        left = self.byte_budget - fixed * len(clients)
+        if left < 0:
+            notes.append(
+                f"{self.byte_budget / 1e6:g} MB a round are less than the head and other fixed "
+                f"parts of {len(clients)} clients take ({fixed * len(clients) / 1e6:g} MB)"
+            )
+        if per_rank <= 0:  # there is no LoRA module, so rank costs nothing
+            return self.max_rank * len(clients)
+        return math.floor(max(0.0, left) / per_rank + 1e-9)
+
+    def _divide(
+        self, clients: Sequence[Client], scores: Mapping[int, float], total: int, notes: list[str]
+    ) -> NDArray[np.int64]:
+        """Divide a sum of ranks by score; one that the limits do not allow, as near as can be."""
+        values = np.array([scores[client.index] for client in clients])
+        caps = np.array([_capped(self.max_rank, client) for client in clients])
+        low, high = int(np.minimum(self.min_rank, caps).sum()), int(caps.sum())
+        if total < low:
+            notes.append(
+                f"the budget leaves {total} ranks for {len(clients)} clients, but min_rank = "
+                f"{self.min_rank} needs {low}: every one gets its minimum"
+            )
+        elif total > high:
+            notes.append(
+                f"the budget has {total} ranks for {len(clients)} clients, but max_rank and their "
+                f"devices hold {high}: every one gets its maximum"
+            )
+        total = min(max(total, low), high)
+        return ranks_for_budget(values, total, self.min_rank, self.max_rank, caps)
+
+    def explain(self) -> Explanation:
+        """Return the clients' metrics and scores, the weights, and what a budget missed."""
+        return self._explanation
+
+    # ----- state -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return profiles and ranks, by client index."""
+        return {
+            "asked": sorted(self._asked),
+            "profiles": {str(k): list(v) for k, v in sorted(self._profiles.items())},
+            "measured": {str(k): v for k, v in sorted(self._measured.items())},
+            "ranks": {str(k): v for k, v in sorted(self._ranks.items())},
+            "stale": self._stale,
+            "cost": self._cost,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        self._asked = {int(k) for k in state["asked"]}
+        self._profiles = {int(k): (v[0], v[1], v[2]) for k, v in state["profiles"].items()}
+        self._measured = {int(k): int(v) for k, v in state["measured"].items()}
+        self._ranks = {int(k): int(v) for k, v in state["ranks"].items()}
+        self._stale = bool(state["stale"])
+        self._cost = None if state["cost"] is None else (state["cost"][0], state["cost"][1])
+
+    def summary(self) -> str:
+        """Return the settings in one line."""
+        parts = [f"{self.min_rank} to {self.max_rank}"]
+        if self.budget is not None:
+            parts.append(f"mean {self.budget:g}")
+        if self.byte_budget is not None:
+            parts.append(f"{self.byte_budget / 1e6:g} MB a round")
+        if self.reassign_every:
+            parts.append(f"again every {self.reassign_every} rounds")
+        if self.order != "score":
+            parts.append(f"order {self.order}")
+        return f"{self.name} ({', '.join(parts)})"
+
+
+def _capped(rank: int, client: Client) -> int:
+    return min(rank, client.max_rank or rank)
