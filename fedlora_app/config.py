@@ -8,36 +8,21 @@ that is wrong. ``python -m fedlora_app.config`` prints the table of all keys.
 
 from __future__ import annotations
 
-import difflib
-import math
-import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
-from typing import Any, get_type_hints
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, replace
 
-Scalar = bool | int | float | str
+from fedlora_app.fields import (
+    ConfigError,
+    Scalar,
+    build,
+    key_values,
+    option,
+    options,
+    unknown_key,
+    values_of,
+)
 
-
-class ConfigError(ValueError):
-    """The run config cannot be used; the message lists every problem."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("invalid run config:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def option(
-    default: Scalar,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """Declare a config key: its default, its help and what values it may take."""
-    rules = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
-    return field(default=default, metadata=rules)
+__all__ = ["ConfigError", "RunConfig", "Scalar", "markdown_table", "toml_section"]
 
 
 @dataclass(frozen=True)
@@ -276,24 +261,26 @@ class RunConfig:
             combination.
         """
         problems: list[str] = []
-        known = dict(_options(cls))
+        known = dict(options(cls))
         for key in flat:
             if key not in known:
-                problems.append(_unknown(key, list(known)))
-        config: RunConfig = _build(cls, flat, "", problems)
+                problems.append(unknown_key(key, list(known)))
+        config: RunConfig = build(cls, flat, "", problems)
         if not problems:
-            problems += _impossible(config)
+            from fedlora_app.checks import impossible  # needs the rules, and they need torch
+
+            problems += impossible(config)
         if problems:
             raise ConfigError(problems)
         return config
 
     def to_flat(self) -> dict[str, Scalar]:
         """Return the inverse of ``from_flat``."""
-        return dict(_values(self))
+        return dict(values_of(self))
 
     def aggregation_settings(self) -> dict[str, Scalar]:
         """Return ``aggregation-options`` as keyword arguments of the rule."""
-        return dict(_key_values(self.aggregation_options))
+        return dict(key_values(self.aggregation_options))
 
     def rank_list(self) -> list[int]:
         """Return ``ranks.list`` as integers."""
@@ -312,189 +299,11 @@ class RunConfig:
                 return self.ranks.max
 
 
-def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
-    types = get_type_hints(cls)
-    for f in fields(cls):
-        if is_dataclass(types[f.name]):
-            yield from _options(types[f.name], f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name.replace("_", "-"), f
-
-
-def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Scalar]]:
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            yield from _values(value, f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name.replace("_", "-"), value
-
-
-def _build(cls: type, flat: Mapping[str, Scalar], prefix: str, problems: list[str]) -> Any:
-    types = get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for f in fields(cls):
-        if is_dataclass(types[f.name]):
-            values[f.name] = _build(types[f.name], flat, f"{prefix}{f.name}.", problems)  # type: ignore[arg-type]
-            continue
-        key = prefix + f.name.replace("_", "-")
-        if key in flat:
-            value, problem = _check(key, flat[key], types[f.name], f.metadata)
-            if problem:
-                problems.append(problem)
-            else:
-                values[f.name] = value
-    return cls(**values)
-
-
-def _check(
-    key: str, value: Scalar, kind: type, rules: Mapping[str, Any]
-) -> tuple[Scalar, str | None]:
-    """Return the value in its declared type, or what is wrong with it."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        return value, f"{key}: expected {kind.__name__}, got {value!r}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return value, f"{key}: must be finite, got {value!r}"
-    if rules["choices"] and value not in rules["choices"]:
-        close = difflib.get_close_matches(str(value), rules["choices"], n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return value, f"{key}: expected one of {', '.join(rules['choices'])}; got {value!r}{hint}"
-    if not isinstance(value, str):
-        if rules["low"] is not None and value < rules["low"]:
-            return value, f"{key}: must be at least {rules['low']}, got {value!r}"
-        if rules["above"] is not None and value <= rules["above"]:
-            return value, f"{key}: must be above {rules['above']}, got {value!r}"
-        if rules["high"] is not None and value > rules["high"]:
-            return value, f"{key}: must be at most {rules['high']}, got {value!r}"
-    return value, None
-
-
-def _key_values(text: str) -> Iterator[tuple[str, Scalar]]:
-    """Read "a=1, b=0.5, c=word" with TOML's scalars; a word needs no quotes."""
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        key, equals, value = (x.strip() for x in part.partition("="))
-        if not (key and equals and value):
-            raise ValueError(f"expected key=value, got {part!r}")
-        try:
-            yield key, tomllib.loads(f"x = {value}")["x"]
-        except tomllib.TOMLDecodeError:
-            yield key, value
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not close:  # the right name in the wrong section
-        close = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{key}: unknown key{hint}"
-
-
-def _impossible(config: RunConfig) -> list[str]:
-    """Check what one key alone cannot show."""
-    from strategies.aggregation import AGGREGATIONS, make_aggregator
-
-    problems = []
-    if config.aggregation not in AGGREGATIONS:
-        close = difflib.get_close_matches(config.aggregation, list(AGGREGATIONS), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        problems.append(
-            f"aggregation: expected one of {', '.join(AGGREGATIONS)}; "
-            f"got {config.aggregation!r}{hint}"
-        )
-    else:
-        try:
-            rule = make_aggregator(config.aggregation, **config.aggregation_settings())
-        except (TypeError, ValueError) as error:
-            problems.append(f"aggregation-options: {error}")
-        else:
-            kept = set(rule.trained()) - set(rule.uploaded())
-            blind = config.ranks.policy == "self-pruning" or (
-                config.ranks.policy == "quality" and config.ranks.validation_rows
-            )
-            if kept and blind:
-                problems.append(
-                    f"ranks.policy = {config.ranks.policy!r} judges whole adapters on the server, "
-                    f"but aggregation = {config.aggregation!r} keeps {', '.join(sorted(kept))} on "
-                    "the clients; use another aggregation"
-                    + (
-                        ""
-                        if config.ranks.policy == "self-pruning"
-                        else " or ranks.validation-rows = 0"
-                    )
-                )
-            if config.lora.dora and not rule.supports_dora:
-                problems.append(
-                    f"aggregation = {config.aggregation!r} changes the factors that DoRA "
-                    "magnitudes belong to; set lora.dora = false or use an averaging rule"
-                )
-    if config.ranks.policy in ("list", "cycle"):
-        try:
-            ranks = config.rank_list()
-        except ValueError:
-            ranks = [0]
-        if min(ranks) < 1:
-            problems.append(
-                "ranks.list: expected comma-separated whole numbers of at least 1, "
-                f"got {config.ranks.list!r}"
-            )
-        elif config.aggregation == "fedit" and len(set(ranks)) > 1 and config.method == "lora":
-            problems.append(
-                "aggregation = 'fedit' averages equal ranks only, but ranks.list = "
-                f"{config.ranks.list!r}; use ranks.policy = 'uniform' or another aggregation"
-            )
-    problems += _impossible_ranks(config)
-    return problems
-
-
-def _impossible_ranks(config: RunConfig) -> list[str]:
-    ranks, problems = config.ranks, []
-    least, most = {
-        "reported": (ranks.fallback_rank(), ranks.max),
-        "autorank": (ranks.min, ranks.max),
-        "self-pruning": (ranks.min, ranks.max),
-        "quality": (ranks.low, ranks.high),
-    }.get(ranks.policy, (0, 0))
-    names = {
-        "reported": ("ranks.fallback" if ranks.fallback else "ranks.min", "ranks.max"),
-        "quality": ("ranks.low", "ranks.high"),
-    }.get(ranks.policy, ("ranks.min", "ranks.max"))
-    if least > most:
-        problems.append(f"{names[0]} ({least}) must not exceed {names[1]} ({most})")
-    if ranks.policy == "autorank" and ranks.fallback > ranks.max:
-        problems.append(
-            f"ranks.fallback ({ranks.fallback}) must not exceed ranks.max ({ranks.max})"
-        )
-    if least and config.aggregation == "fedit" and config.method == "lora":
-        same = ranks.policy != "reported" and least == most
-        if not same:
-            problems.append(
-                f"aggregation = 'fedit' averages equal ranks only, but ranks.policy = "
-                f"{ranks.policy!r} lets nodes differ; use ranks.policy = 'uniform' or another "
-                "aggregation"
-            )
-    if ranks.budget and ranks.budget_mb:
-        problems.append("ranks.budget and ranks.budget-mb: set one of them, the other to 0")
-    if (ranks.budget or ranks.budget_mb) and ranks.policy != "autorank":
-        key = "ranks.budget" if ranks.budget else "ranks.budget-mb"
-        problems.append(
-            f"{key} is divided by scores, which ranks.policy = {ranks.policy!r} does not have; "
-            "use ranks.policy = 'autorank'"
-        )
-    elif ranks.budget and not least <= ranks.budget <= most:
-        problems.append(
-            f"ranks.budget: a mean rank of {ranks.budget:g} is not between ranks.min ({least}) "
-            f"and ranks.max ({most})"
-        )
-    return problems
-
-
 def toml_section() -> str:
     """Return ``[tool.flwr.app.config]`` of pyproject.toml: every key with its comment."""
     lines: list[str] = []
     section = "[tool.flwr.app.config]"
-    for key, f in _options(RunConfig):
+    for key, f in options(RunConfig):
         group, _, name = key.rpartition(".")
         wanted = "[tool.flwr.app.config" + (f".{group}]" if group else "]")
         if wanted != section or not lines:
@@ -508,7 +317,7 @@ def toml_section() -> str:
 def markdown_table() -> str:
     """Return the table of all keys for the README."""
     rows = ["| key | default | what it does |", "|---|---|---|"]
-    for key, f in _options(RunConfig):
+    for key, f in options(RunConfig):
         default = f.default if f.default is not MISSING else ""
         shown = f'"{default}"' if isinstance(default, str) else str(default).lower()
         rows.append(f"| `{key}` | `{shown}` | {f.metadata['help']} |")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from strategies.clients import Client
+from strategies.messages import Reply
 from strategies.packing import Parcel
 
 
@@ -93,6 +96,19 @@ class Round:
             f"left {duration(seconds_left)}",
         ]
         return " | ".join(part for part in parts if part)
+
+
+def spread(replies: Sequence[Reply]) -> dict[str, float]:
+    """Return mean (weighted), worst and standard deviation over clients."""
+    out: dict[str, float] = {}
+    for key, worst in (("loss", max), ("accuracy", min)):
+        values = [(r.metrics[key], r.weight) for r in replies if key in r.metrics]
+        if values:
+            xs, weights = np.array(values, dtype=float).T
+            out[key] = float(np.average(xs, weights=weights))
+            out[f"{key}_worst"] = float(worst(xs))
+            out[f"{key}_spread"] = float(xs.std())
+    return out
 
 
 def _scores(metrics: Mapping[str, float]) -> str:

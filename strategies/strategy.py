@@ -19,12 +19,12 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from strategies.aggregation import Aggregator, Update, make_aggregator
 from strategies.census import Census
 from strategies.clients import Client
+from strategies.loop import Listener, StreamingStrategy
 from strategies.lora import Adapter
 from strategies.messages import (
     MessageProtocol,
@@ -40,17 +40,14 @@ from strategies.model import GlobalModel
 from strategies.packing import Packing
 from strategies.ranks import RankPolicy, Trained, make_rank_policy
 from strategies.ranks.report import rank_record, rank_table
-from strategies.rounds import Assignment, Round, duration
+from strategies.rounds import Assignment, Round, spread
 from strategies.sampling import FractionSampling, Sampler, make_sampler
-from strategies.transport import exchange
 from strategies.wire import check_wire_dtype
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-Listener = Callable[[Mapping[str, Any]], None]
 
 
-class FedLoRA(Strategy):
+class FedLoRA(StreamingStrategy):
     """Federated LoRA: an aggregation rule, a rank policy, a sampler and a client protocol.
 
     Parameters
@@ -138,6 +135,7 @@ class FedLoRA(Strategy):
         ):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value!r}")
+        super().__init__(evaluate_every=evaluate_every, listeners=listeners)
         self.aggregation = (
             make_aggregator(aggregation) if isinstance(aggregation, str) else aggregation
         )
@@ -156,7 +154,6 @@ class FedLoRA(Strategy):
         self.evaluate_sampling = (
             FractionSampling(evaluate_fraction) if evaluate_fraction > 0 else None
         )
-        self.evaluate_every = evaluate_every
         asks = client_api == "numpy" or self.ranks.profiles
         self.census = Census(
             self.protocol,
@@ -169,8 +166,6 @@ class FedLoRA(Strategy):
         self.weighted_by_key = weighted_by_key
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or aggregate_metricrecords
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or aggregate_metricrecords
-        self.listeners = list(listeners)
-        self.round = Round(0)
         self._ranks: dict[int, int] = {}  # of the round in progress, by node id
         self._ranks_told: Mapping[str, Any] = {}
         self._door: tuple[ArrayRecord, GlobalModel] | None = None
@@ -301,66 +296,11 @@ class FedLoRA(Strategy):
             found.append((client, reply))
             self._emit(kind="client-evaluation", round=server_round, client=client.index,
                        node=str(client.node_id), **reply.metrics)  # fmt: skip
-        self.round.clients_evaluation = _spread([reply for _, reply in found])
+        self.round.clients_evaluation = spread([reply for _, reply in found])
         if not found:
             return None
         records = [self._light(reply) for _, reply in found]
         return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key)
-
-    # ----- the run -------------------------------------------------------------------
-
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
-        """Run ``num_rounds`` rounds; arguments and result as Flower's ``Strategy.start``.
-
-        Unlike there, replies are folded in as they come instead of collected first, and
-        the log has one line a round.
-        """
-        self.summary()
-        result = Result(arrays=initial_arrays)
-        # Refuse a wrong model before anything is sent.
-        self.aggregation.check(self._model_of(initial_arrays).adapter)
-        began = time.perf_counter()
-        if evaluate_fn is not None:
-            self._evaluate_on_server(0, initial_arrays, evaluate_fn, result)
-            if self.round.evaluation:
-                scores = " ".join(f"{k} {v:.3f}" for k, v in self.round.evaluation.items())
-                log(INFO, "start: %s", scores)
-            self._emit(**self.round.record())
-        arrays = initial_arrays
-        for server_round in range(1, num_rounds + 1):
-            messages = self.configure_train(
-                server_round, arrays, train_config or ConfigRecord(), grid
-            )
-            replies = exchange(grid, messages, timeout)
-            new_arrays, metrics = self.aggregate_train(server_round, replies)
-            if new_arrays is not None:
-                arrays = result.arrays = new_arrays
-            if metrics is not None:
-                result.train_metrics_clientapp[server_round] = metrics
-            if server_round % self.evaluate_every == 0 or server_round == num_rounds:
-                messages = self.configure_evaluate(
-                    server_round, arrays, evaluate_config or ConfigRecord(), grid
-                )
-                metrics = self.aggregate_evaluate(server_round, exchange(grid, messages, timeout))
-                if metrics is not None:
-                    result.evaluate_metrics_clientapp[server_round] = metrics
-                if evaluate_fn is not None:
-                    self._evaluate_on_server(server_round, arrays, evaluate_fn, result)
-            self._emit(**self.round.record())
-            elapsed = time.perf_counter() - began
-            left = elapsed / server_round * (num_rounds - server_round)
-            log(INFO, "%s", self.round.line(num_rounds, left))
-        log(INFO, "%s rounds in %s", num_rounds, duration(time.perf_counter() - began))
-        return result
 
     def summary(self) -> None:
         """Log the settings in effect as a small tree."""
@@ -371,6 +311,23 @@ class FedLoRA(Strategy):
         log(INFO, "├── clients:     %s, at least %s replies of %s nodes",
             type(self.protocol).__name__, self.min_replies, self.min_available_nodes)  # fmt: skip
         log(INFO, "└── scale %g, %s on the wire, seed %s", self.scale, self.wire_dtype, self.seed)
+
+    def check(self, arrays: ArrayRecord) -> None:
+        """Refuse initial arrays that the rule or the rank policy cannot work with.
+
+        Raises
+        ------
+        ValueError
+            If they are no adapter, have too little rank, or the rule refuses them.
+        """
+        adapter = self._model_of(arrays).adapter
+        self.aggregation.check(adapter)
+        if adapter.pairs and adapter.rank < self.ranks.max_rank:
+            raise ValueError(
+                f"the initial adapter has rank {adapter.rank}, but the rank policy "
+                f"{self.ranks.name!r} gives up to {self.ranks.max_rank}; make the initial "
+                f"model with r = {self.ranks.max_rank}"
+            )
 
     def on_update(self, client: Client, adapter: Adapter) -> None:
         """Look at a good reply before it is dropped; for subclasses, does nothing here."""
@@ -389,13 +346,6 @@ class FedLoRA(Strategy):
         """Read the global arrays, once for every new record."""
         if self._door is None or self._door[0] is not arrays:
             model = GlobalModel.from_tensors(from_record(arrays), self.scale)
-            adapter = model.adapter
-            if adapter.pairs and adapter.rank < self.ranks.max_rank:
-                raise ValueError(
-                    f"the initial adapter has rank {adapter.rank}, but the rank policy "
-                    f"{self.ranks.name!r} gives up to {self.ranks.max_rank}; make the initial "
-                    f"model with r = {self.ranks.max_rank}"
-                )
             self._door = (arrays, model)
         return self._door[1]
 
@@ -464,30 +414,3 @@ class FedLoRA(Strategy):
             bytes_down=assignment.bytes_down,
             **more,
         )
-
-    def _emit(self, **record: Any) -> None:
-        for listener in self.listeners:
-            listener(record)
-
-    def _evaluate_on_server(
-        self, server_round: int, arrays: ArrayRecord, evaluate_fn: EvaluateFn, result: Result
-    ) -> None:
-        metrics = evaluate_fn(server_round, arrays)
-        if metrics is not None:
-            result.evaluate_metrics_serverapp[server_round] = metrics
-            self.round.evaluation = {
-                k: float(v) for k, v in metrics.items() if isinstance(v, int | float)
-            }
-
-
-def _spread(replies: list[Reply]) -> dict[str, float]:
-    """Return mean (weighted), worst and standard deviation over clients."""
-    out: dict[str, float] = {}
-    for key, worst in (("loss", max), ("accuracy", min)):
-        values = [(r.metrics[key], r.weight) for r in replies if key in r.metrics]
-        if values:
-            xs, weights = np.array(values, dtype=float).T
-            out[key] = float(np.average(xs, weights=weights))
-            out[f"{key}_worst"] = float(worst(xs))
-            out[f"{key}_spread"] = float(xs.std())
-    return out

@@ -89,7 +89,7 @@ def base(seed=3):
 @pytest.mark.parametrize("rule", AGGREGATIONS)
 def test_two_rounds_of_every_rule_and_its_adapter_in_peft(rule, tmp_path):
     ranks = (4, 4) if rule == "fedit" else (2, 4)
-    arrays, records, app = run(rule, ranks=ranks)
+    arrays, records, _app = run(rule, ranks=ranks)
     clients = [r for r in records if r["kind"] == "client"]
     assert [r["status"] for r in clients] == ["ok"] * 6, clients
     assert all(np.isfinite(r["loss"]) for r in clients)
@@ -113,7 +113,7 @@ def test_two_rounds_of_every_rule_and_its_adapter_in_peft(rule, tmp_path):
 
 @pytest.mark.parametrize(("rule", "up"), [("ffa", "B"), ("rolora", "BA"), ("fedsa", "AA")])
 def test_rules_of_one_factor_send_half(rule, up):
-    _, records, app = run(rule)
+    _, _records, app = run(rule)
     sent = {}
     for message, reply in app.replies:
         if message.metadata.message_type != "train":
@@ -152,7 +152,7 @@ def test_fedsa_keeps_b_on_the_client():
 
 @pytest.mark.parametrize("rule", ["flora", "fedex"])
 def test_merges_travel_to_clients_and_leave_the_base_as_it_was(rule):
-    arrays, records, app = run(rule)
+    arrays, records, _app = run(rule)
     model = GlobalModel.from_tensors(from_record(arrays), CONFIG.lora.scale)
     assert model.merged.pairs
     rounds = [r for r in records if r["kind"] == "round"]

@@ -1,0 +1,108 @@
+"""Combinations of config keys that cannot work, each with what to do instead."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from strategies.aggregation import AGGREGATIONS, make_aggregator
+
+if TYPE_CHECKING:
+    from fedlora_app.config import RunConfig
+
+
+def impossible(config: RunConfig) -> list[str]:
+    """Return what is wrong with a config that no key alone can show."""
+    problems = []
+    if config.aggregation not in AGGREGATIONS:
+        close = difflib.get_close_matches(config.aggregation, list(AGGREGATIONS), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        problems.append(
+            f"aggregation: expected one of {', '.join(AGGREGATIONS)}; "
+            f"got {config.aggregation!r}{hint}"
+        )
+    else:
+        try:
+            rule = make_aggregator(config.aggregation, **config.aggregation_settings())
+        except (TypeError, ValueError) as error:
+            problems.append(f"aggregation-options: {error}")
+        else:
+            kept = set(rule.trained()) - set(rule.uploaded())
+            blind = config.ranks.policy == "self-pruning" or (
+                config.ranks.policy == "quality" and config.ranks.validation_rows
+            )
+            if kept and blind:
+                problems.append(
+                    f"ranks.policy = {config.ranks.policy!r} judges whole adapters on the server, "
+                    f"but aggregation = {config.aggregation!r} keeps {', '.join(sorted(kept))} on "
+                    "the clients; use another aggregation"
+                    + (
+                        ""
+                        if config.ranks.policy == "self-pruning"
+                        else " or ranks.validation-rows = 0"
+                    )
+                )
+            if config.lora.dora and not rule.supports_dora:
+                problems.append(
+                    f"aggregation = {config.aggregation!r} changes the factors that DoRA "
+                    "magnitudes belong to; set lora.dora = false or use an averaging rule"
+                )
+    if config.ranks.policy in ("list", "cycle"):
+        try:
+            ranks = config.rank_list()
+        except ValueError:
+            ranks = [0]
+        if min(ranks) < 1:
+            problems.append(
+                "ranks.list: expected comma-separated whole numbers of at least 1, "
+                f"got {config.ranks.list!r}"
+            )
+        elif config.aggregation == "fedit" and len(set(ranks)) > 1 and config.method == "lora":
+            problems.append(
+                "aggregation = 'fedit' averages equal ranks only, but ranks.list = "
+                f"{config.ranks.list!r}; use ranks.policy = 'uniform' or another aggregation"
+            )
+    problems += _impossible_ranks(config)
+    return problems
+
+
+def _impossible_ranks(config: RunConfig) -> list[str]:
+    ranks, problems = config.ranks, []
+    least, most = {
+        "reported": (ranks.fallback_rank(), ranks.max),
+        "autorank": (ranks.min, ranks.max),
+        "self-pruning": (ranks.min, ranks.max),
+        "quality": (ranks.low, ranks.high),
+    }.get(ranks.policy, (0, 0))
+    names = {
+        "reported": ("ranks.fallback" if ranks.fallback else "ranks.min", "ranks.max"),
+        "quality": ("ranks.low", "ranks.high"),
+    }.get(ranks.policy, ("ranks.min", "ranks.max"))
+    if least > most:
+        problems.append(f"{names[0]} ({least}) must not exceed {names[1]} ({most})")
+    if ranks.policy == "autorank" and ranks.fallback > ranks.max:
+        problems.append(
+            f"ranks.fallback ({ranks.fallback}) must not exceed ranks.max ({ranks.max})"
+        )
+    if least and config.aggregation == "fedit" and config.method == "lora":
+        same = ranks.policy != "reported" and least == most
+        if not same:
+            problems.append(
+                f"aggregation = 'fedit' averages equal ranks only, but ranks.policy = "
+                f"{ranks.policy!r} lets nodes differ; use ranks.policy = 'uniform' or another "
+                "aggregation"
+            )
+    if ranks.budget and ranks.budget_mb:
+        problems.append("ranks.budget and ranks.budget-mb: set one of them, the other to 0")
+    if (ranks.budget or ranks.budget_mb) and ranks.policy != "autorank":
+        key = "ranks.budget" if ranks.budget else "ranks.budget-mb"
+        problems.append(
+            f"{key} is divided by scores, which ranks.policy = {ranks.policy!r} does not have; "
+            "use ranks.policy = 'autorank'"
+        )
+    elif ranks.budget and not least <= ranks.budget <= most:
+        problems.append(
+            f"ranks.budget: a mean rank of {ranks.budget:g} is not between ranks.min ({least}) "
+            f"and ranks.max ({most})"
+        )
+    return problems

@@ -1,0 +1,117 @@
+"""Config keys as dataclass fields: how they are declared, read from flat keys, and checked."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, field, fields, is_dataclass
+from typing import Any, get_type_hints
+
+Scalar = bool | int | float | str
+
+
+class ConfigError(ValueError):
+    """The run config cannot be used; the message lists every problem."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("invalid run config:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def option(
+    default: Scalar,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare a config key: its default, its help and what values it may take."""
+    rules = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
+    return field(default=default, metadata=rules)
+
+
+def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Yield every key of a config class with the field that declares it."""
+    types = get_type_hints(cls)
+    for f in fields(cls):
+        if is_dataclass(types[f.name]):
+            yield from options(types[f.name], f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name.replace("_", "-"), f
+
+
+def values_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Scalar]]:
+    """Yield every key of a config with its value."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            yield from values_of(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name.replace("_", "-"), value
+
+
+def build(cls: type, flat: Mapping[str, Scalar], prefix: str, problems: list[str]) -> Any:
+    """Return a config from flat keys; what is wrong with their values goes to ``problems``."""
+    types = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for f in fields(cls):
+        if is_dataclass(types[f.name]):
+            values[f.name] = build(types[f.name], flat, f"{prefix}{f.name}.", problems)  # type: ignore[arg-type]
+            continue
+        key = prefix + f.name.replace("_", "-")
+        if key in flat:
+            value, problem = _check(key, flat[key], types[f.name], f.metadata)
+            if problem:
+                problems.append(problem)
+            else:
+                values[f.name] = value
+    return cls(**values)
+
+
+def _check(
+    key: str, value: Scalar, kind: type, rules: Mapping[str, Any]
+) -> tuple[Scalar, str | None]:
+    """Return the value in its declared type, or what is wrong with it."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        return value, f"{key}: expected {kind.__name__}, got {value!r}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return value, f"{key}: must be finite, got {value!r}"
+    if rules["choices"] and value not in rules["choices"]:
+        close = difflib.get_close_matches(str(value), rules["choices"], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return value, f"{key}: expected one of {', '.join(rules['choices'])}; got {value!r}{hint}"
+    if not isinstance(value, str):
+        if rules["low"] is not None and value < rules["low"]:
+            return value, f"{key}: must be at least {rules['low']}, got {value!r}"
+        if rules["above"] is not None and value <= rules["above"]:
+            return value, f"{key}: must be above {rules['above']}, got {value!r}"
+        if rules["high"] is not None and value > rules["high"]:
+            return value, f"{key}: must be at most {rules['high']}, got {value!r}"
+    return value, None
+
+
+def key_values(text: str) -> Iterator[tuple[str, Scalar]]:
+    """Read "a=1, b=0.5, c=word" with TOML's scalars; a word needs no quotes."""
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, equals, value = (x.strip() for x in part.partition("="))
+        if not (key and equals and value):
+            raise ValueError(f"expected key=value, got {part!r}")
+        try:
+            yield key, tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            yield key, value
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """Return the complaint about a key that does not exist, with the nearest that does."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not close:  # the right name in the wrong section
+        close = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{key}: unknown key{hint}"

@@ -1,0 +1,107 @@
+"""The run as a loop over rounds, with replies folded in as they come."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from logging import INFO
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from strategies.rounds import Round, duration
+from strategies.transport import exchange
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+Listener = Callable[[Mapping[str, Any]], None]
+
+
+class StreamingStrategy(Strategy):
+    """Flower's run loop, but streaming: a reply is aggregated and dropped when it arrives.
+
+    Parameters
+    ----------
+    evaluate_every : int (default: 1)
+        Evaluate after every Nth round and after the last.
+    listeners : Iterable[callable]
+        Called with a JSON-able record at each step.
+    """
+
+    def __init__(self, *, evaluate_every: int = 1, listeners: Iterable[Listener] = ()) -> None:
+        self.evaluate_every = evaluate_every
+        self.listeners = list(listeners)
+        self.round = Round(0)
+
+    @abstractmethod
+    def check(self, arrays: ArrayRecord) -> None:
+        """Refuse initial arrays that cannot work, before anything is sent."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run ``num_rounds`` rounds; arguments and result as Flower's ``Strategy.start``.
+
+        Unlike there, replies are folded in as they come instead of collected first, and
+        the log has one line a round.
+        """
+        self.summary()
+        result = Result(arrays=initial_arrays)
+        self.check(initial_arrays)
+        began = time.perf_counter()
+        if evaluate_fn is not None:
+            self._evaluate_on_server(0, initial_arrays, evaluate_fn, result)
+            if self.round.evaluation:
+                scores = " ".join(f"{k} {v:.3f}" for k, v in self.round.evaluation.items())
+                log(INFO, "start: %s", scores)
+            self._emit(**self.round.record())
+        arrays = initial_arrays
+        for server_round in range(1, num_rounds + 1):
+            messages = self.configure_train(
+                server_round, arrays, train_config or ConfigRecord(), grid
+            )
+            replies = exchange(grid, messages, timeout)
+            new_arrays, metrics = self.aggregate_train(server_round, replies)
+            if new_arrays is not None:
+                arrays = result.arrays = new_arrays
+            if metrics is not None:
+                result.train_metrics_clientapp[server_round] = metrics
+            if server_round % self.evaluate_every == 0 or server_round == num_rounds:
+                messages = self.configure_evaluate(
+                    server_round, arrays, evaluate_config or ConfigRecord(), grid
+                )
+                metrics = self.aggregate_evaluate(server_round, exchange(grid, messages, timeout))
+                if metrics is not None:
+                    result.evaluate_metrics_clientapp[server_round] = metrics
+                if evaluate_fn is not None:
+                    self._evaluate_on_server(server_round, arrays, evaluate_fn, result)
+            self._emit(**self.round.record())
+            elapsed = time.perf_counter() - began
+            left = elapsed / server_round * (num_rounds - server_round)
+            log(INFO, "%s", self.round.line(num_rounds, left))
+        log(INFO, "%s rounds in %s", num_rounds, duration(time.perf_counter() - began))
+        return result
+
+    def _emit(self, **record: Any) -> None:
+        for listener in self.listeners:
+            listener(record)
+
+    def _evaluate_on_server(
+        self, server_round: int, arrays: ArrayRecord, evaluate_fn: EvaluateFn, result: Result
+    ) -> None:
+        metrics = evaluate_fn(server_round, arrays)
+        if metrics is not None:
+            result.evaluate_metrics_serverapp[server_round] = metrics
+            self.round.evaluation = {
+                k: float(v) for k, v in metrics.items() if isinstance(v, int | float)
+            }
