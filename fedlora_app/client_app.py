@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch import Tensor
 
 from fedlora_app.config import DataConfig, LoraConfig, ModelConfig, RunConfig
@@ -47,6 +47,9 @@ from strategies.messages import CLIENT_KEY, NAMES_KEY, ROUND_KEY
 from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, profile_rows
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
 from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # takes seconds to import, which a query does not need
 
 LABELS_KEY = "label-names"
 STEPS_KEY = "steps-factor"

@@ -10,13 +10,12 @@ from datetime import datetime
 from functools import partial
 from logging import INFO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
-from peft import PeftModel, get_peft_model_state_dict
 
 from fedlora_app.client_app import LABELS_KEY, STEPS_KEY
 from fedlora_app.config import ConfigError, RunConfig
@@ -26,7 +25,7 @@ from fedlora_app.report import RunFolder
 from fedlora_app.training import EvalResult, evaluate, per_sample_losses, torch_threads
 from strategies import FedLoRA
 from strategies.aggregation import make_aggregator
-from strategies.client import load_adapter
+from strategies.client import adapter_state, check_mergeable, load_adapter
 from strategies.clients import Client
 from strategies.lora import Adapter
 from strategies.messages import from_record, to_record
@@ -41,6 +40,9 @@ from strategies.ranks import (
     UniformRank,
 )
 from strategies.sampling import FractionSampling
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # takes seconds to import, which a query does not need
 
 app = ServerApp()
 
@@ -57,6 +59,8 @@ def main(grid: Grid, context: Context) -> None:
     log(INFO, "%s: %s on %s, %s", config.method, config.model.name, config.data.name, adapter)
 
     strategy = make_strategy(config, folder, test, model)
+    if strategy.aggregation.merges_base:
+        check_mergeable(model)
     alone = config.method == "local"
     train_config = ConfigRecord(
         {LABELS_KEY: json.dumps(test.label_names), STEPS_KEY: config.rounds if alone else 1}
@@ -154,7 +158,7 @@ def initial_adapter(config: RunConfig, num_labels: int) -> tuple[PeftModel, Adap
         config.model, num_labels=num_labels, seed=config.seed, precision=config.train.precision
     )
     model = add_lora(base, config.lora, rank=config.max_rank(), seed=config.seed)
-    state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    state = {key: value.clone() for key, value in adapter_state(model).items()}
     adapter = Adapter.from_state_dict(state, config=model.peft_config["default"])
     return model, adapter.only_dense() if config.method == "head" else adapter
 

@@ -221,6 +221,8 @@ def merge_into_base(model: nn.Module, merged: Adapter, *, adapter_name: str = "d
     ValueError
         If a frozen weight is quantised: a delta cannot be added to it exactly.
     """
+    if merged.pairs:
+        check_mergeable(model, adapter_name=adapter_name)
     for name, layer in _lora_layers(model, adapter_name):
         weight = layer.get_base_layer().weight
         pristine: Tensor | None = getattr(layer, "fedlora_pristine", None)
@@ -228,17 +230,31 @@ def merge_into_base(model: nn.Module, merged: Adapter, *, adapter_name: str = "d
             if pristine is not None:
                 weight.data.copy_(pristine)
             continue
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"the weight of {name!r} is {weight.dtype}: a rule that merges into the base needs "
-                "floating-point weights; load the model without quantisation"
-            )
         if pristine is None:
             pristine = layer.fedlora_pristine = weight.detach().clone()
         delta = merged.delta(name).to(weight.device)
         if merged.pairs[name].embedding or getattr(layer, "fan_in_fan_out", False):
             delta = delta.T
         weight.data.copy_(pristine.float() + delta)
+
+
+def check_mergeable(model: nn.Module, *, adapter_name: str = "default") -> None:
+    """Refuse a model whose frozen weights nothing can be merged into.
+
+    Raises
+    ------
+    ValueError
+        If the weight of a LoRA layer is quantised.
+    """
+    for name, layer in _lora_layers(model, adapter_name):
+        weight = layer.get_base_layer().weight
+        # Quantised weights are packed integers, or floats in a class that says what they are.
+        if not weight.is_floating_point() or hasattr(weight, "quant_state"):
+            raise ValueError(
+                f"the weight of {name!r} is quantised ({weight.dtype}): a rule that merges into "
+                "the base needs its weights as they are; load the model without quantisation or "
+                "use another rule"
+            )
 
 
 def load_adapter(model: nn.Module, adapter: Adapter, *, adapter_name: str = "default") -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from strategies.client import adapter_state, load_adapter
+from strategies.client import adapter_state, check_mergeable, load_adapter
 from strategies.lora import Adapter, AdapterError, LoraPair
 from strategies.lora.algebra import frobenius, is_finite
 from tests.fakes import random_adapter, same
@@ -240,3 +240,13 @@ def test_a_pair_of_a_layer_as_wide_as_its_rank_keeps_its_factors_apart():
     back = Adapter.from_state_dict(adapter.to_state_dict())
     assert torch.equal(back.pairs["m"].A, A)
     assert torch.equal(back.pairs["m"].B, B)
+
+
+def test_merging_into_a_quantised_base_is_refused():
+    model, _ = build()
+    check_mergeable(model)
+    weight = model.base_model.model.fc.base_layer.weight
+    weight.requires_grad_(False)
+    weight.data = weight.data.to(torch.int8)
+    with pytest.raises(ValueError, match=r"fc' is quantised \(torch\.int8\)"):
+        check_mergeable(model)
