@@ -47,14 +47,29 @@ def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dic
     toml = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
     app: Mapping[str, Any] = toml.get("tool", {}).get("flwr", {}).get("app", {})
     config = RunConfig.from_flat(flatten_dict(app.get("config")) | changes)
-    if args.clients < config.min_nodes:
-        raise ConfigError(
-            [f"min-nodes: the run would wait for {config.min_nodes} nodes, but has {args.clients}"]
-        )
+    if problems := _too_few_clients(config, args.clients):
+        raise ConfigError(problems)
     # Decided here, so that we know where the app writes and where a relative path begins.
     output = config.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
-    changes["output"] = str(Path(output).expanduser().absolute())
+    folder = Path(output).expanduser().absolute()
+    if (folder / "metrics.jsonl").exists():
+        raise ConfigError([f"output: {folder} already holds a run; name another or remove it"])
+    changes["output"] = str(folder)
     return config, changes
+
+
+def check_data(config: RunConfig, clients: int) -> None:
+    """Share the data out once, so that what cannot be shared stops the run before it starts.
+
+    Raises
+    ------
+    ValueError or FileNotFoundError
+        If there are no such data, or clients would get too few rows.
+    """
+    from fedlora_app.data import load_train, partition_indices
+
+    rows = load_train(config.data)
+    partition_indices(rows.labels, config.data, num_clients=clients, seed=config.seed)
 
 
 def simulate(
@@ -91,7 +106,9 @@ def main(argv: Sequence[str] | None = None, project: Path = PROJECT) -> int:
     args = _parser().parse_args(argv)
     try:
         config, changes = read_config(project, args)
-    except ConfigError as error:
+        if project == PROJECT:
+            check_data(config, args.clients)
+    except (ConfigError, ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     with _exit_on_signals():
@@ -119,6 +136,30 @@ def _exit_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _too_few_clients(config: RunConfig, clients: int) -> list[str]:
+    """Return what a run with so few clients could never do."""
+    problems = []
+    if clients < config.min_nodes:
+        problems.append(
+            f"min-nodes: the run would wait for {config.min_nodes} nodes, but has {clients}; "
+            f"set min-nodes={clients}"
+        )
+    everyone = config.method == "local"
+    share = clients if everyone else round(config.sampling.fraction * clients)
+    asked = min(clients, max(share, config.sampling.min_clients))
+    if asked < config.min_replies:
+        problems.append(
+            f"min-replies: {config.min_replies} replies are needed, but a round asks {asked} "
+            f"of {clients} clients; lower it or raise sampling.fraction"
+        )
+    if config.ranks.policy == "list" and len(config.rank_list()) < clients:
+        problems.append(
+            f"ranks.list: {len(config.rank_list())} ranks for {clients} clients; list one a client "
+            "or set ranks.policy=cycle"
+        )
+    return problems
 
 
 def _value(text: str, default: Scalar | None) -> Scalar:

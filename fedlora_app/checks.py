@@ -42,6 +42,12 @@ def impossible(config: RunConfig) -> list[str]:
                         else " or ranks.validation-rows = 0"
                     )
                 )
+            if rule.merges_base and config.train.precision != "float32":
+                problems.append(
+                    f"aggregation = {config.aggregation!r} merges into the frozen weights, and "
+                    f"train.precision = {config.train.precision!r} would round every merge; "
+                    "use float32"
+                )
             if config.lora.dora and not rule.supports_dora:
                 problems.append(
                     f"aggregation = {config.aggregation!r} changes the factors that DoRA "
@@ -62,6 +68,8 @@ def impossible(config: RunConfig) -> list[str]:
                 "aggregation = 'fedit' averages equal ranks only, but ranks.list = "
                 f"{config.ranks.list!r}; use ranks.policy = 'uniform' or another aggregation"
             )
+    if config.method == "head" and config.lora.dora:
+        problems.append("method = 'head' trains no LoRA modules; set lora.dora = false")
     problems += _impossible_ranks(config)
     return problems
 

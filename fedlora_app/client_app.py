@@ -43,7 +43,7 @@ from strategies.client import (
     tail_penalty,
 )
 from strategies.lora import Adapter
-from strategies.messages import CLIENT_KEY, NAMES_KEY, ROUND_KEY
+from strategies.messages import CLIENT_KEY, NAMES_KEY, QUALITY_KEY, ROUND_KEY
 from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, profile_rows
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
 from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
@@ -116,8 +116,11 @@ class LoRAClient(NumPyClient):
             seed=int(seed.generate_state(1)[0]),
             penalty=_penalty(model, config),
         )
-        if config.get(VALIDATE_KEY):
-            extra[VALIDATION_LOSS] = self._evaluate(model, held_out, len(labels)).loss
+        if config.get(VALIDATE_KEY) or config.get(QUALITY_KEY):
+            score = self._evaluate(model, held_out, len(labels))
+            extra[VALIDATION_LOSS] = score.loss
+            # A model that gets nothing right still counts a little: weights are above 0.
+            extra["quality"] = max(score.accuracy, 1e-6)
         arrays = send(model, config, self.state)
         metrics = {"loss": result.loss, "seconds": result.seconds, **extra}
         return [array.numpy() for array in arrays.values()], result.examples, metrics

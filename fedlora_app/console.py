@@ -117,7 +117,7 @@ class Console:
                     case "round-start":
                         number, clients = record["round"], record.get("clients", 0)
                         replies, since = 0, time.monotonic()
-                    case "client":
+                    case "arrived":
                         replies += 1
                     case "round":
                         number, doing, since = 0, "preparing", time.monotonic()

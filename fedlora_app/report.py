@@ -37,14 +37,12 @@ class RunFolder:
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path.expanduser().absolute()
+        refuse_used(self.path)
         self.config = config
         self.rounds: list[Record] = []
+        self.last_reason = "nobody was asked"
         self._began = time.perf_counter()
         metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
-            raise ConfigError(
-                [f"output: {self.path} already holds a run; name another folder or remove it"]
-            )
         self.path.mkdir(parents=True, exist_ok=True)
         _write_json(self.path / "config.json", config.to_flat())
         self._metrics = metrics.open("a", encoding="utf-8", buffering=1)  # a line at a time
@@ -55,6 +53,8 @@ class RunFolder:
         self._metrics.write(json.dumps({**_plain(record), "at": since}) + "\n")
         if record["kind"] == "round":
             self.rounds.append(record)
+        elif record.get("status") == "rejected":
+            self.last_reason = record["reason"]
 
     def finish(self, scores: Mapping[str, float], model: PeftModel, *, seconds: float) -> None:
         """Write adapter, plots and summary, and log the table.
@@ -90,6 +90,19 @@ class RunFolder:
         log(INFO, "outputs in %s", self.path)
         names = ["summary.json", "metrics.jsonl", "config.json", "adapter/", *plots]
         log(INFO, "  %s", "  ".join(names))
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuse a folder that already holds a run.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if (folder / "metrics.jsonl").exists():
+        raise ConfigError(
+            [f"output: {folder} already holds a run; name another folder or remove it"]
+        )
 
 
 def table(rounds: Iterable[Record], summary: Record) -> list[str]:

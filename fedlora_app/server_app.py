@@ -39,7 +39,7 @@ from strategies.ranks import (
     SelfPruningRank,
     UniformRank,
 )
-from strategies.sampling import FractionSampling
+from strategies.sampling import make_sampler
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import, which a query does not need
@@ -52,10 +52,11 @@ def main(grid: Grid, context: Context) -> None:
     """Run what the run config says."""
     config = RunConfig.from_flat(context.run_config)
     default = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
-    folder = RunFolder(Path(config.output or default), config)
     began = time.perf_counter()
     test = TestSet(config)
     model, adapter = initial_adapter(config, len(test.label_names))
+    # Only now: a run that finds no model or data leaves no folder behind.
+    folder = RunFolder(Path(config.output or default), config)
     log(INFO, "%s: %s on %s, %s", config.method, config.model.name, config.data.name, adapter)
 
     strategy = make_strategy(config, folder, test, model)
@@ -75,6 +76,10 @@ def main(grid: Grid, context: Context) -> None:
         evaluate_fn=None if alone else lambda _, arrays: test.metrics(model, arrays),
     )
 
+    if not any(book["accepted"] for book in folder.rounds):
+        raise RuntimeError(
+            f"no client sent a good reply in any round; the last reason: {folder.last_reason}"
+        )
     load_adapter(model, effective_adapter(result.arrays, config))
     if isinstance(strategy, Alone):
         scores = strategy.scores()
@@ -193,7 +198,11 @@ def make_ranks(config: RunConfig, score_fn: Callable[[Adapter], float] | None = 
 
 def make_strategy(config: RunConfig, folder: RunFolder, test: TestSet, model: PeftModel) -> FedLoRA:
     """Return the strategy of the run config."""
-    fraction, least = config.sampling.fraction, config.sampling.min_clients
+    sampler = make_sampler(
+        config.sampling.policy,
+        fraction=config.sampling.fraction,
+        min_clients=config.sampling.min_clients,
+    )
     judge = None
     if test.validation is not None:
         judge = partial(test.validation_loss, model)
@@ -212,8 +221,9 @@ def make_strategy(config: RunConfig, folder: RunFolder, test: TestSet, model: Pe
         "listeners": [folder],
     }
     if config.method == "local":
-        return Alone(test, model, **settings)
-    return FedLoRA(sampling=FractionSampling(fraction, min_clients=least), **settings)
+        # Whatever the rule: who trains alone trains, and is tested with, all of its adapter.
+        return Alone(test, model, **{**settings, "aggregation": "replication"})
+    return FedLoRA(sampling=sampler, **settings)
 
 
 class Alone(FedLoRA):

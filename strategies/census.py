@@ -71,7 +71,7 @@ class Census:
             answers: dict[int, Answer] = {node_id: {} for node_id in new}
             if self.introduce:
                 answers.update(self._ask(grid, new, ConfigRecord(), self.timeout))
-            self.roster.join(answers)
+            self.roster.join(answers, present=node_ids)
         clients = self.roster.present(node_ids)
         if asked := policy.to_profile(clients, server_round):
             self._profile(grid, policy, asked, config, server_round)
@@ -117,10 +117,10 @@ class Census:
             for node_id in node_ids
         ]
         answers: dict[int, Answer] = {}
-        silent = list(node_ids)
+        silent = set(node_ids)
         for message in exchange(grid, messages, timeout):
             node_id = message.metadata.src_node_id
-            silent.remove(node_id)
+            silent.discard(node_id)
             if reason := reply_error(message):
                 log(WARNING, "node %s did not answer a query: %s", node_id, reason)
                 continue
@@ -129,6 +129,6 @@ class Census:
             except (ValueError, KeyError, TypeError) as error:
                 log(WARNING, "node %s answered a query with what cannot be read: %s",
                     node_id, error)  # fmt: skip
-        for node_id in silent:
+        for node_id in sorted(silent):
             log(WARNING, "node %s gave no answer to a query within %g s", node_id, timeout)
         return answers

@@ -235,7 +235,7 @@ def merge_into_base(model: nn.Module, merged: Adapter, *, adapter_name: str = "d
         delta = merged.delta(name).to(weight.device)
         if merged.pairs[name].embedding or getattr(layer, "fan_in_fan_out", False):
             delta = delta.T
-        weight.data.copy_(pristine.float() + delta)
+        weight.data.copy_(pristine.to(weight.device).float() + delta)
 
 
 def check_mergeable(model: nn.Module, *, adapter_name: str = "default") -> None:
@@ -378,8 +378,3 @@ def _without(name: str, adapter_name: str) -> str:
     if tail == "magnitude_vector.weight":  # PEFT drops the last part in its files
         tail = "magnitude_vector"
     return f"{head}.lora_{tail}"
-
-
-def trainable_count(model: nn.Module) -> int:
-    """Return the number of values that training changes."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

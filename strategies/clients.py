@@ -48,19 +48,34 @@ class Roster:
         """Return the ids not seen before, sorted."""
         return sorted(set(node_ids) - self.clients.keys())
 
-    def join(self, properties: Mapping[int, Mapping[str, object]]) -> None:
+    def join(
+        self,
+        properties: Mapping[int, Mapping[str, object]],
+        *,
+        present: Iterable[int] | None = None,
+    ) -> None:
         """Add nodes with what they report of themselves.
+
+        A node that comes back under a new id, because its process was restarted, takes the
+        place of the one that is gone, if both name the same partition.
 
         Parameters
         ----------
         properties : Mapping[int, Mapping[str, object]]
             By node id; read are ``partition-id``, ``max-rank`` and ``num-examples``, each
             optional. What is not a whole number in range counts as not reported.
+        present : Iterable[int], optional
+            All nodes that are connected (default: everyone known).
         """
+        here = set(self.clients if present is None else present) | properties.keys()
+        gone = {c.index: node_id for node_id, c in self.clients.items() if node_id not in here}
         taken = {client.index for client in self.clients.values()}
         waiting = []
         for node_id in sorted(properties):
             index = _whole(properties[node_id].get("partition-id"), low=0)
+            if index in gone:
+                taken.discard(index)
+                del self.clients[gone.pop(index)]
             if index is None or index in taken:
                 waiting.append(node_id)
                 continue
@@ -92,6 +107,8 @@ class Roster:
 
 
 def _whole(value: object, low: int) -> int | None:
+    if isinstance(value, str) and value.isdecimal():  # a node config may quote its numbers
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         return None
     return value

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from logging import INFO
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -64,13 +64,13 @@ class StreamingStrategy(Strategy):
             if self.round.evaluation:
                 scores = " ".join(f"{k} {v:.3f}" for k, v in self.round.evaluation.items())
                 log(INFO, "start: %s", scores)
-            self._emit(**self.round.record())
+            self._emit(self.round.record())
         arrays = initial_arrays
         for server_round in range(1, num_rounds + 1):
             messages = self.configure_train(
                 server_round, arrays, train_config or ConfigRecord(), grid
             )
-            replies = exchange(grid, messages, timeout)
+            replies = exchange(grid, messages, timeout, on_arrival=self._arrived)
             new_arrays, metrics = self.aggregate_train(server_round, replies)
             if new_arrays is not None:
                 arrays = result.arrays = new_arrays
@@ -85,14 +85,19 @@ class StreamingStrategy(Strategy):
                     result.evaluate_metrics_clientapp[server_round] = metrics
                 if evaluate_fn is not None:
                     self._evaluate_on_server(server_round, arrays, evaluate_fn, result)
-            self._emit(**self.round.record())
+            self._emit(self.round.record())
             elapsed = time.perf_counter() - began
             left = elapsed / server_round * (num_rounds - server_round)
             log(INFO, "%s", self.round.line(num_rounds, left))
         log(INFO, "%s rounds in %s", num_rounds, duration(time.perf_counter() - began))
         return result
 
-    def _emit(self, **record: Any) -> None:
+    def _arrived(self, message: Message) -> None:
+        """Tell listeners that a reply is in, before its turn to be aggregated."""
+        node = str(message.metadata.src_node_id)
+        self._emit({"kind": "arrived", "round": self.round.number, "node": node})
+
+    def _emit(self, record: Mapping[str, Any]) -> None:
         for listener in self.listeners:
             listener(record)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tokenize
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,7 @@ NAMES_KEY = "array-names"
 ROUND_KEY = "server-round"
 CLIENT_KEY = "client-index"
 TRAIN_KEY = "lora-train"  # the factors to train: "AB", "A", "B" or "" (head only)
+QUALITY_KEY = "report-quality"  # whether the reply must have a metric "quality"
 SEND_KEY = "lora-send"  # the factors to send back
 
 
@@ -100,7 +102,9 @@ def _tensor(name: str, array: Array) -> Tensor:
         value = np.frombuffer(array.data, dtype, size, stream.tell())
         # Columns first is how numpy writes a transposed array.
         return torch.from_numpy(value.reshape(shape[::-1]).T if fortran else value.reshape(shape))
-    except (ValueError, TypeError, KeyError, EOFError, OSError) as error:
+    except (ValueError, TypeError, KeyError, EOFError, OSError, SyntaxError, MemoryError,
+            RecursionError, tokenize.TokenError) as error:  # fmt: skip
+        # numpy parses the header as Python source, with all that may go wrong there.
         raise ReplyError(f"array {name!r} cannot be read ({error})") from error
 
 
@@ -219,6 +223,8 @@ class NumPyProtocol(Protocol):
         arrays = [array for key, array in record.items() if key != "_empty"]
         if len(arrays) != len(names):
             raise ReplyError(f"{len(arrays)} arrays came back, expected {len(names)}")
+        if any(key not in (str(i), "_empty") for i, key in enumerate(record)):
+            raise ReplyError(f"arrays came as {', '.join(record)}; expected 0, 1, 2, …")
         named = {name: _tensor(name, a) for name, a in zip(names, arrays, strict=True)}
         metrics = _numbers(content.config_records["fitres.metrics"].items())
         examples = content.metric_records["fitres.num_examples"]["num_examples"]
@@ -256,9 +262,6 @@ class NumPyProtocol(Protocol):
             )
         if status["code"] != 0:
             raise ReplyError(f"the client answered: {status['message']!s}")
-
-
-PROTOCOLS = {"message": MessageProtocol, "numpy": NumPyProtocol}
 
 
 def _numbers(items: Iterable[tuple[str, Any]]) -> dict[str, float]:

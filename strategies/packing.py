@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from strategies.clients import Client
 from strategies.lora import Adapter, AdapterError, factor_of
 from strategies.messages import (
     CLIENT_KEY,
+    QUALITY_KEY,
     RANK_KEY,
     ROUND_KEY,
     SCALE_KEY,
@@ -119,11 +121,12 @@ class Packing:
         own: dict[str, int | float | str] = {
             ROUND_KEY: self.server_round,
             CLIENT_KEY: client.index,
-            RANK_KEY: rank,
+            RANK_KEY: parcel.rank or rank,
             SCALE_KEY: scales.pop() if scales else 1.0,
             TRAIN_KEY: self.trained,
             SEND_KEY: self.uploaded,
             WIRE_KEY: self.wire,
+            **({QUALITY_KEY: True} if self.rule.needs_quality else {}),
         }
         return ConfigRecord({**base, **own})
 
@@ -150,10 +153,18 @@ class Packing:
         scale: float | Mapping[str, float] = scales
         if SCALE_KEY in reply.metrics:
             scale = float(reply.metrics[SCALE_KEY])
+            if not (math.isfinite(scale) and scale > 0):
+                raise AdapterError([f"{SCALE_KEY} is {scale}, expected a number above 0"], "reply")
         elif len(set(scales.values())) <= 1:
             scale = next(iter(scales.values()), 1.0)
         adapter = Adapter.from_state_dict(tensors, scale, check_finite=False)
         problems = adapter.differences(sent, None if any_rank else sent.ranks)
+        largest = self.model.adapter.ranks
+        problems += [
+            f"rank {r} for {m!r}, but the global rank is {largest[m]}"
+            for m, r in adapter.ranks.items()
+            if r > largest.get(m, r)
+        ]
         if problems:
             raise AdapterError(problems + adapter.non_finite(), "reply")
         return adapter

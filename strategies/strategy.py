@@ -10,7 +10,7 @@ clients' own evaluation.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
@@ -154,7 +154,7 @@ class FedLoRA(StreamingStrategy):
         self.evaluate_sampling = (
             FractionSampling(evaluate_fraction) if evaluate_fraction > 0 else None
         )
-        asks = client_api == "numpy" or self.ranks.profiles
+        asks = client_api == "numpy" or self.ranks.profiles or self.ranks.asks_identity
         self.census = Census(
             self.protocol,
             min_nodes=min_available_nodes,
@@ -170,6 +170,7 @@ class FedLoRA(StreamingStrategy):
         self._ranks_told: Mapping[str, Any] = {}
         self._door: tuple[ArrayRecord, GlobalModel] | None = None
         self._packing: Packing | None = None
+        self._evaluating: dict[int, Client] = {}
 
     # ----- one round -----------------------------------------------------------------
 
@@ -186,7 +187,7 @@ class FedLoRA(StreamingStrategy):
         ranks = self._assign_ranks(clients, server_round)
         chosen = self.sampling.sample(clients, server_round, self._rng(server_round, 0))
         self.round = Round(server_round, total_clients=len(clients))
-        self._emit(kind="round-start", round=server_round, clients=len(chosen))
+        self._emit({"kind": "round-start", "round": server_round, "clients": len(chosen)})
         messages = []
         for client in chosen:
             rank = ranks[client.node_id]
@@ -215,7 +216,7 @@ class FedLoRA(StreamingStrategy):
         packing = self._packing
         state = self.aggregation.init(packing.model.adapter)
         silent = dict(self.round.assignments)
-        metrics: list[RecordDict] = []
+        good: list[Reply] = []
         for message in replies:
             assignment = silent.pop(message.metadata.src_node_id, None)
             if assignment is None:
@@ -231,11 +232,12 @@ class FedLoRA(StreamingStrategy):
                 adapter = packing.read(reply, parcel, any_rank=self.ranks.accepts_other_ranks)
                 quality = reply.metrics.get("quality")
                 self.aggregation.add(state, Update(adapter, reply.weight, quality, parcel.download))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, ArithmeticError) as error:
                 self._reject(assignment, str(error))
                 continue
             self.round.aggregate_seconds += time.perf_counter() - clock
-            metrics.append(self._accept(assignment, reply))
+            self._accept(assignment, reply)
+            good.append(replace(reply, arrays={}))  # its numbers, without its arrays
             self._observe(assignment, adapter, reply)
             self.on_update(assignment.client, adapter)
         for assignment in silent.values():
@@ -243,14 +245,24 @@ class FedLoRA(StreamingStrategy):
         self.round.train_seconds = (
             time.perf_counter() - self.round.started - self.round.aggregate_seconds
         )
-        aggregated = self.train_metrics_aggr_fn(metrics, self.weighted_by_key) if metrics else None
+        aggregated = None
+        if good:
+            aggregated = self.train_metrics_aggr_fn(self._metrics(good), self.weighted_by_key)
         if self.round.accepted < self.min_replies:
             log(WARNING, "round %s: %s good replies, fewer than min_replies = %s; the model "
                 "stays as it was", server_round, self.round.accepted, self.min_replies)  # fmt: skip
             return None, aggregated
         clock = time.perf_counter()
-        result = self.aggregation.finish(state)
+        try:
+            result = self.aggregation.finish(state)
+            problems = result.adapter.non_finite()
+        except (RuntimeError, ArithmeticError) as error:  # no decomposition, or an overflow
+            problems = [str(error)]
         self.round.aggregate_seconds += time.perf_counter() - clock
+        if problems:
+            log(WARNING, "round %s: the aggregate is unusable (%s); the model stays as it was",
+                server_round, "; ".join(problems[:3]))  # fmt: skip
+            return None, aggregated
         model = replace(packing.model.merging(result.base_delta), adapter=result.adapter)
         arrays = to_record(model.to_tensors())
         self._door = (arrays, model)
@@ -267,9 +279,11 @@ class FedLoRA(StreamingStrategy):
         packing = self._pack(server_round, arrays)
         rng = self._rng(server_round, 1)
         messages = []
+        self._evaluating = {}
         for client in self.evaluate_sampling.sample(clients, server_round, rng):
             rank = ranks[client.node_id]
             parcel = packing.evaluate(rank)
+            self._evaluating[client.node_id] = client
             settings = packing.config(config, client, parcel, rank)
             content = self.protocol.evaluate(parcel.record, settings)
             messages.append(Message(content, client.node_id, "evaluate"))
@@ -283,8 +297,8 @@ class FedLoRA(StreamingStrategy):
             replies = sorted(replies, key=self._place)
         found: list[tuple[Client, Reply]] = []
         for message in replies:
-            client = self.roster.clients.get(message.metadata.src_node_id)
-            if client is None:
+            client = self._evaluating.pop(message.metadata.src_node_id, None)
+            if client is None:  # not asked, or answered before
                 continue
             try:
                 if reason := reply_error(message):
@@ -294,12 +308,12 @@ class FedLoRA(StreamingStrategy):
                 log(WARNING, "evaluation of %s left out: %s", client.name, error)
                 continue
             found.append((client, reply))
-            self._emit(kind="client-evaluation", round=server_round, client=client.index,
-                       node=str(client.node_id), **reply.metrics)  # fmt: skip
+            own = {"kind": "client-evaluation", "round": server_round, "client": client.index}
+            self._emit({**reply.metrics, **own, "node": str(client.node_id)})
         self.round.clients_evaluation = spread([reply for _, reply in found])
         if not found:
             return None
-        records = [self._light(reply) for _, reply in found]
+        records = self._metrics([reply for _, reply in found])
         return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key)
 
     def summary(self) -> None:
@@ -322,6 +336,12 @@ class FedLoRA(StreamingStrategy):
         """
         adapter = self._model_of(arrays).adapter
         self.aggregation.check(adapter)
+        if self.aggregation.equal_ranks and self.ranks.may_differ and adapter.pairs:
+            raise ValueError(
+                f"{self.aggregation.name} averages equal ranks only, but the rank policy "
+                f"{self.ranks.name!r} lets clients differ; use ranks = UniformRank(r) "
+                "or another rule"
+            )
         if adapter.pairs and adapter.rank < self.ranks.max_rank:
             raise ValueError(
                 f"the initial adapter has rank {adapter.rank}, but the rank policy "
@@ -358,7 +378,7 @@ class FedLoRA(StreamingStrategy):
         record = rank_record(self.ranks, clients, ranks, server_round)
         if {**record, "round": 0} != self._ranks_told:
             self._ranks_told = {**record, "round": 0}
-            self._emit(**record)
+            self._emit(record)
             for line in rank_table(record):
                 log(INFO, "%s", line)
             for note in record["notes"]:
@@ -381,36 +401,43 @@ class FedLoRA(StreamingStrategy):
         client = self.roster.clients.get(node_id)
         return (client.index, node_id) if client else (len(self.roster.clients), node_id)
 
-    def _light(self, reply: Reply) -> RecordDict:
-        """Return the metrics of a reply alone, as metric aggregation functions expect them."""
+    def _metrics(self, replies: Sequence[Reply]) -> list[RecordDict]:
+        """Return the metrics of replies alone, as metric aggregation functions expect them."""
         # Flower's average takes it that every reply has the same metrics.
-        shared = {k: v for k, v in reply.metrics.items() if k not in self.ranks.metrics}
-        metrics: dict[str, Any] = {**shared, self.weighted_by_key: reply.weight}
-        return RecordDict({"metrics": MetricRecord(metrics)})
+        shared = set.intersection(*(set(reply.metrics) for reply in replies))
+        shared -= {*self.ranks.metrics, self.weighted_by_key}
+        records = []
+        for reply in replies:
+            metrics: dict[str, Any] = {k: v for k, v in reply.metrics.items() if k in shared}
+            metrics[self.weighted_by_key] = reply.weight
+            records.append(RecordDict({"metrics": MetricRecord(metrics)}))
+        return records
 
-    def _accept(self, assignment: Assignment, reply: Reply) -> RecordDict:
+    def _accept(self, assignment: Assignment, reply: Reply) -> None:
         self.round.accepted += 1
         self.round.bytes_up += reply.nbytes
         if (loss := reply.metrics.get("loss")) is not None:
             self.round.loss_sum += reply.weight * loss
             self.round.weight_sum += reply.weight
         self.roster.observe(assignment.client.node_id, round(reply.weight))
-        self._emit_client(assignment, "ok", bytes_up=reply.nbytes, **reply.metrics)
-        return self._light(reply)
+        self._emit_client(assignment, "ok", {**reply.metrics, "bytes_up": reply.nbytes})
 
     def _reject(self, assignment: Assignment, reason: str) -> None:
         self.round.rejected += 1
         log(WARNING, "round %s: rejected %s: %s", self.round.number, assignment.client.name, reason)
-        self._emit_client(assignment, "rejected", reason=reason)
+        self._emit_client(assignment, "rejected", {"reason": reason})
 
-    def _emit_client(self, assignment: Assignment, status: str, **more: Any) -> None:
-        self._emit(
-            kind="client",
-            round=self.round.number,
-            client=assignment.client.index,
-            node=str(assignment.client.node_id),
-            status=status,
-            rank=assignment.rank,
-            bytes_down=assignment.bytes_down,
-            **more,
-        )
+    def _emit_client(
+        self, assignment: Assignment, status: str, reported: Mapping[str, Any]
+    ) -> None:
+        """Tell listeners of a reply; what the client calls its metrics cannot hide our fields."""
+        own = {
+            "kind": "client",
+            "round": self.round.number,
+            "client": assignment.client.index,
+            "node": str(assignment.client.node_id),
+            "status": status,
+            "rank": assignment.rank,
+            "bytes_down": assignment.bytes_down,
+        }
+        self._emit({**reported, **own})

@@ -66,7 +66,7 @@ def decode(arrays: Mapping[str, Tensor], wire: str) -> dict[str, Tensor]:
     check_wire_dtype(wire)
     out: dict[str, Tensor] = {}
     for name, array in arrays.items():
-        if name.endswith(_STEP):
+        if wire == "int8" and name.removesuffix(_STEP) in arrays and name.endswith(_STEP):
             continue
         if wire == "int8" and array.dtype == torch.int8:
             if name + _STEP not in arrays:

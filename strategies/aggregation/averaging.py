@@ -13,7 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from strategies.aggregation.base import AggregationResult, Aggregator, State, Update, register
+from strategies.aggregation.base import (
+    LARGEST_WEIGHT,
+    AggregationResult,
+    Aggregator,
+    State,
+    Update,
+    register,
+)
 from strategies.lora import Adapter, AdapterError, LoraPair
 from strategies.lora.algebra import resize
 
@@ -127,6 +134,7 @@ class FedIT(FactorAverage):
     """
 
     name = "fedit"
+    equal_ranks = True
 
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
         """Add the update if its ranks are the global ones."""
@@ -171,6 +179,8 @@ class HetLoRA(ZeroPadding):
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
         """Add the update with its norm as weight."""
         norm = math.sqrt(sum(pair.norm() ** 2 for pair in update.adapter.pairs.values()))
+        if not norm <= LARGEST_WEIGHT:
+            raise ValueError(f"the norm of the update is {norm:g}, expected up to 1e18")
         state.norms += norm
         super().add_pairs(state, update, norm)
 
@@ -245,11 +255,12 @@ class Replication(HolderMean):
                 f"holder_weights: expected 'data' or 'quality', got {holder_weights!r}"
             )
         self.holder_weights = holder_weights
+        self.needs_quality = holder_weights == "quality"
 
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
         """Add the update; with quality weights, to a second set of sums as well."""
         if self.holder_weights == "quality":
-            if update.quality is None or not update.quality > 0:
+            if update.quality is None or not 0 < update.quality <= LARGEST_WEIGHT:
                 raise ValueError(
                     f"holder_weights = 'quality' needs a quality above 0, got {update.quality!r}"
                 )

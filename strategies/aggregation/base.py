@@ -24,6 +24,9 @@ from torch import Tensor
 
 from strategies.lora import Adapter, AdapterError
 
+# Sums are float32: weights further apart than this would overflow or vanish in them.
+LARGEST_WEIGHT = 1e18
+
 StateT = TypeVar("StateT", bound="State")
 
 
@@ -113,6 +116,10 @@ class Aggregator(ABC, Generic[StateT]):
     name: ClassVar[str] = ""
     #: Whether results carry a ``base_delta`` that is merged into the frozen weights.
     merges_base: ClassVar[bool] = False
+    #: Whether all clients must have the global rank.
+    equal_ranks: ClassVar[bool] = False
+    #: Whether updates must come with a ``quality``.
+    needs_quality: bool = False
     #: Whether the rule makes sense beside DoRA magnitudes, which belong to given factors.
     supports_dora: ClassVar[bool] = True
     #: Whether all clients of one rank download the same.
@@ -192,12 +199,15 @@ class Aggregator(ABC, Generic[StateT]):
         weight = float(update.weight)
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"expected a finite weight above 0, got {update.weight!r}")
+        if not 1 / LARGEST_WEIGHT <= weight <= LARGEST_WEIGHT:
+            raise ValueError(f"expected a weight from 1e-18 to 1e18, got {weight:g}")
         # Which modules may be missing is each rule's business.
         problems = update.adapter.differences(state.current, missing_ok=True)
-        problems += update.adapter.non_finite()
         if problems:
-            raise AdapterError(problems, "update")
+            raise AdapterError(problems + update.adapter.non_finite(), "update")
         folded = self.fold(state, update)
+        if problems := folded.adapter.non_finite():  # after folding, which may overflow
+            raise AdapterError(problems, "update")
         unit = state.unit or 2.0 ** math.frexp(weight)[1]
         self.add_pairs(state, folded, weight / unit)
         state.unit = unit

@@ -71,6 +71,8 @@ class RankPolicy(ABC):
     """
 
     name: ClassVar[str] = ""
+    #: Whether the policy lives on what nodes say of themselves, so that they must be asked.
+    asks_identity: ClassVar[bool] = False
     #: Whether a reply may have another rank than the one assigned.
     accepts_other_ranks: ClassVar[bool] = False
     #: Whether the policy asks clients for a profile, and so wants to know who they are.
@@ -150,6 +152,11 @@ class RankPolicy(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Put back what ``state_dict`` returned."""
 
+    @property
+    def may_differ(self) -> bool:
+        """Whether clients may get different ranks, device limits aside."""
+        return True
+
     def summary(self) -> str:
         """Return the policy and its settings in one line."""
         return f"{self.name} (up to {self.max_rank})"
@@ -180,6 +187,11 @@ class UniformRank(RankPolicy):
         """The rank of every client."""
         return self.rank
 
+    @property
+    def may_differ(self) -> bool:
+        """False."""
+        return False
+
     def choose(self, clients: Sequence[Client], server_round: int) -> list[int]:
         """Return the one rank for all."""
         return [self.rank] * len(clients)
@@ -208,6 +220,11 @@ class ListRank(RankPolicy):
     def max_rank(self) -> int:
         """The largest of the ranks."""
         return max(self.ranks)
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether the list holds different ranks."""
+        return len(set(self.ranks)) > 1
 
     def choose(self, clients: Sequence[Client], server_round: int) -> list[int]:
         """Return the rank at each client's index.
@@ -244,6 +261,7 @@ class ReportedRank(RankPolicy):
 
     name = "reported"
     accepts_other_ranks = True
+    asks_identity = True
 
     def __init__(self, max_rank: int = 32, *, fallback: int = 4) -> None:
         self._max_rank = at_least_one("max_rank", max_rank)

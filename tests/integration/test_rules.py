@@ -14,7 +14,7 @@ from fedlora_app.models import add_lora, build_model
 from fedlora_app.server_app import effective_adapter, initial_adapter
 from strategies import FedLoRA
 from strategies.aggregation import AGGREGATIONS, make_aggregator
-from strategies.client import load_adapter
+from strategies.client import load_adapter, receive
 from strategies.messages import from_record, to_record
 from strategies.model import GlobalModel
 from strategies.ranks import ListRank
@@ -51,13 +51,22 @@ class App:
         return reply.content
 
 
+class Forgetful(App):
+    """Nodes that lose their Flower state after every message."""
+
+    def __call__(self, message):
+        content = super().__call__(message)
+        self.contexts[message.metadata.dst_node_id].state = RecordDict()
+        return content
+
+
 def run(rule, *, rounds=2, ranks=(2, 4), config=CONFIG, app=None, **options):
     from flwr.app import ConfigRecord
 
     _, adapter = initial_adapter(config, len(LABELS))
     records = []
     strategy = FedLoRA(
-        aggregation=make_aggregator(rule),
+        aggregation=make_aggregator(rule) if isinstance(rule, str) else rule,
         ranks=ListRank(list(ranks), cycle=True),
         client_api="numpy",
         scale=config.lora.scale,
@@ -105,6 +114,11 @@ def test_two_rounds_of_every_rule_and_its_adapter_in_peft(rule, tmp_path):
     model = add_lora(base(), CONFIG.lora, rank=1, seed=0)
     load_adapter(model, final)
     expected = logits(model)
+    if rule in ("flora", "fedex"):
+        settings = {"lora-scale": CONFIG.lora.scale}
+        merged = add_lora(base(), CONFIG.lora, rank=1, seed=0)
+        receive(merged, from_record(arrays), settings)
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     assert float((expected - logits(add_lora(base(), CONFIG.lora, rank=1, seed=0))).norm()) > 0
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     again = PeftModel.from_pretrained(base(seed=99), str(tmp_path)).eval()
@@ -144,10 +158,9 @@ def test_fedsa_keeps_b_on_the_client():
     ]
     assert not any(".lora_B." in name for names in downloads for name in names)
     # the state is what makes the second round differ: without it B starts at zero again
-    fresh = App()
-    arrays, *_ = run("fedsa", app=fresh)
-    again, *_ = run("fedsa")
-    assert {k: v.data for k, v in arrays.items()} == {k: v.data for k, v in again.items()}
+    arrays, *_ = run("fedsa")
+    wiped, *_ = run("fedsa", app=Forgetful())
+    assert {k: v.data for k, v in arrays.items()} != {k: v.data for k, v in wiped.items()}
 
 
 @pytest.mark.parametrize("rule", ["flora", "fedex"])
@@ -163,6 +176,13 @@ def test_merges_travel_to_clients_and_leave_the_base_as_it_was(rule):
     client_app._resident_model.cache_clear()
     expected, *_ = run("rbla")
     assert {k: v.data for k, v in clean.items()} == {k: v.data for k, v in expected.items()}
+
+
+def test_replication_by_quality_gets_its_quality():
+    options = {"holder_weights": "quality"}
+    _, records, _ = run(make_aggregator("replication", **options), rounds=1)
+    clients = [r for r in records if r["kind"] == "client"]
+    assert all(r["status"] == "ok" and 0 < r["quality"] <= 1 for r in clients)
 
 
 def test_fslora_trains_a_block_at_its_own_scale():

@@ -536,7 +536,7 @@ def test_reassigning_profiles_again_and_loses_nothing():
     assert profiled == [False] * 5 + [True] * 5 + [False] * 5
     # what only one client reported is not averaged as if all had
     strategy = FedLoRA(ranks=policy)
-    assert not set(METRICS) & strategy._light(_reply(answer(1))).metric_records["metrics"].keys()
+    assert not set(METRICS) & strategy._metrics([_reply(answer(1))])[0]["metrics"].keys()
 
 
 def _reply(metrics):

@@ -155,6 +155,17 @@ def spoil(kind):
             case "two array records":
                 content["more"] = to_record({"x": torch.zeros(1)})
                 return content
+            case "scale of infinity":
+                content["metrics"]["lora-scale"] = math.inf
+                return content
+            case "absurd weight":
+                return message_reply(adapter, weight=1.7e308)
+            case "overflow in the fold":
+                return message_reply(adapter, 11, **{"lora-scale": 1e39})
+            case "header that is no header":
+                array = content["arrays"]["head.bias"]
+                array.data = b"\x93NUMPY\x01\x00\x02\x00{ " + array.data[10:]
+                return content
             case "exception":
                 return Error(code=0, reason="CUDA out of memory")
             case "silence":
@@ -181,6 +192,10 @@ REASONS = {
     "no weight": "'num-examples', by which replies are weighted, is missing",
     "no arrays": "expected one array record, got 0",
     "two array records": "expected one array record, got 2",
+    "scale of infinity": "lora-scale is inf, expected a number above 0",
+    "absurd weight": "expected a weight from 1e-18 to 1e18",
+    "overflow in the fold": "holds NaN or Inf",
+    "header that is no header": "array 'head.bias' cannot be read",
     "exception": "CUDA out of memory",
     "silence": "no answer",
 }
@@ -423,3 +438,100 @@ def test_fraction_sampling_is_seeded_and_sized():
     )
     with pytest.raises(ValueError, match="fraction"):
         FractionSampling(0)
+
+
+def test_metrics_cannot_hide_what_the_server_says_of_a_client():
+    names = ("rank", "round", "status", "client", "node", "kind", "bytes_up", "reason", "self")
+
+    def handler(message):
+        content = honest(message)
+        if message.metadata.message_type in ("train", "evaluate"):
+            content["metrics"].update(dict.fromkeys(names, 77))
+        return content
+
+    records = []
+    run(make(listeners=[records.append]), FakeGrid(NODES, handler), rounds=1)
+    done = [r for r in records if r["kind"] == "client"]
+    assert [r["client"] for r in done] == [0, 1, 2, 3, 4]
+    assert [r["rank"] for r in done] == [2, 4, 2, 4, 2]
+    assert all(r["status"] == "ok" and r["bytes_up"] > 77 for r in done)
+
+
+@pytest.mark.parametrize("rule", ["flexlora", "rb-lora", "flora", "fedex", "hetlora", "rbla"])
+def test_one_huge_reply_never_ends_a_run(rule, caplog):
+    caplog.set_level("WARNING", logger="flwr")
+
+    def handler(message):
+        content = honest(message)
+        if message.metadata.message_type == "train" and PARTITION[message.metadata.dst_node_id] < 1:
+            huge = {k: t * 0 + 1e30 for k, t in read(content["arrays"]).to_state_dict().items()}
+            content["arrays"] = to_record(huge)
+        return content
+
+    result = run(make(aggregation=rule), FakeGrid(NODES, handler), rounds=2)
+    assert read_model(result.arrays).adapter.non_finite() == []
+
+
+def read_model(record):
+    from strategies.model import GlobalModel
+
+    return GlobalModel.from_tensors(from_record(record), SCALE)
+
+
+def test_metrics_that_only_some_report_are_not_averaged_over_all():
+    def handler(message):
+        content = honest(message)
+        if message.metadata.message_type == "train" and PARTITION[message.metadata.dst_node_id]:
+            content["metrics"]["extra"] = 1.0
+        return content
+
+    result = run(make(), FakeGrid(NODES, handler), rounds=1)
+    assert "extra" not in result.train_metrics_clientapp[1]
+    assert result.train_metrics_clientapp[1]["loss"] == pytest.approx(0.5)
+
+
+def test_reported_ranks_are_asked_for_by_default():
+    def handler(message):
+        if message.metadata.message_type == "query":
+            return query_reply(**{"max-rank": 3})
+        return honest(message)
+
+    records = []
+    strategy = FedLoRA(ranks=ReportedRank(4, fallback=1), scale=SCALE, listeners=[records.append])
+    run(strategy, FakeGrid(NODES, handler), rounds=1)
+    assert {r["rank"] for r in records if r["kind"] == "client"} == {3}
+
+
+def test_a_reply_above_the_global_rank_is_refused_under_reported_ranks():
+    def handler(message):
+        content = honest(message)
+        if message.metadata.message_type == "train":
+            content["arrays"] = to_record(read(content["arrays"]).with_rank(9).to_state_dict())
+        return content
+
+    records = []
+    run(make(ranks=ReportedRank(4), listeners=[records.append]), FakeGrid(NODES, handler), rounds=1)
+    done = [r for r in records if r["kind"] == "client"]
+    assert all("but the global rank is 4" in r["reason"] for r in done)
+
+
+def test_fedit_refuses_a_policy_of_unequal_ranks_before_anything_is_sent():
+    grid = FakeGrid(NODES, honest)
+    with pytest.raises(ValueError, match=r"fedit averages equal ranks only.*'list'"):
+        make(aggregation="fedit").start(grid, initial(), num_rounds=1)
+    assert not grid.sent
+    make(aggregation="fedit", ranks=UniformRank(4)).start(grid, initial(), num_rounds=1)
+
+
+def test_a_restarted_node_takes_its_old_place():
+    roster = Roster()
+    roster.join({10: {"partition-id": 0}, 11: {"partition-id": "1"}})
+    roster.join({21: {"partition-id": 1}}, present=[10, 21])
+    assert [(c.node_id, c.index) for c in roster.present([10, 21])] == [(10, 0), (21, 1)]
+    assert 11 not in roster.clients
+
+
+def test_listeners_hear_of_replies_when_they_arrive():
+    records = []
+    run(make(listeners=[records.append]), FakeGrid(NODES, honest), rounds=1)
+    assert len([r for r in records if r["kind"] == "arrived"]) == 5
