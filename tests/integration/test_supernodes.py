@@ -4,13 +4,19 @@ import csv
 import json
 import time
 
+import pytest
+
 from fedlora_app.config import DataConfig
 from fedlora_app.data import load_train
 from fedlora_app.superlink import SuperLink
 from tests.integration.conftest import ROOT, SMALL, records
 
 
-def test_two_supernodes_with_their_own_data_and_limits(tmp_path):
+@pytest.mark.parametrize(
+    "rule", ["replication", "fedsa", pytest.param("flora", marks=pytest.mark.slow)]
+)
+def test_two_supernodes_with_their_own_data_and_limits(rule, tmp_path):
+    """Every message is a fresh process: fedsa's B lasts in the node's Flower state."""
     rows = load_train(DataConfig())
     for site in range(2):
         with (tmp_path / f"site{site}.csv").open("w", newline="") as file:
@@ -26,7 +32,13 @@ def test_two_supernodes_with_their_own_data_and_limits(tmp_path):
             link.start_supernode(f'data-path="{path}" max-rank={limit}')
         run = link.run(
             ROOT,
-            {**SMALL, "output": str(folder), "ranks.policy": "reported", "ranks.max": 16},
+            {
+                **SMALL,
+                "output": str(folder),
+                "aggregation": rule,
+                "ranks.policy": "reported",
+                "ranks.max": 16,
+            },
         )
         started = time.monotonic()
         lines = list(link.stream(run))
@@ -36,6 +48,13 @@ def test_two_supernodes_with_their_own_data_and_limits(tmp_path):
     assert sorted((r["round"], r["rank"]) for r in done) == [(1, 4), (1, 16), (2, 4), (2, 16)]
     assert all(r["status"] == "ok" for r in done)
     assert {r["num-examples"] for r in done} == {180.0}  # 200 less a tenth for validation
+    if rule == "fedsa":
+        # half of every pair travels; and a B that had been lost would show in the loss
+        assert all(r["bytes_up"] == r["bytes_down"] for r in done)
+        by_rank = {r["rank"]: r["bytes_up"] for r in done}
+        assert by_rank[16] - by_rank[4] == 12 * 12 * 384 * 4
+        first, second = (sum(r["loss"] for r in done if r["round"] == n) for n in (1, 2))
+        assert second < first
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["rounds"] == 2
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
