@@ -1,0 +1,27 @@
+"""Test leading slices of a run's final adapter: which rank entries help, and which hurt.
+
+python studies/slices.py runs/autorank/double-imbalance/reversed/seed-1 [more runs]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from fedlora_app.config import RunConfig
+from fedlora_app.server_app import TestSet, initial_adapter
+from strategies.client import load_adapter
+from strategies.lora import Adapter
+
+for run in map(Path, sys.argv[1:]):
+    config = RunConfig.from_flat(json.loads((run / "config.json").read_text()))
+    test = TestSet(config)
+    model, _ = initial_adapter(config, len(test.label_names))
+    state = load_file(run / "adapter" / "adapter_model.safetensors")
+    adapter = Adapter.from_state_dict(state, config.lora.scale)
+    scores = []
+    for rank in (r for r in (2, 4, 8, 16, 32, 64) if r <= adapter.rank):
+        load_adapter(model, adapter.with_rank(rank))
+        scores.append(f"rank {rank}: {test.evaluate(model).accuracy:.3f}")
+    print(run, *scores, sep="  ")
