@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
 from strategies.aggregation import AGGREGATIONS, make_aggregator
+from strategies.naming import named
 
 if TYPE_CHECKING:
     from fedlora_app.config import RunConfig
@@ -14,13 +14,10 @@ if TYPE_CHECKING:
 def impossible(config: RunConfig) -> list[str]:
     """Return what is wrong with a config that no key alone can show."""
     problems = []
-    if config.aggregation not in AGGREGATIONS:
-        close = difflib.get_close_matches(config.aggregation, list(AGGREGATIONS), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        problems.append(
-            f"aggregation: expected one of {', '.join(AGGREGATIONS)}; "
-            f"got {config.aggregation!r}{hint}"
-        )
+    try:
+        named(AGGREGATIONS, config.aggregation)
+    except ValueError as error:
+        problems.append(f"aggregation: {error}")
     else:
         try:
             rule = make_aggregator(config.aggregation, **config.aggregation_settings())

@@ -11,7 +11,6 @@ arrive and dropped again::
 
 from __future__ import annotations
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from strategies.lora import Adapter, AdapterError
+from strategies.naming import named
 
 # Sums are float32: weights further apart than this would overflow or vanish in them.
 LARGEST_WEIGHT = 1e18
@@ -279,8 +279,4 @@ def make_aggregator(name: str, **options: Any) -> Aggregator[Any]:
     ValueError
         If there is no such rule; the message lists those that exist.
     """
-    if name not in AGGREGATIONS:
-        close = difflib.get_close_matches(name, list(AGGREGATIONS), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"expected one of {', '.join(AGGREGATIONS)}; got {name!r}{hint}")
-    return AGGREGATIONS[name](**options)
+    return named(AGGREGATIONS, name)(**options)

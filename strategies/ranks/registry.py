@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
+from strategies.naming import named
 from strategies.ranks.autorank import AutoRank
 from strategies.ranks.base import ListRank, RankPolicy, ReportedRank, UniformRank
 from strategies.ranks.pruning import SelfPruningRank
@@ -30,8 +30,4 @@ def make_rank_policy(name: str, **options: Any) -> RankPolicy:
     ValueError
         If there is no such policy; the message lists those that exist.
     """
-    if name not in RANK_POLICIES:
-        close = difflib.get_close_matches(name, list(RANK_POLICIES), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"expected one of {', '.join(RANK_POLICIES)}; got {name!r}{hint}")
-    return RANK_POLICIES[name](**options)
+    return named(RANK_POLICIES, name)(**options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from strategies.clients import Client
+from strategies.naming import named
 
 
 class Sampler(ABC):
@@ -55,8 +55,4 @@ def make_sampler(name: str, **options: Any) -> Sampler:
     ValueError
         If there is no such sampler; the message lists those that exist.
     """
-    if name not in SAMPLERS:
-        close = difflib.get_close_matches(name, list(SAMPLERS), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"expected one of {', '.join(SAMPLERS)}; got {name!r}{hint}")
-    return SAMPLERS[name](**options)
+    return named(SAMPLERS, name)(**options)
