@@ -156,8 +156,8 @@ def test_progress_of_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(console, "_show_status", shown.append)
     steps = [
         {"kind": "round-start", "round": 3, "clients": 4},
-        {"kind": "client", "round": 3},
-        {"kind": "client", "round": 3, "rejected": "NaN"},
+        {"kind": "arrived", "round": 3},
+        {"kind": "arrived", "round": 3, "node": "7"},
         {"kind": "round", "round": 3},
     ]
 
@@ -174,7 +174,7 @@ def test_progress_of_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "round 3/6  ░░░░░░░░░░ 0/4 clients",
         "round 3/6  ██░░░░░░░░ 1/4 clients",
         "round 3/6  █████░░░░░ 2/4 clients",
-        "",
+        "preparing",
     ]
 
 
