@@ -15,6 +15,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -84,22 +85,33 @@ def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.contiguous().numpy()
 
 
+@lru_cache(maxsize=1024)
+def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, order and type from a ``.npy`` header.
+
+    Parsing one takes longer than reading a small array, and clients send the same ones.
+    """
+    stream = io.BytesIO(data)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[np.lib.format.read_magic(stream)]
+    return read(stream)
+
+
 def _tensor(name: str, array: Array) -> Tensor:
     """Return an array as a tensor over the message's own memory: read, never written to."""
     try:
-        stream = io.BytesIO(array.data)
-        version = np.lib.format.read_magic(stream)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read_header(stream)
+        data = array.data
+        size_bytes = 2 if data[6:7] == b"\x01" else 4  # of the header's length, by version
+        start = 8 + size_bytes + int.from_bytes(data[8 : 8 + size_bytes], "little")
+        shape, fortran, dtype = _header(data[:start])
         if dtype.hasobject:
             raise ValueError(f"expected numbers, got {dtype}")
         size = math.prod(shape)
-        if len(array.data) != stream.tell() + size * dtype.itemsize:
-            raise ValueError(f"{len(array.data)} bytes do not hold {size} values of {dtype}")
-        value = np.frombuffer(array.data, dtype, size, stream.tell())
+        if len(data) != start + size * dtype.itemsize:
+            raise ValueError(f"{len(data)} bytes do not hold {size} values of {dtype}")
+        value = np.frombuffer(data, dtype, size, start)
         # Columns first is how numpy writes a transposed array.
         return torch.from_numpy(value.reshape(shape[::-1]).T if fortran else value.reshape(shape))
     except (ValueError, TypeError, KeyError, EOFError, OSError, SyntaxError, MemoryError,

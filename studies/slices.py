@@ -1,6 +1,6 @@
 """Test leading slices of a run's final adapter: which rank entries help, and which hurt.
 
-python studies/slices.py runs/autorank/double-imbalance/reversed/seed-1 [more runs]
+python -m studies.slices runs/autorank/double-imbalance/reversed/seed-1 [more runs]
 """
 
 import json
