@@ -25,6 +25,7 @@ from flwr.common.config import flatten_dict
 
 from fedlora_app.config import ConfigError, RunConfig, Scalar
 from fedlora_app.console import Console
+from fedlora_app.report import refuse_used
 from fedlora_app.superlink import SuperLink, SuperLinkError
 
 PROJECT = Path(__file__).resolve().parent
@@ -52,8 +53,7 @@ def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dic
     # Decided here, so that we know where the app writes and where a relative path begins.
     output = config.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
     folder = Path(output).expanduser().absolute()
-    if (folder / "metrics.jsonl").exists():
-        raise ConfigError([f"output: {folder} already holds a run; name another or remove it"])
+    refuse_used(folder)
     changes["output"] = str(folder)
     return config, changes
 

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterable, Mapping
 from logging import INFO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.common import log
-from peft import PeftModel
 
 from fedlora_app.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # takes seconds to import
 
 Record = Mapping[str, Any]
 
