@@ -8,38 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from strategies.clients import Client
-from strategies.lora import Adapter
-from strategies.model import GlobalModel
+from strategies.trained import Trained
 
 Settings = Mapping[str, bool | int | float | str]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One good reply, for policies that learn from what clients train.
-
-    Parameters
-    ----------
-    client : Client
-    adapter, sent : Adapter
-        What came back, and what the client had started from.
-    metrics : Mapping[str, float]
-        Every number of the reply.
-    server_round : int
-    merged : Adapter
-        What was merged into the base before, for rules that do.
-    """
-
-    client: Client
-    adapter: Adapter
-    sent: Adapter
-    metrics: Mapping[str, float]
-    server_round: int
-    merged: Adapter = field(default_factory=lambda: Adapter({}))
-
-    def effective(self) -> Adapter:
-        """Return the client's whole model as one adapter on the base."""
-        return GlobalModel(self.adapter, self.merged).combined()
 
 
 @dataclass(frozen=True)

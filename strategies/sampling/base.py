@@ -3,19 +3,74 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from strategies.clients import Client
 from strategies.naming import named
+from strategies.trained import Trained
+from strategies.wallclock.clock import Clock
+
+Array = NDArray[np.float64]
+Estimator = Literal["auto", "unbiased", "ratio"]
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a sampler may know before it chooses the clients of a round.
+
+    Parameters
+    ----------
+    server_round : int
+        From 1.
+    clients : Sequence[Client]
+        Everyone present, in a lasting order; what follows is in the same order.
+    weights : ndarray, shape (n,)
+        Data weights ``a``, with sum 1.
+    ranks : Sequence[int]
+        The rank that the policy gives each client.
+    clock : Clock
+        What is known of everyone's speed and channel.
+    upload_bytes : tuple of float
+        An upload at rank ``k`` has ``fixed + per_rank · k`` bytes: ``(fixed, per_rank)``.
+    sketches : bool
+        Whether a client may be sent fewer entries than its rank (``fslora``).
+    full_rank : int
+        Rank of the global adapter.
+    """
+
+    server_round: int
+    clients: Sequence[Client]
+    weights: Array
+    ranks: Sequence[int]
+    clock: Clock
+    upload_bytes: tuple[float, float]
+    sketches: bool
+    full_rank: int
 
 
 class Sampler(ABC):
-    """Say which clients join a round."""
+    """Say which clients join a round.
+
+    A sampler needs ``sample`` alone. One by which every client joins by its own probability
+    also says ``probabilities``; the strategy then weighs updates by ``a / q``.
+    """
 
     name: ClassVar[str] = ""
+    #: Whether data weights must be known before a client is ever asked to train.
+    needs_weights: ClassVar[bool] = False
+    #: How updates are summed, for samplers with ``probabilities``: "unbiased" (divided by the
+    #: weight of everybody), "ratio" (by that of the participants), "auto" (what suits the rule).
+    estimator: Estimator = "auto"
+    #: Factor on the aggregated displacement, with ``estimator = "unbiased"``.
+    server_rate: float = 1.0
+
+    def prepare(self, outlook: Outlook) -> None:  # noqa: B027
+        """Look at the state of things before a round; called before ``sample``."""
 
     @abstractmethod
     def sample(
@@ -32,6 +87,45 @@ class Sampler(ABC):
         rng : numpy.random.Generator
             Seeded by the strategy for this round; the only source of chance.
         """
+
+    def probabilities(self, clients: Sequence[Client]) -> Array | None:
+        """Return each client's probability to join, shape (n,).
+
+        None where they do not join independently of each other; updates then keep their data
+        weights.
+        """
+        return None
+
+    def ranks(self, clients: Sequence[Client], ranks: Sequence[int]) -> Sequence[int]:
+        """Return the rank each client is to train, at most the one it was given."""
+        return ranks
+
+    def observe(self, trained: Trained) -> None:  # noqa: B027
+        """Look at a good reply before it is dropped.
+
+        Raises
+        ------
+        ValueError
+            If the sampler cannot use what the reply says; its training counts all the same.
+        """
+
+    def learn_loss(self, server_round: int, loss: float) -> None:  # noqa: B027
+        """Take the global loss after a round; round 0 is the model at the start."""
+
+    def restart(self, server_round: int) -> bool:
+        """Return whether this round starts from the initial model again."""
+        return False
+
+    def record(self) -> Mapping[str, Any] | None:
+        """Return what was decided since the last call, JSON-able, or None; for listeners."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the sampler has learned, as JSON can hold it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Put back what ``state_dict`` returned."""
 
     def summary(self) -> str:
         """Return the sampler and its settings in one line."""
