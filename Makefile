@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-all lint types bench clean
+.PHONY: setup demo test test-all lint types bench docs clean
 
 setup: $(READY)
 
@@ -41,5 +41,13 @@ types: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.aggregation
 
+docs: $(VENV)/.docs  ## the pages and the API reference, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --group docs
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -45,6 +45,8 @@ def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dic
         changes["rounds"] = args.rounds
     if args.output is not None:
         changes["output"] = args.output
+    if args.resume:
+        changes["resume-from"] = "latest"
     toml = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
     app: Mapping[str, Any] = toml.get("tool", {}).get("flwr", {}).get("app", {})
     config = RunConfig.from_flat(flatten_dict(app.get("config")) | changes)
@@ -53,7 +55,8 @@ def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dic
     # Decided here, so that we know where the app writes and where a relative path begins.
     output = config.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
     folder = Path(output).expanduser().absolute()
-    refuse_used(folder)
+    if not config.resume_from:
+        refuse_used(folder)
     changes["output"] = str(folder)
     return config, changes
 
@@ -207,6 +210,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--cpus-per-client", type=_count, default=1, help="CPUs of a client (default: 1)")
     add("--gpus-per-client", type=float, default=0.0, help="GPU share of a client (default: 0)")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --output from its latest checkpoint",
+    )
     add("--verbose", action="store_true", help="show Flower's and Ray's own lines too")
     return parser
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from strategies.aggregation import AGGREGATIONS, make_aggregator
 from strategies.naming import named
+from strategies.wallclock import PROFILES
 
 if TYPE_CHECKING:
     from fedlora_app.config import RunConfig
@@ -45,6 +47,11 @@ def impossible(config: RunConfig) -> list[str]:
                     f"train.precision = {config.train.precision!r} would round every merge; "
                     "use float32"
                 )
+            if config.sampling.policy != "fraction" and rule.sampling_refusal:
+                problems.append(
+                    f"aggregation = {config.aggregation!r} cannot be used with sampling.policy = "
+                    f"{config.sampling.policy!r}: {rule.sampling_refusal}"
+                )
             if config.lora.dora and not rule.supports_dora:
                 problems.append(
                     f"aggregation = {config.aggregation!r} changes the factors that DoRA "
@@ -65,9 +72,48 @@ def impossible(config: RunConfig) -> list[str]:
                 "aggregation = 'fedit' averages equal ranks only, but ranks.list = "
                 f"{config.ranks.list!r}; use ranks.policy = 'uniform' or another aggregation"
             )
+    if config.resume_from in ("latest", "best") and not config.output:
+        problems.append(
+            f"resume-from = {config.resume_from!r} is about the run in output; name its folder"
+        )
     if config.method == "head" and config.lora.dora:
         problems.append("method = 'head' trains no LoRA modules; set lora.dora = false")
     problems += _impossible_ranks(config)
+    problems += _impossible_sampling(config)
+    return problems
+
+
+def _impossible_sampling(config: RunConfig) -> list[str]:
+    sampling, problems = config.sampling, []
+    for key, read in (("q", sampling.probabilities), ("pilot-fractions", sampling.pilots)):
+        try:
+            values = read()
+            if not all(0 < q <= 1 for q in ([values] if isinstance(values, float) else values)):
+                raise ValueError(f"not all of {values} are")
+        except ValueError as error:
+            problems.append(
+                f"sampling.{key}: expected comma-separated numbers above 0 and up to 1"
+                f"{', two of them' if key != 'q' else ''}; {error}"
+            )
+    if bool(sampling.alpha) != bool(sampling.beta):
+        problems.append("sampling.alpha and sampling.beta: set both, or neither for pilots")
+    if sampling.server_rate != 1 and sampling.estimator == "ratio":
+        problems.append(
+            "sampling.server-rate: the ratio estimator has no displacement to scale; use "
+            "sampling.estimator = 'unbiased'"
+        )
+    profile, simulated = config.clock.profile, config.clock.profile != "measured"
+    if simulated and profile not in PROFILES and not Path(profile).expanduser().is_file():
+        problems.append(
+            f"clock.profile: expected measured, {', '.join(PROFILES)} or a csv file; got "
+            f"{profile!r}"
+        )
+    if not simulated and (config.clock.deadline or config.clock.change_round):
+        key = "deadline" if config.clock.deadline else "change-round"
+        problems.append(
+            f"clock.{key} is for simulated clocks; set clock.profile"
+            + (", or use round-timeout" if config.clock.deadline else "")
+        )
     return problems
 
 

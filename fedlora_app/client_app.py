@@ -43,7 +43,16 @@ from strategies.client import (
     tail_penalty,
 )
 from strategies.lora import Adapter
-from strategies.messages import CLIENT_KEY, NAMES_KEY, QUALITY_KEY, ROUND_KEY
+from strategies.messages import (
+    CLIENT_KEY,
+    COUNT_KEY,
+    MODEL_ROUND_KEY,
+    NAMES_KEY,
+    QUALITY_KEY,
+    ROUND_KEY,
+    STEPS_KEY,
+    TRAIN_SECONDS_KEY,
+)
 from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, profile_rows
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
 from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
@@ -52,7 +61,7 @@ if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import, which a query does not need
 
 LABELS_KEY = "label-names"
-STEPS_KEY = "steps-factor"
+TIMES_KEY = "steps-factor"
 
 Settings = dict[str, Scalar]
 Losses = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -83,6 +92,8 @@ class LoRAClient(NumPyClient):
         same seed, and kept in the Flower state: asked again, nothing is computed.
         """
         told: Settings = {key: self.node[key] for key in IDENTITY_KEYS if key in self.node}
+        if config.get(COUNT_KEY):
+            told["num-examples"] = len(self._rows(json.loads(str(config[LABELS_KEY])))[0])
         if config.get(PROFILE_KEY):
             labels = json.loads(str(config[LABELS_KEY]))
 
@@ -107,7 +118,9 @@ class LoRAClient(NumPyClient):
             found = profile(self.state, lambda: self._losses(model, rows, config), again=True)
             extra.update({key: found[key] for key in METRICS})
         server_round = int(config[ROUND_KEY])
-        settings = self.config.train.in_round(server_round, times=int(config.get(STEPS_KEY, 1)))
+        settings = self.config.train.in_round(
+            int(config[MODEL_ROUND_KEY]), times=int(config.get(TIMES_KEY, 1))
+        )
         seed = np.random.SeedSequence([self.config.seed, server_round, int(config[CLIENT_KEY])])
         result = train(
             model,
@@ -122,7 +135,12 @@ class LoRAClient(NumPyClient):
             # A model that gets nothing right still counts a little: weights are above 0.
             extra["quality"] = max(score.accuracy, 1e-6)
         arrays = send(model, config, self.state)
-        metrics = {"loss": result.loss, "seconds": result.seconds, **extra}
+        metrics = {
+            "loss": result.loss,
+            TRAIN_SECONDS_KEY: result.seconds,
+            STEPS_KEY: result.steps,
+            **extra,
+        }
         return [array.numpy() for array in arrays.values()], result.examples, metrics
 
     def evaluate(

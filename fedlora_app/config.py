@@ -31,7 +31,7 @@ class ModelConfig:
 
     name: str = option(
         "packaged:minilm-l6",
-        "packaged model, Hugging Face model id, or local folder",
+        "packaged model (minilm-l6, minilm-l3), Hugging Face model id, or local folder",
     )
     head: str = option(
         "auto",
@@ -163,7 +163,9 @@ class RanksConfig:
         2000, "autorank: rows of the profiling forward pass, a seeded choice; 0: all", low=0
     )
     profile_timeout: float = option(
-        600.0, "autorank: seconds to wait for the answers to a profiling query", above=0
+        600.0,
+        "seconds to wait for what nodes say of themselves, and (autorank) for their profiles",
+        above=0,
     )
     order: str = option(
         "score",
@@ -200,10 +202,85 @@ class SamplingConfig:
     """Which clients join a round."""
 
     policy: str = option(
-        "fraction", "fraction: a seeded share of the clients", choices=("fraction",)
+        "fraction",
+        "fraction (so many, without replacement); each client by its own coin: independent (given "
+        "probabilities), weighted (in proportion to its rows), statistical (rows times the size of "
+        "its updates), planned (what reaches the target soonest on the clock, by two pilots)",
+        choices=("fraction", "independent", "weighted", "statistical", "planned"),
     )
-    fraction: float = option(0.6, "share of the clients in a round", above=0, high=1)
-    min_clients: int = option(1, "at least this many clients in a round", low=1)
+    fraction: float = option(
+        0.6, "share of the clients in a round; of coins: the expected share", above=0, high=1
+    )
+    clients: int = option(0, "fraction: exactly so many clients instead; 0: by the share", low=0)
+    min_clients: int = option(1, "fraction: at least this many clients in a round", low=1)
+    q: str = option(
+        "", "independent: comma-separated probabilities, one per client; empty: the share for all"
+    )
+    q_min: float = option(
+        0.01, "weighted, statistical, planned: no client's probability is below", above=0, high=1
+    )
+    estimator: str = option(
+        "auto",
+        "with coins, updates count a/q: unbiased (divided by everybody's weight), ratio (by the "
+        "participants': biased, less variance), auto (what suits the rule)",
+        choices=("auto", "unbiased", "ratio"),
+    )
+    server_rate: float = option(
+        1.0, "with coins and unbiased: factor on the aggregated change", above=0
+    )
+    pilot_rounds: int = option(
+        5, "planned: rounds of each of the two pilots that estimate alpha and beta", low=2
+    )
+    pilot_fractions: str = option(
+        "0.2,0.05", "planned: expected shares of the clients in the two pilots"
+    )
+    alpha: float = option(
+        0.0, "planned: with beta, instead of pilots: rounds = alpha / (beta - s); 0: pilots", low=0
+    )
+    beta: float = option(0.0, "planned: see alpha; 0: pilots", low=0)
+    replan_every: int = option(
+        0, "planned: plan again every N rounds, from fresh channels and speeds; 0: once", low=0
+    )
+
+    def probabilities(self) -> list[float] | float:
+        """Return ``q`` as numbers, or the share for all."""
+        return [float(part) for part in self.q.split(",")] if self.q else self.fraction
+
+    def pilots(self) -> tuple[float, float]:
+        """Return ``pilot-fractions`` as numbers."""
+        first, second = (float(part) for part in self.pilot_fractions.split(","))
+        return first, second
+
+
+@dataclass(frozen=True)
+class ClockConfig:
+    """How long rounds take."""
+
+    profile: str = option(
+        "measured",
+        "measured (real seconds), or simulated devices on a shared uplink: lab, campus, rural, "
+        "phones, or a csv file with the columns snr_db and flops",
+    )
+    surroundings: str = option(
+        "campus",
+        "csv: which profile's band, fading and limits",
+        choices=("lab", "campus", "rural", "phones"),
+    )
+    bandwidth: str = option(
+        "optimal",
+        "how a round's clients share the band: optimal (all finish together) or equal",
+        choices=("optimal", "equal"),
+    )
+    bandwidth_mhz: float = option(0.0, "the band; 0: the profile's", low=0)
+    deadline: float = option(
+        0.0, "simulated: seconds after which a round ends without who is late; 0: none", low=0
+    )
+    idle_seconds: float = option(1.0, "simulated: length of a round without clients", above=0)
+    change_round: int = option(
+        0, "simulated: from this round on some clients have a worse channel; 0: never", low=0
+    )
+    change_share: float = option(0.5, "their share", above=0, high=1)
+    change_factor: float = option(0.1, "what is left of their rate", above=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -242,12 +319,34 @@ class RunConfig:
     min_replies: int = option(1, "fewer good replies leave the model as it was", low=1)
     min_nodes: int = option(2, "wait for this many nodes before the first round", low=1)
     round_timeout: float = option(3600.0, "seconds to wait for the replies of a round", above=0)
+    clip_norm: float = option(
+        0.0, "a client's change of a larger norm is scaled down to this; 0: never", low=0
+    )
+    stop_accuracy: float = option(
+        0.0,
+        "stop when the mean of the last three server accuracies reaches this; 0: run all rounds",
+        low=0,
+        high=1,
+    )
+    checkpoint_every: int = option(
+        1, "save the server's state after every Nth round, in output/checkpoints; 0: never", low=0
+    )
+    checkpoint_keep: int = option(3, "how many of the last to keep, besides the best", low=1)
+    checkpoint_best: str = option(
+        "accuracy",
+        "which server score is the best's: accuracy, macro_f1 or -loss",
+        choices=("accuracy", "macro_f1", "-loss"),
+    )
+    resume_from: str = option(
+        "", "go on from a checkpoint: latest or best (of output), or a path; empty: a new run"
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ranks: RanksConfig = field(default_factory=RanksConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    clock: ClockConfig = field(default_factory=ClockConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     @classmethod

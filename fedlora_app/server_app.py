@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from logging import INFO
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_app.client_app import LABELS_KEY, STEPS_KEY
+from fedlora_app.client_app import LABELS_KEY, TIMES_KEY
 from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.data import TokenizedRows, load_test, tokenize
 from fedlora_app.models import add_lora, build_model, build_tokenizer
@@ -25,6 +27,7 @@ from fedlora_app.report import RunFolder
 from fedlora_app.training import EvalResult, evaluate, per_sample_losses, torch_threads
 from strategies import FedLoRA
 from strategies.aggregation import make_aggregator
+from strategies.checkpoint import Checkpoints
 from strategies.client import adapter_state, check_mergeable, load_adapter
 from strategies.clients import Client
 from strategies.lora import Adapter
@@ -39,7 +42,24 @@ from strategies.ranks import (
     SelfPruningRank,
     UniformRank,
 )
-from strategies.sampling import make_sampler
+from strategies.sampling import (
+    FractionSampling,
+    IndependentSampling,
+    PlannedSampling,
+    Sampler,
+    StatisticalSampling,
+    WeightedSampling,
+)
+from strategies.saving import Saver
+from strategies.wallclock import (
+    PROFILES,
+    Clock,
+    Devices,
+    MeasuredClock,
+    SimulatedClock,
+    devices_from_csv,
+    rank_flops,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import, which a query does not need
@@ -56,15 +76,17 @@ def main(grid: Grid, context: Context) -> None:
     test = TestSet(config)
     model, adapter = initial_adapter(config, len(test.label_names))
     # Only now: a run that finds no model or data leaves no folder behind.
-    folder = RunFolder(Path(config.output or default), config)
+    path = Path(config.output or default).expanduser().absolute()
+    saver = make_saver(config, path)
+    folder = RunFolder(path, config, resume_round=resumed_here(saver, path))
     log(INFO, "%s: %s on %s, %s", config.method, config.model.name, config.data.name, adapter)
 
-    strategy = make_strategy(config, folder, test, model)
+    strategy = make_strategy(config, folder, test, model, saver)
     if strategy.aggregation.merges_base:
         check_mergeable(model)
     alone = config.method == "local"
     train_config = ConfigRecord(
-        {LABELS_KEY: json.dumps(test.label_names), STEPS_KEY: config.rounds if alone else 1}
+        {LABELS_KEY: json.dumps(test.label_names), TIMES_KEY: config.rounds if alone else 1}
     )
     result = strategy.start(
         grid,
@@ -196,20 +218,74 @@ def make_ranks(config: RunConfig, score_fn: Callable[[Adapter], float] | None = 
             return ListRank(config.rank_list(), cycle=policy == "cycle")
 
 
-def make_strategy(config: RunConfig, folder: RunFolder, test: TestSet, model: PeftModel) -> FedLoRA:
-    """Return the strategy of the run config."""
-    sampler = make_sampler(
-        config.sampling.policy,
-        fraction=config.sampling.fraction,
-        min_clients=config.sampling.min_clients,
+# Settings that a checkpoint's numbers depend on, and those that are nobody's business.
+FATAL = ("aggregation", "aggregation-options", "method", "seed", "model.", "lora.", "data.name")
+IGNORED = ("output", "resume-from", "rounds", "checkpoint-", "stop-accuracy")
+
+
+def make_saver(config: RunConfig, path: Path) -> Saver | None:
+    """Return what saves the run, with the checkpoint it goes on from; None if neither is asked."""
+    if not (config.checkpoint_every or config.resume_from) or config.method == "local":
+        return None
+    flat = config.to_flat()
+    checkpoints = Checkpoints(
+        path / "checkpoints",
+        every=config.checkpoint_every or config.rounds,
+        keep=config.checkpoint_keep,
+        best=config.checkpoint_best,
     )
+    try:
+        return Saver(
+            checkpoints,
+            resume_from=config.resume_from,
+            fingerprint=flat,
+            fatal=[key for key in flat if key.startswith(FATAL)],
+            ignored=[key for key in flat if key.startswith(IGNORED)],
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"resume-from: {error}"]) from error
+
+
+def resumed_here(saver: Saver | None, path: Path) -> int | None:
+    """Return the round after which a run in this very folder goes on; None for a new folder."""
+    if saver is None or saver.resumed is None:
+        return None
+    return saver.round if path in saver.resumed.path.parents else None
+
+
+def stop_at(
+    accuracy: float, rounds: Iterable[Mapping[str, Any]]
+) -> Callable[[Mapping[str, float]], bool] | None:
+    """Return what ends a run when three accuracies in a row have this mean.
+
+    ``rounds`` are those of a run that is resumed.
+    """
+    before = (r["server_accuracy"] for r in rounds if r.get("server_accuracy") is not None)
+    last: deque[float] = deque(before, maxlen=3)
+
+    def reached(scores: Mapping[str, float]) -> bool:
+        last.append(scores["accuracy"])
+        return len(last) == last.maxlen and sum(last) / len(last) >= accuracy
+
+    return reached if accuracy else None
+
+
+def make_strategy(
+    config: RunConfig,
+    folder: RunFolder,
+    test: TestSet,
+    model: PeftModel,
+    saver: Saver | None = None,
+) -> FedLoRA:
+    """Return the strategy of the run config."""
     judge = None
     if test.validation is not None:
         judge = partial(test.validation_loss, model)
     settings: dict[str, Any] = {
         "aggregation": make_aggregator(config.aggregation, **config.aggregation_settings()),
         "ranks": make_ranks(config, judge),
-        "profile_timeout": config.ranks.profile_timeout,
+        # In a simulation clients queue for a core to say who they are, too.
+        "query_timeout": config.ranks.profile_timeout,
         "client_api": "numpy",
         "scale": config.lora.scale,
         "wire_dtype": config.wire_dtype,
@@ -218,12 +294,108 @@ def make_strategy(config: RunConfig, folder: RunFolder, test: TestSet, model: Pe
         "min_available_nodes": config.min_nodes,
         "evaluate_fraction": 0.0 if config.method == "local" else config.evaluate.clients,
         "evaluate_every": config.evaluate.every,
+        "saver": saver,
+        "clip_norm": config.clip_norm,
+        "stop_when": stop_at(config.stop_accuracy, folder.rounds),
         "listeners": [folder],
     }
     if config.method == "local":
         # Whatever the rule: who trains alone trains, and is tested with, all of its adapter.
         return Alone(test, model, **{**settings, "aggregation": "replication"})
-    return FedLoRA(sampling=sampler, **settings)
+    clock = make_run_clock(config, model, test)
+    if isinstance(clock, SimulatedClock):  # what it takes to time the run again elsewhere
+        folder(
+            {
+                "kind": "clock",
+                "base_flops": clock.base_flops,
+                "rank_flops": clock.rank_flops,
+                "steps": clock.steps,
+            }
+        )
+    return FedLoRA(sampling=make_run_sampler(config), clock=clock, **settings)
+
+
+def make_run_sampler(config: RunConfig) -> Sampler:
+    """Return the sampler of the run config."""
+    c = config.sampling
+    coins: dict[str, Any] = {"estimator": c.estimator, "server_rate": c.server_rate}
+    match c.policy:
+        case "fraction":
+            return FractionSampling(c.fraction, min_clients=c.min_clients, clients=c.clients)
+        case "independent":
+            return IndependentSampling(c.probabilities(), **coins)
+        case "weighted":
+            return WeightedSampling(c.fraction, q_min=c.q_min, **coins)
+        case "statistical":
+            return StatisticalSampling(c.fraction, q_min=c.q_min, **coins)
+        case _:
+            return PlannedSampling(
+                pilot_rounds=c.pilot_rounds,
+                pilot_fractions=c.pilots(),
+                alpha=c.alpha or None,
+                beta=c.beta or None,
+                replan_every=c.replan_every,
+                q_min=c.q_min,
+                idle_seconds=config.clock.idle_seconds,
+                seed=config.seed,
+                **coins,
+            )
+
+
+def make_run_clock(config: RunConfig, model: PeftModel, test: TestSet) -> Clock:
+    """Return the clock of the run config, with the FLOPs of a training step as counted."""
+    measured = config.clock.profile == "measured"
+    if measured and config.sampling.policy != "planned":
+        return MeasuredClock()
+    ranks = (1, max(2, config.max_rank()))
+    base, per_rank = rank_flops(lambda rank: training_step(model, test.all, config, rank), *ranks)
+    if measured:
+        return MeasuredClock(rank_share=per_rank / base)
+    return simulated_clock(config, base, per_rank, float(config.train.steps or 1))
+
+
+def simulated_clock(
+    config: RunConfig, base_flops: float, rank_flops: float, steps: float
+) -> SimulatedClock:
+    """Return the simulated clock of the run config for work of this size."""
+    c = config.clock
+    if c.profile in PROFILES:
+        devices: Devices | str = c.profile
+    else:
+        devices = devices_from_csv(Path(c.profile).expanduser(), c.surroundings)
+    return SimulatedClock(
+        devices,
+        base_flops=base_flops,
+        rank_flops=rank_flops,
+        steps=steps,
+        bandwidth="equal" if c.bandwidth == "equal" else "optimal",
+        bandwidth_hz=c.bandwidth_mhz * 1e6 or None,
+        deadline=c.deadline,
+        idle_seconds=c.idle_seconds,
+        change_round=c.change_round,
+        change_share=c.change_share,
+        change_factor=c.change_factor,
+        seed=config.seed,
+    )
+
+
+def training_step(
+    model: PeftModel, rows: TokenizedRows, config: RunConfig, rank: int
+) -> Callable[[], None]:
+    """Return one training step at a rank, forward and backward, on a batch of full length."""
+    adapter = Adapter.from_state_dict(
+        {k: t.clone() for k, t in adapter_state(model).items()}, config.lora.scale
+    )
+    load_adapter(model, adapter.with_rank(rank))
+    shape = (config.train.batch_size, config.data.max_length)
+    ids = torch.full(shape, int(rows.input_ids[0, 0]))
+
+    def step() -> None:
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        logits.float().sum().backward()
+        model.zero_grad()
+
+    return step
 
 
 class Alone(FedLoRA):

@@ -12,7 +12,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 from strategies.clients import Client, Roster
-from strategies.messages import Protocol, reply_error
+from strategies.messages import COUNT_KEY, Protocol, reply_error
 from strategies.ranks import RankPolicy
 from strategies.transport import exchange
 
@@ -32,6 +32,8 @@ class Census:
         Wait for this many nodes.
     introduce : bool
         Whether to ask nodes who they are.
+    counts : bool
+        Whether that answer is to have their number of training examples.
     timeout, profile_timeout : float
         Seconds to wait for the answers; who does not answer takes part without.
     """
@@ -42,12 +44,14 @@ class Census:
         *,
         min_nodes: int,
         introduce: bool,
+        counts: bool = False,
         timeout: float,
         profile_timeout: float,
     ) -> None:
         self.protocol = protocol
         self.min_nodes = min_nodes
         self.introduce = introduce
+        self.counts = counts
         self.timeout = timeout
         self.profile_timeout = profile_timeout
         self.roster = Roster()
@@ -70,7 +74,8 @@ class Census:
         if new := self.roster.unknown(node_ids):
             answers: dict[int, Answer] = {node_id: {} for node_id in new}
             if self.introduce:
-                answers.update(self._ask(grid, new, ConfigRecord(), self.timeout))
+                settings = ConfigRecord({**config, COUNT_KEY: True} if self.counts else {})
+                answers.update(self._ask(grid, new, settings, self.timeout))
             self.roster.join(answers, present=node_ids)
         clients = self.roster.present(node_ids)
         if asked := policy.to_profile(clients, server_round):

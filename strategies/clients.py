@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,19 @@ class Roster:
         """
         here = set(self.clients if present is None else present) | properties.keys()
         gone = {c.index: node_id for node_id, c in self.clients.items() if node_id not in here}
+        before: dict[int, Client] = {}
         taken = {client.index for client in self.clients.values()}
         waiting = []
         for node_id in sorted(properties):
             index = _whole(properties[node_id].get("partition-id"), low=0)
             if index in gone:
                 taken.discard(index)
-                del self.clients[gone.pop(index)]
+                before[index] = self.clients.pop(gone.pop(index))
             if index is None or index in taken:
                 waiting.append(node_id)
                 continue
             taken.add(index)
-            self._add(node_id, index, properties[node_id])
+            self._add(node_id, index, properties[node_id], before.get(index))
         free = 0
         for node_id in waiting:
             while free in taken:
@@ -88,17 +90,32 @@ class Roster:
             taken.add(free)
             self._add(node_id, free, properties[node_id])
 
-    def _add(self, node_id: int, index: int, reported: Mapping[str, object]) -> None:
-        self.clients[node_id] = Client(
-            node_id,
-            index,
-            max_rank=_whole(reported.get("max-rank"), low=1),
-            num_examples=_whole(reported.get("num-examples"), low=1),
-        )
+    def _add(
+        self,
+        node_id: int,
+        index: int,
+        reported: Mapping[str, object],
+        before: Client | None = None,
+    ) -> None:
+        """Add a node; what it does not report is as it was ``before``."""
+        max_rank = _whole(reported.get("max-rank"), low=1)
+        count = _whole(reported.get("num-examples"), low=1)
+        if before is not None:
+            max_rank, count = max_rank or before.max_rank, count or before.num_examples
+        self.clients[node_id] = Client(node_id, index, max_rank, count)
 
     def observe(self, node_id: int, num_examples: int) -> None:
         """Remember how many examples a client trained on."""
         self.clients[node_id] = replace(self.clients[node_id], num_examples=num_examples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everyone known, as JSON can hold it."""
+        return {"clients": [list(vars(client).values()) for client in self.clients.values()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        known = (Client(*values) for values in state["clients"])
+        self.clients = {client.node_id: client for client in known}
 
     def present(self, node_ids: Iterable[int]) -> list[Client]:
         """Return the clients among ``node_ids``, in their lasting order."""

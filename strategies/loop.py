@@ -35,6 +35,7 @@ class StreamingStrategy(Strategy):
         self.evaluate_every = evaluate_every
         self.listeners = list(listeners)
         self.round = Round(0)
+        self.num_rounds = 0
 
     @abstractmethod
     def check(self, arrays: ArrayRecord) -> None:
@@ -55,18 +56,22 @@ class StreamingStrategy(Strategy):
         Unlike there, replies are folded in as they come instead of collected first, and
         the log has one line a round.
         """
+        self.num_rounds = num_rounds
         self.summary()
-        result = Result(arrays=initial_arrays)
         self.check(initial_arrays)
+        result = Result(arrays=initial_arrays)
+        done = self.resume(result)
         began = time.perf_counter()
-        if evaluate_fn is not None:
-            self._evaluate_on_server(0, initial_arrays, evaluate_fn, result)
-            if self.round.evaluation:
-                scores = " ".join(f"{k} {v:.3f}" for k, v in self.round.evaluation.items())
-                log(INFO, "start: %s", scores)
-            self._emit(self.round.record())
-        arrays = initial_arrays
-        for server_round in range(1, num_rounds + 1):
+        if not done:
+            if evaluate_fn is not None:
+                self._evaluate_on_server(0, initial_arrays, evaluate_fn, result)
+                if self.round.evaluation:
+                    scores = " ".join(f"{k} {v:.3f}" for k, v in self.round.evaluation.items())
+                    log(INFO, "start: %s", scores)
+                self._emit(self.round.record())
+            self.round_over(0, result)
+        for server_round in range(done + 1, num_rounds + 1):
+            arrays = result.arrays = self.starting_arrays(server_round, result.arrays)
             messages = self.configure_train(
                 server_round, arrays, train_config or ConfigRecord(), grid
             )
@@ -76,7 +81,7 @@ class StreamingStrategy(Strategy):
                 arrays = result.arrays = new_arrays
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
-            if server_round % self.evaluate_every == 0 or server_round == num_rounds:
+            if self.evaluates(server_round) or server_round == num_rounds:
                 messages = self.configure_evaluate(
                     server_round, arrays, evaluate_config or ConfigRecord(), grid
                 )
@@ -87,15 +92,44 @@ class StreamingStrategy(Strategy):
                     self._evaluate_on_server(server_round, arrays, evaluate_fn, result)
             self._emit(self.round.record())
             elapsed = time.perf_counter() - began
-            left = elapsed / server_round * (num_rounds - server_round)
-            log(INFO, "%s", self.round.line(num_rounds, left))
-        log(INFO, "%s rounds in %s", num_rounds, duration(time.perf_counter() - began))
+            left = elapsed / (server_round - done) * (num_rounds - server_round)
+            log(INFO, "%s", self.round_line(num_rounds, left))
+            self.round_over(server_round, result)
+            if self.reached(server_round):
+                break
+        log(INFO, "%s rounds in %s", self.round.number - done, duration(time.perf_counter() - began))
         return result
+
+    def resume(self, result: Result) -> int:
+        """Put back a saved state; return the round it was saved after, 0 without one."""
+        return 0
+
+    def starting_arrays(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
+        """Return the arrays a round starts from: the last ones, unless a subclass says else."""
+        return arrays
+
+    def evaluates(self, server_round: int) -> bool:
+        """Return whether the model is evaluated after a round."""
+        return server_round % self.evaluate_every == 0
+
+    def round_line(self, num_rounds: int, seconds_left: float) -> str:
+        """Return the line of the log for the round that is over."""
+        return self.round.line(num_rounds, seconds_left)
+
+    def round_over(self, server_round: int, result: Result) -> None:
+        """Look back at a round that is over; 0 is before the first."""
+
+    def reached(self, server_round: int) -> bool:
+        """Return whether the run can end before its last round."""
+        return False
 
     def _arrived(self, message: Message) -> None:
         """Tell listeners that a reply is in, before its turn to be aggregated."""
-        node = str(message.metadata.src_node_id)
-        self._emit({"kind": "arrived", "round": self.round.number, "node": node})
+        node_id = message.metadata.src_node_id
+        if node_id in self.round.assignments:
+            sent = self.round.assignments[node_id]
+            sent.elapsed_seconds = time.perf_counter() - self.round.started
+        self._emit({"kind": "arrived", "round": self.round.number, "node": str(node_id)})
 
     def _emit(self, record: Mapping[str, Any]) -> None:
         for listener in self.listeners:

@@ -27,10 +27,15 @@ RANK_KEY = "lora-rank"
 SCALE_KEY = "lora-scale"
 NAMES_KEY = "array-names"
 ROUND_KEY = "server-round"
+MODEL_ROUND_KEY = "model-round"  # as server-round, but only rounds that made this model count
 CLIENT_KEY = "client-index"
 TRAIN_KEY = "lora-train"  # the factors to train: "AB", "A", "B" or "" (head only)
 QUALITY_KEY = "report-quality"  # whether the reply must have a metric "quality"
 SEND_KEY = "lora-send"  # the factors to send back
+COUNT_KEY = "report-num-examples"  # in a query: the answer is to have "num-examples"
+# Metrics of a reply that the clock reads: seconds of local training, and optimiser steps.
+TRAIN_SECONDS_KEY = "seconds"
+STEPS_KEY = "steps"
 
 
 class ReplyError(ValueError):

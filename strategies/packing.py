@@ -28,6 +28,8 @@ from strategies.messages import (
 from strategies.model import GlobalModel
 from strategies.wire import WIRE_KEY, decode, encode
 
+NPY_HEADER = 128  # bytes that numpy's format puts before the values of an array
+
 
 @dataclass(frozen=True)
 class Parcel:
@@ -41,11 +43,14 @@ class Parcel:
         That adapter as it travels, and what was merged into the base.
     expected : list of str
         Names of the arrays that must come back, in their order.
+    upload_bytes : int
+        Bytes of those arrays on the wire.
     """
 
     download: Download
     record: ArrayRecord
     expected: list[str]
+    upload_bytes: int = 0
 
     @property
     def rank(self) -> int:
@@ -102,18 +107,23 @@ class Packing:
             self._made[key] = self._pack(Download(self.rule.view(self.model.adapter, rank)))
         return self._made[key]
 
-    def cost(self, rng: np.random.Generator) -> tuple[float, float]:
-        """Return the bytes a client moves in a round, down and up, as ``fixed + per_rank · r``."""
+    def cost(self, rng: np.random.Generator, *, upload_only: bool = False) -> tuple[float, float]:
+        """Return the bytes a client moves in a round as ``(fixed, per_rank)``.
+
+        Parameters
+        ----------
+        rng : numpy.random.Generator
+            For rules that draw what they send.
+        upload_only : bool (default: False)
+            Count the way up alone.
+        """
         high = max(2, self.model.adapter.rank if self.trained else 0)
-        one, most = (self._bytes(rank, rng) for rank in (1, high))
+        parcels = [
+            self._pack(self.rule.download(self.model.adapter, rank, rng)) for rank in (1, high)
+        ]
+        one, most = (p.upload_bytes + (0 if upload_only else p.nbytes) for p in parcels)
         per_rank = (most - one) / (high - 1)
         return one - per_rank, per_rank
-
-    def _bytes(self, rank: int, rng: np.random.Generator) -> int:
-        download = self.rule.download(self.model.adapter, rank, rng)
-        state = download.adapter.to_state_dict()
-        up = {k: t for k, t in state.items() if self._travels(k, self.uploaded)}
-        return self._pack(download).nbytes + record_bytes(to_record(encode(up, self.wire)))
 
     def config(self, base: ConfigRecord, client: Client, parcel: Parcel, rank: int) -> ConfigRecord:
         """Return the settings that go with a parcel; the caller's record is not touched."""
@@ -182,7 +192,9 @@ class Packing:
             download = Download(adapter, download.entries)
         if len(self._merged):
             record = ArrayRecord({**record, **self._merged})
-        return Parcel(download, record, list(encode(up, self.wire)))
+        wired = encode(up, self.wire)
+        size = sum(NPY_HEADER + t.numel() * t.element_size() for t in wired.values())
+        return Parcel(download, record, list(wired), size)
 
     @staticmethod
     def _travels(key: str, factors: str) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from strategies.clients import Client
-from strategies.messages import Reply
+from strategies.messages import STEPS_KEY, TRAIN_SECONDS_KEY, Reply
 from strategies.packing import Parcel
+from strategies.wallclock.clock import RoundTime, Work
 
 
 @dataclass
@@ -20,6 +21,10 @@ class Assignment:
 
     client: Client
     parcel: Parcel
+    status: str = "no answer"
+    reported: Mapping[str, Any] = field(default_factory=dict)
+    bytes_up: int = 0
+    elapsed_seconds: float | None = None
 
     @property
     def rank(self) -> int:
@@ -31,6 +36,37 @@ class Assignment:
         """Bytes of the arrays it was sent."""
         return self.parcel.nbytes
 
+    def work(self) -> Work:
+        """Return what the clock must know of it, as far as it is known."""
+        steps, seconds = (self.reported.get(key) for key in (STEPS_KEY, TRAIN_SECONDS_KEY))
+        return Work(
+            self.client.index,
+            self.rank,
+            self.bytes_up or self.parcel.upload_bytes,
+            steps=steps,
+            train_seconds=seconds,
+            elapsed_seconds=self.elapsed_seconds,
+            answered=self.status == "ok",
+        )
+
+    def record(self, server_round: int, time: RoundTime) -> dict[str, Any]:
+        """Return it as one JSON-able record; no metric of the client can hide our fields."""
+        i = self.client.index
+        return {
+            **self.reported,
+            "kind": "client",
+            "round": server_round,
+            "client": i,
+            "node": str(self.client.node_id),
+            "status": self.status,
+            "rank": self.rank,
+            "bytes_down": self.bytes_down,
+            "bytes_up": self.bytes_up,
+            "bytes_planned": self.parcel.upload_bytes,
+            "compute_seconds": _rounded(time.compute_seconds.get(i)),
+            "upload_seconds": _rounded(time.upload_seconds.get(i)),
+        }
+
 
 @dataclass
 class Round:
@@ -41,6 +77,7 @@ class Round:
     assignments: dict[int, Assignment] = field(default_factory=dict)
     accepted: int = 0
     rejected: int = 0
+    late: int = 0
     bytes_up: int = 0
     loss_sum: float = 0.0
     weight_sum: float = 0.0
@@ -49,6 +86,31 @@ class Round:
     evaluation: dict[str, float] = field(default_factory=dict)
     clients_evaluation: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+    time: RoundTime | None = None
+    clock_total: float = 0.0
+    planned_seconds: float | None = None
+
+    def accept(self, assignment: Assignment, reply: Reply) -> None:
+        """Note a good reply."""
+        assignment.status, assignment.reported = "ok", reply.metrics
+        assignment.bytes_up = reply.nbytes
+        self.accepted += 1
+        self.bytes_up += reply.nbytes
+        if (loss := reply.metrics.get("loss")) is not None:
+            self.loss_sum += reply.weight * loss
+            self.weight_sum += reply.weight
+
+    def reject(self, assignment: Assignment, reason: str) -> None:
+        """Note a reply that cannot be used, or that there was none."""
+        assignment.status, assignment.reported = "rejected", {"reason": reason}
+        self.rejected += 1
+
+    def miss(self, assignment: Assignment, reply: Reply) -> None:
+        """Note a reply that came after the deadline."""
+        assignment.status, assignment.reported = "late", reply.metrics
+        assignment.bytes_up = reply.nbytes
+        self.late += 1
+        self.bytes_up += reply.nbytes
 
     @property
     def bytes_down(self) -> int:
@@ -70,6 +132,7 @@ class Round:
             "clients_total": self.total_clients,
             "accepted": self.accepted,
             "rejected": self.rejected,
+            "late": self.late,
             "ranks": ranks,
             "train_loss": self.loss,
             "bytes_down": self.bytes_down,
@@ -77,12 +140,16 @@ class Round:
             "train_seconds": round(self.train_seconds, 3),
             "aggregate_seconds": round(self.aggregate_seconds, 4),
             "seconds": round(time.perf_counter() - self.started, 3),
+            "clock_seconds": _rounded(self.time.seconds if self.time else 0.0),
+            "clock_total": _rounded(self.clock_total),
+            "bottleneck": self.time.bottleneck if self.time else None,
+            "planned_seconds": _rounded(self.planned_seconds),
             **{f"server_{k}": v for k, v in self.evaluation.items()},
             **{f"clients_{k}": v for k, v in self.clients_evaluation.items()},
         }
 
-    def line(self, num_rounds: int, seconds_left: float) -> str:
-        """Return the round as the one line of the log."""
+    def line(self, num_rounds: int, seconds_left: float, *, simulated: bool = False) -> str:
+        """Return the round as the one line of the log; with the clock if that is simulated."""
         ranks = sorted({a.rank for a in self.assignments.values() if a.rank})
         span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0]) if ranks else "-"
         width = len(str(num_rounds))
@@ -93,6 +160,7 @@ class Round:
             _scores(self.evaluation),
             f"MB {self.bytes_down / 1e6:.2f} down {self.bytes_up / 1e6:.2f} up",
             f"train {self.train_seconds:.1f} s agg {self.aggregate_seconds:.2f} s",
+            f"clock {self.clock_total:.1f} s" if simulated else "",
             f"left {duration(seconds_left)}",
         ]
         return " | ".join(part for part in parts if part)
@@ -109,6 +177,11 @@ def spread(replies: Sequence[Reply]) -> dict[str, float]:
             out[f"{key}_worst"] = float(worst(xs))
             out[f"{key}_spread"] = float(xs.std())
     return out
+
+
+def _rounded(seconds: float | None) -> float | None:
+    """Return seconds with as many digits as mean something, whatever their size."""
+    return None if seconds is None else float(f"{seconds:.6g}")
 
 
 def _scores(metrics: Mapping[str, float]) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from strategies.aggregation import Aggregator, Update, make_aggregator
@@ -27,6 +28,7 @@ from strategies.clients import Client
 from strategies.loop import Listener, StreamingStrategy
 from strategies.lora import Adapter
 from strategies.messages import (
+    MODEL_ROUND_KEY,
     MessageProtocol,
     NumPyProtocol,
     Protocol,
@@ -38,10 +40,16 @@ from strategies.messages import (
 )
 from strategies.model import GlobalModel
 from strategies.packing import Packing
-from strategies.ranks import RankPolicy, Trained, make_rank_policy
+from strategies.participation import Participation
+from strategies.privacy import clip_update
+from strategies.progress import Progress
+from strategies.ranks import RankPolicy, make_rank_policy
 from strategies.ranks.report import rank_record, rank_table
 from strategies.rounds import Assignment, Round, spread
 from strategies.sampling import FractionSampling, Sampler, make_sampler
+from strategies.saving import Saver, Stateful
+from strategies.trained import Trained
+from strategies.wallclock import Clock, MeasuredClock, SimulatedClock
 from strategies.wire import check_wire_dtype
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
@@ -58,6 +66,8 @@ class FedLoRA(StreamingStrategy):
         Which rank each client trains.
     sampling : Sampler or str (default: "fraction")
         Which clients join a round.
+    clock : Clock, optional
+        Says how long rounds take: a ``SimulatedClock``, or the default, a ``MeasuredClock``.
     client_api : "message" or "numpy" (default: "message")
         Whether clients are Message API apps (``@app.train()``) or ``NumPyClient``s.
     scale : float (default: 1.0)
@@ -88,9 +98,17 @@ class FedLoRA(StreamingStrategy):
         As in Flower's ``FedAvg``; for Message API clients.
     train_metrics_aggr_fn, evaluate_metrics_aggr_fn : callable, optional
         As in Flower's ``FedAvg``.
+    stop_when : callable, optional
+        Called with the server's scores after each round that was evaluated; the run ends when
+        it returns true.
+    saver : Saver, optional
+        Saves the server's state as the run goes, and resumes a run (default: nothing is saved).
+    clip_norm : float (default: 0.0)
+        A client's change of more than this norm, over everything it sent, is scaled down to
+        it; 0: none is.
     listeners : Iterable[callable]
-        Called with a JSON-able record at each step: ``kind`` is ``round-start``,
-        ``ranks``, ``client``, ``client-evaluation`` or ``round``.
+        Called with a JSON-able record at each step: ``kind`` is ``round-start``, ``arrived``,
+        ``ranks``, ``pilots``, ``plan``, ``client``, ``client-evaluation`` or ``round``.
 
     Raises
     ------
@@ -104,6 +122,7 @@ class FedLoRA(StreamingStrategy):
         aggregation: Aggregator[Any] | str = "replication",
         ranks: RankPolicy | str = "uniform",
         sampling: Sampler | str = "fraction",
+        clock: Clock | None = None,
         client_api: str = "message",
         scale: float = 1.0,
         wire_dtype: str = "float32",
@@ -120,12 +139,17 @@ class FedLoRA(StreamingStrategy):
         configrecord_key: str = "config",
         train_metrics_aggr_fn: MetricsAggregation | None = None,
         evaluate_metrics_aggr_fn: MetricsAggregation | None = None,
+        stop_when: Callable[[Mapping[str, float]], bool] | None = None,
+        saver: Saver | None = None,
+        clip_norm: float = 0.0,
         listeners: Iterable[Listener] = (),
     ) -> None:
         if client_api not in ("message", "numpy"):
             raise ValueError(f"client_api: expected 'message' or 'numpy', got {client_api!r}")
         if not scale > 0:
             raise ValueError(f"scale: expected a number above 0, got {scale!r}")
+        if not clip_norm >= 0:
+            raise ValueError(f"clip_norm: expected 0 (none) or more, got {clip_norm!r}")
         if not 0 <= evaluate_fraction <= 1:
             raise ValueError(f"evaluate_fraction: expected 0 to 1, got {evaluate_fraction!r}")
         for name, value in (
@@ -140,7 +164,11 @@ class FedLoRA(StreamingStrategy):
             make_aggregator(aggregation) if isinstance(aggregation, str) else aggregation
         )
         self.ranks = make_rank_policy(ranks) if isinstance(ranks, str) else ranks
-        self.sampling = make_sampler(sampling) if isinstance(sampling, str) else sampling
+        self.participation = Participation(
+            make_sampler(sampling) if isinstance(sampling, str) else sampling,
+            clock or MeasuredClock(),
+            self.aggregation,
+        )
         self.protocol: Protocol = (
             NumPyProtocol()
             if client_api == "numpy"
@@ -154,15 +182,21 @@ class FedLoRA(StreamingStrategy):
         self.evaluate_sampling = (
             FractionSampling(evaluate_fraction) if evaluate_fraction > 0 else None
         )
-        asks = client_api == "numpy" or self.ranks.profiles or self.ranks.asks_identity
+        counts = self.participation.independent or self.participation.sampler.needs_weights
+        asks = client_api == "numpy" or self.ranks.profiles or self.ranks.asks_identity or counts
         self.census = Census(
             self.protocol,
             min_nodes=min_available_nodes,
             introduce=asks if query is None else query,
+            counts=counts,
             timeout=query_timeout,
             profile_timeout=query_timeout if profile_timeout is None else profile_timeout,
         )
         self.roster = self.census.roster
+        self.progress = Progress()
+        self.stop_when = stop_when
+        self.saver = saver
+        self.clip_norm = clip_norm
         self.weighted_by_key = weighted_by_key
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or aggregate_metricrecords
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or aggregate_metricrecords
@@ -170,6 +204,7 @@ class FedLoRA(StreamingStrategy):
         self._ranks_told: Mapping[str, Any] = {}
         self._door: tuple[ArrayRecord, GlobalModel] | None = None
         self._packing: Packing | None = None
+        self._late: frozenset[int] = frozenset()  # indices of who will miss the deadline
         self._evaluating: dict[int, Client] = {}
 
     # ----- one round -----------------------------------------------------------------
@@ -185,18 +220,32 @@ class FedLoRA(StreamingStrategy):
             self.ranks.learn_cost(*packing.cost(self._rng(server_round, 3)))
         self._ranks = {}
         ranks = self._assign_ranks(clients, server_round)
-        chosen = self.sampling.sample(clients, server_round, self._rng(server_round, 0))
-        self.round = Round(server_round, total_clients=len(clients))
+        chosen = self.participation.choose(
+            server_round,
+            clients,
+            [ranks[client.node_id] for client in clients],
+            lambda: packing.cost(self._rng(server_round, 3), upload_only=True),
+            packing.model.adapter.rank,
+            self._rng(server_round, 0),
+        )
+        self._tell_plan()
+        self.round = Round(
+            server_round,
+            total_clients=len(clients),
+            planned_seconds=self.participation.sampler.planned_seconds,
+        )
         self._emit({"kind": "round-start", "round": server_round, "clients": len(chosen)})
         messages = []
-        for client in chosen:
-            rank = ranks[client.node_id]
+        for client, rank in chosen:
             parcel = packing.train(rank, self._rng(server_round, 2, client.index))
             self.round.assignments[client.node_id] = Assignment(client, parcel)
             settings = packing.config(config, client, parcel, rank)
+            settings[MODEL_ROUND_KEY] = self.progress.rounds + 1
             settings.update(self.ranks.train_settings(client, server_round))
             content = self.protocol.train(parcel.record, settings)
             messages.append(Message(content, client.node_id, "train"))
+        works = [a.work() for a in self.round.assignments.values()]
+        self._late = self.participation.clock.forecast(works, server_round).late
         return messages
 
     def aggregate_train(
@@ -215,6 +264,7 @@ class FedLoRA(StreamingStrategy):
             raise RuntimeError("aggregate_train was called before configure_train")
         packing = self._packing
         state = self.aggregation.init(packing.model.adapter)
+        state.population = self.participation.population
         silent = dict(self.round.assignments)
         good: list[Reply] = []
         for message in replies:
@@ -224,30 +274,42 @@ class FedLoRA(StreamingStrategy):
                     "answered before", message.metadata.src_node_id)  # fmt: skip
                 continue
             clock = time.perf_counter()
+            client, parcel = assignment.client, assignment.parcel
             try:
                 if reason := reply_error(message):
                     raise ReplyError(reason)
-                parcel = assignment.parcel
                 reply = self.protocol.read_train(message.content, parcel.expected)
                 adapter = packing.read(reply, parcel, any_rank=self.ranks.accepts_other_ranks)
+                if client.index in self._late:
+                    self.round.miss(assignment, reply)
+                    continue
+                if self.clip_norm:
+                    adapter = self._clip(assignment, adapter)
                 quality = reply.metrics.get("quality")
-                self.aggregation.add(state, Update(adapter, reply.weight, quality, parcel.download))
+                weight = self.participation.weight(client, reply.weight)
+                self.aggregation.add(state, Update(adapter, weight, quality, parcel.download))
             except (ValueError, KeyError, TypeError, ArithmeticError) as error:
                 self._reject(assignment, str(error))
                 continue
             self.round.aggregate_seconds += time.perf_counter() - clock
-            self._accept(assignment, reply)
+            self.round.accept(assignment, reply)
+            self.participation.answered(client)
+            self.roster.observe(client.node_id, round(reply.weight))
             good.append(replace(reply, arrays={}))  # its numbers, without its arrays
             self._observe(assignment, adapter, reply)
-            self.on_update(assignment.client, adapter)
+            self.on_update(client, adapter)
         for assignment in silent.values():
+            assignment.elapsed_seconds = time.perf_counter() - self.round.started
             self._reject(assignment, "no answer")
         self.round.train_seconds = (
             time.perf_counter() - self.round.started - self.round.aggregate_seconds
         )
+        self._stop_clock()
         aggregated = None
         if good:
             aggregated = self.train_metrics_aggr_fn(self._metrics(good), self.weighted_by_key)
+        if not self.round.assignments and self.participation.independent:
+            return None, None  # nobody's coin fell so: a legal round
         if self.round.accepted < self.min_replies:
             log(WARNING, "round %s: %s good replies, fewer than min_replies = %s; the model "
                 "stays as it was", server_round, self.round.accepted, self.min_replies)  # fmt: skip
@@ -321,7 +383,8 @@ class FedLoRA(StreamingStrategy):
         log(INFO, "%s", type(self).__name__)
         log(INFO, "├── aggregation: %s", self.aggregation.name)
         log(INFO, "├── ranks:       %s", self.ranks.summary())
-        log(INFO, "├── sampling:    %s", self.sampling.summary())
+        log(INFO, "├── sampling:    %s", self.participation.sampler.summary())
+        log(INFO, "├── clock:       %s", self.participation.clock.summary())
         log(INFO, "├── clients:     %s, at least %s replies of %s nodes",
             type(self.protocol).__name__, self.min_replies, self.min_available_nodes)  # fmt: skip
         log(INFO, "└── scale %g, %s on the wire, seed %s", self.scale, self.wire_dtype, self.seed)
@@ -336,6 +399,7 @@ class FedLoRA(StreamingStrategy):
         """
         adapter = self._model_of(arrays).adapter
         self.aggregation.check(adapter)
+        self.participation.check()
         if self.aggregation.equal_ranks and self.ranks.may_differ and adapter.pairs:
             raise ValueError(
                 f"{self.aggregation.name} averages equal ranks only, but the rank policy "
@@ -351,6 +415,58 @@ class FedLoRA(StreamingStrategy):
 
     def on_update(self, client: Client, adapter: Adapter) -> None:
         """Look at a good reply before it is dropped; for subclasses, does nothing here."""
+
+    # ----- between rounds ------------------------------------------------------------
+
+    def starting_arrays(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
+        """Return the arrays a round starts from; a sampler's pilots may start anew."""
+        return self.progress.go(self.participation.sampler.restart(server_round), arrays)
+
+    def evaluates(self, server_round: int) -> bool:
+        """Return whether the model is evaluated after a round; after each while pilots run."""
+        return self.participation.sampler.wants_loss or super().evaluates(server_round)
+
+    def round_line(self, num_rounds: int, seconds_left: float) -> str:
+        """Return the line of the log for the round that is over."""
+        simulated = isinstance(self.participation.clock, SimulatedClock)
+        return self.round.line(num_rounds, seconds_left, simulated=simulated)
+
+    def round_over(self, server_round: int, result: Result) -> None:
+        """Let the sampler learn the loss of the model that is there now."""
+        if server_round:
+            self.progress.rounds += 1
+        loss = self.round.evaluation.get("loss", self.round.loss)
+        if loss is not None:
+            self.participation.sampler.learn_loss(server_round, loss)
+        if server_round and self.saver is not None:
+            self.saver.save(
+                server_round, self.num_rounds, self._parts(), self.progress, result,
+                self.round.evaluation,
+            )  # fmt: skip
+
+    def reached(self, server_round: int) -> bool:
+        """Return whether ``stop_when`` says so."""
+        scores = self.round.evaluation
+        return bool(scores and self.stop_when is not None and self.stop_when(scores))
+
+    def resume(self, result: Result) -> int:
+        """Put back a saved state; return the round it was saved after, 0 without one."""
+        self.progress = Progress(initial=result.arrays)
+        if self.saver is None:
+            return 0
+        kept = set(self.aggregation.trained()) - set(self.aggregation.uploaded())
+        if self.saver.round is not None and kept:
+            log(WARNING, "resume: clients of %s keep %s themselves; who has lost it starts anew",
+                self.aggregation.name, ", ".join(sorted(kept)))  # fmt: skip
+        return self.saver.resume(self._parts(), self.progress, result)
+
+    def _parts(self) -> dict[str, Stateful]:
+        """Return what has a state that must last."""
+        return {
+            "ranks": self.ranks,
+            "participation": self.participation,
+            "roster": self.roster,
+        }
 
     # ----- parts ---------------------------------------------------------------------
 
@@ -386,14 +502,24 @@ class FedLoRA(StreamingStrategy):
         return ranks
 
     def _observe(self, assignment: Assignment, adapter: Adapter, reply: Reply) -> None:
-        """Let the rank policy look at a good reply."""
+        """Let the rank policy and the sampler look at a good reply."""
         client, sent = assignment.client, assignment.parcel.download.adapter
         merged = self._packing.model.merged if self._packing else Adapter({})
-        number = self.round.number
-        try:
-            self.ranks.observe(Trained(client, adapter, sent, reply.metrics, number, merged))
-        except ValueError as error:
-            log(WARNING, "round %s: %s: %s", self.round.number, client.name, error)
+        trained = Trained(client, adapter, sent, reply.metrics, self.round.number, merged)
+        for learner in (self.ranks, self.participation.sampler):
+            try:
+                learner.observe(trained)
+            except ValueError as error:
+                log(WARNING, "round %s: %s: %s", self.round.number, client.name, error)
+
+    def _stop_clock(self) -> None:
+        """Take the time of the round, and tell listeners of every client's part in it."""
+        assignments = self.round.assignments.values()
+        works = [assignment.work() for assignment in assignments]
+        self.round.time = self.participation.finish(works, self.round.number)
+        self.round.clock_total = self.participation.seconds
+        for assignment in assignments:
+            self._emit(assignment.record(self.round.number, self.round.time))
 
     def _place(self, message: Message) -> tuple[int, int]:
         """Return where a reply stands in the lasting order."""
@@ -413,31 +539,20 @@ class FedLoRA(StreamingStrategy):
             records.append(RecordDict({"metrics": MetricRecord(metrics)}))
         return records
 
-    def _accept(self, assignment: Assignment, reply: Reply) -> None:
-        self.round.accepted += 1
-        self.round.bytes_up += reply.nbytes
-        if (loss := reply.metrics.get("loss")) is not None:
-            self.round.loss_sum += reply.weight * loss
-            self.round.weight_sum += reply.weight
-        self.roster.observe(assignment.client.node_id, round(reply.weight))
-        self._emit_client(assignment, "ok", {**reply.metrics, "bytes_up": reply.nbytes})
+    def _clip(self, assignment: Assignment, adapter: Adapter) -> Adapter:
+        """Scale a client's change down to ``clip_norm``."""
+        sent = assignment.parcel.download.adapter
+        clipped, norm = clip_update(sent, adapter, self.clip_norm)
+        if norm > self.clip_norm:
+            log(WARNING, "round %s: %s: its change of norm %.4g was scaled down to clip_norm = %g",
+                self.round.number, assignment.client.name, norm, self.clip_norm)  # fmt: skip
+        return clipped
+
+    def _tell_plan(self) -> None:
+        """Hand what the sampler decided to listeners."""
+        while (record := self.participation.sampler.record()) is not None:
+            self._emit(record)
 
     def _reject(self, assignment: Assignment, reason: str) -> None:
-        self.round.rejected += 1
+        self.round.reject(assignment, reason)
         log(WARNING, "round %s: rejected %s: %s", self.round.number, assignment.client.name, reason)
-        self._emit_client(assignment, "rejected", {"reason": reason})
-
-    def _emit_client(
-        self, assignment: Assignment, status: str, reported: Mapping[str, Any]
-    ) -> None:
-        """Tell listeners of a reply; what the client calls its metrics cannot hide our fields."""
-        own = {
-            "kind": "client",
-            "round": self.round.number,
-            "client": assignment.client.index,
-            "node": str(assignment.client.node_id),
-            "status": status,
-            "rank": assignment.rank,
-            "bytes_down": assignment.bytes_down,
-        }
-        self._emit({**reported, **own})

@@ -12,6 +12,7 @@ from strategies.aggregation.base import (
     register,
 )
 from strategies.aggregation.partial import FFA, FedSA, RoLoRA
+from strategies.aggregation.population import Population
 from strategies.aggregation.product import FlexLoRA, Florist, RaFLoRA, RBLoRA
 from strategies.aggregation.sketching import FSLoRA
 from strategies.aggregation.stacking import FedEx, FLoRA
@@ -31,6 +32,7 @@ __all__ = [
     "FlexLoRA",
     "Florist",
     "HetLoRA",
+    "Population",
     "RBLoRA",
     "RaFLoRA",
     "Replication",

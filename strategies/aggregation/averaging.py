@@ -21,6 +21,7 @@ from strategies.aggregation.base import (
     Update,
     register,
 )
+from strategies.aggregation.population import entry_mass
 from strategies.lora import Adapter, AdapterError, LoraPair
 from strategies.lora.algebra import resize
 
@@ -50,19 +51,21 @@ class FactorSum:
     @property
     def mass(self) -> Tensor:
         """The weight of the clients that hold each entry, float64, ``(rank,)``."""
-        mass = torch.zeros(self.rank, dtype=torch.float64)
-        for rank, weight in sorted(self._weights.items()):
-            mass[:rank] += weight
-        return mass
+        return entry_mass(self._weights, self.rank)
 
     def scaled(self, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Return both sums, entry ``j`` of the rank axis multiplied by ``factor[j]``; in place."""
         if self.A is None or self.B is None:
             raise RuntimeError("nothing was added yet")
-        f = factor.to(self.A.dtype)
-        on_A = f.reshape(-1, *[1] * (self.A.dim() - 1))
-        on_B = f.reshape(1, -1, *[1] * (self.B.dim() - 2))
-        return self.A.mul_(on_A), self.B.mul_(on_B)
+        return self.A.mul_(_along(factor, self.A, 0)), self.B.mul_(_along(factor, self.B, 1))
+
+    def blended(self, divisor: Tensor, old: LoraPair, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``sum / divisor + share · old`` for every entry of the rank axis; in place.
+
+        Where the divisor is 0 there is no sum.
+        """
+        A, B = self.scaled(torch.where(divisor > 0, 1.0 / divisor, 0.0))
+        return keep(A, B, old, share)
 
 
 def _add_leading(total: Tensor | None, x: Tensor, weight: float, axis: int, size: int) -> Tensor:
@@ -72,6 +75,20 @@ def _add_leading(total: Tensor | None, x: Tensor, weight: float, axis: int, size
     total = resize(total, axis, size)
     resize(total, axis, x.shape[axis]).add_(x, alpha=weight)  # a view of the leading entries
     return total
+
+
+def keep(A: Tensor, B: Tensor, old: LoraPair, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Add ``share[j]`` of the current entry ``j`` to both factors, in place."""
+    if bool(share.any()):
+        old = old.with_rank(len(share))
+        A.addcmul_(old.A.to(A.dtype), _along(share, A, 0))
+        B.addcmul_(old.B.to(B.dtype), _along(share, B, 1))
+    return A, B
+
+
+def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Return ``values`` in the type of ``x`` and so shaped that they run along its ``axis``."""
+    return values.to(x.dtype).reshape(*[1] * axis, -1, *[1] * (x.dim() - 1 - axis))
 
 
 @dataclass
@@ -107,8 +124,10 @@ class FactorAverage(Aggregator[FactorState]):
 
     def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
         """Return the new factors of one module: the sums over the weight of all clients."""
-        sums = state.sums[module]
-        return sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
+        sums, old = state.sums[module], state.current.pairs[module]
+        mass, share = state.over()
+        like = sums.mass
+        return sums.blended(torch.full_like(like, mass), old, torch.full_like(like, share))
 
 
 def _accumulate(
@@ -175,6 +194,10 @@ class HetLoRA(ZeroPadding):
     """
 
     name = "hetlora"
+    sampling_refusal = (
+        "it weighs clients by the norms of their updates, and those of clients that were not "
+        "drawn are unknown; use zero-padding or rbla"
+    )
 
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
         """Add the update with its norm as weight."""
@@ -194,23 +217,20 @@ class HetLoRA(ZeroPadding):
 
 
 class HolderMean(FactorAverage):
-    """Average entry j over the clients that hold it; without holders it stays as it was."""
+    """Average entry j over the clients that hold it; without holders it stays as it was.
+
+    Under independent sampling the divisor is by default the weight of the holders that take part
+    (this project's decision): few clients may hold an entry, and then the weight of all of
+    them is far from that of the draw.
+    """
+
+    default_ratio = True
 
     def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
         """Return the new factors of one module: the sums over the weight of the holders."""
-        sums = state.sums[module]
-        held = sums.mass > 0
-        A, B = sums.scaled(torch.where(held, 1.0 / sums.mass, 0.0))
-        return _keep(state.current.pairs[module], held, A, B)
-
-
-def _keep(old: LoraPair, held: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the current entries back where no client of this round holds one."""
-    if not bool(held.all()):
-        kept = old.with_rank(len(held))
-        A[~held] = kept.A[~held].to(A.dtype)
-        B[:, ~held] = kept.B[:, ~held].to(B.dtype)
-    return A, B
+        sums, old = state.sums[module], state.current.pairs[module]
+        mass, share = state.over_holders(sums.mass)
+        return sums.blended(mass, old, share)
 
 
 @register
@@ -256,6 +276,11 @@ class Replication(HolderMean):
             )
         self.holder_weights = holder_weights
         self.needs_quality = holder_weights == "quality"
+        if self.needs_quality:
+            self.sampling_refusal = (
+                "holder_weights = 'quality' weighs clients by what they report, and the quality "
+                "of clients that were not drawn is unknown; use holder_weights = 'data'"
+            )
 
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
         """Add the update; with quality weights, to a second set of sums as well."""
@@ -276,4 +301,5 @@ class Replication(HolderMean):
         own_A, own_B = sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
         share = torch.where(held, (state.total - sums.mass) / state.total / quality.mass, 0.0)
         replica_A, replica_B = quality.scaled(share)
-        return _keep(state.current.pairs[module], held, own_A + replica_A, own_B + replica_B)
+        A, B = own_A + replica_A, own_B + replica_B
+        return keep(A, B, state.current.pairs[module], (~held).double())

@@ -21,13 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strategies.aggregation.population import Population
 from strategies.lora import Adapter, AdapterError
-from strategies.naming import named
+from strategies.naming import add_named, named
 
 # Sums are float32: weights further apart than this would overflow or vanish in them.
 LARGEST_WEIGHT = 1e18
+# A part of the weight this small is rounding of the weights themselves, below what a sum can show.
+_NOTHING = 1e-9
 
 StateT = TypeVar("StateT", bound="State")
+RuleT = TypeVar("RuleT", bound="Aggregator[Any]")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Update:
     adapter : Adapter
         What the client trained.
     weight : float
-        Its data weight, e.g. its number of examples; above 0, any common unit.
+        Its data weight, e.g. its number of examples; above 0, any common unit. Where the
+        round has a ``Population``, ``η a_n / q_n``.
     quality : float, optional
         How good its model is, e.g. validation accuracy; for rules that ask for it.
     sent : Download, optional
@@ -94,7 +99,8 @@ class State:
     """Running sums of one round; every rule extends it.
 
     ``unit`` is a power of two near the first weight. Dividing weights by it costs no
-    precision and keeps sums far from overflow, whatever unit the weights come in.
+    precision and keeps sums far from overflow, whatever unit the weights come in. ``total`` is
+    the weight of the updates. ``population`` says whom they stand for; None: for themselves.
     """
 
     current: Adapter
@@ -103,6 +109,55 @@ class State:
     unit: float = 0.0
     dense: dict[str, Tensor] = field(default_factory=dict)
     dense_mass: dict[str, float] = field(default_factory=dict)
+    population: Population | None = None
+
+    def over(self, own: float | None = None) -> tuple[float, float]:
+        """Return by what a sum is divided, and the part of the mean that the current adapter has.
+
+        Parameters
+        ----------
+        own : float, optional
+            The weight of the updates in the sum (default: of all).
+
+        Returns
+        -------
+        (float, float)
+            Without a population ``own`` and 0. With one its weight and ``1 - own / weight``, which
+            is below 0 in a draw that weighs more than everybody.
+        """
+        own = self.total if own is None else own
+        everybody = self._everybody()
+        if everybody is None:
+            return own, 0.0
+        mass = everybody.total / self.unit
+        share = 1.0 - own / mass
+        return mass, 0.0 if abs(share) < _NOTHING else share
+
+    def over_holders(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same as ``over`` for sums over the holders of each rank entry.
+
+        Parameters
+        ----------
+        own : Tensor
+            The weight of the updates that hold each entry, float64, ``(rank,)``. It divides
+            also where nobody of the population is known to hold an entry.
+
+        Returns
+        -------
+        (Tensor, Tensor)
+            The divisors, 0 where nobody holds an entry, and the parts that the current adapter
+            has there, 1 where nobody does; both float64, ``(rank,)``.
+        """
+        mass = own
+        if everybody := self._everybody():
+            full = everybody.mass_at(len(own)) / self.unit
+            mass = torch.where(full > 0, full, own)
+        share = torch.where(mass > 0, 1.0 - own / mass, 1.0)
+        return mass, torch.where(share.abs() < _NOTHING, 0.0, share)
+
+    def _everybody(self) -> Population | None:
+        """Return the population whose full weight divides, if one does."""
+        return None if self.population is None or self.population.ratio else self.population
 
 
 class Aggregator(ABC, Generic[StateT]):
@@ -111,6 +166,11 @@ class Aggregator(ABC, Generic[StateT]):
     Subclasses say how LoRA pairs are combined. Tensors that are not LoRA pairs (head,
     biases, DoRA magnitudes) are a weighted mean over the clients that sent them, always.
     Sums are float32 whatever the type on the wire.
+
+    With a ``Population`` in the state, what is linear in the updates is unbiased over the draws:
+    "divided by the weight of the clients" is then by the weight of all clients, and the
+    current adapter takes what is missing. A cut to a rank comes after it and is not linear. Whoever
+    takes part must send every module, for the population does not say who has which.
     """
 
     name: ClassVar[str] = ""
@@ -122,8 +182,15 @@ class Aggregator(ABC, Generic[StateT]):
     needs_quality: bool = False
     #: Whether the rule makes sense beside DoRA magnitudes, which belong to given factors.
     supports_dora: ClassVar[bool] = True
+    #: Whether a client may be sent fewer entries than its rank, at some cost in variance.
+    sketches: ClassVar[bool] = False
     #: Whether all clients of one rank download the same.
     shares_downloads: ClassVar[bool] = True
+    #: Whether, under independent sampling, the rule divides by the weight of the participants
+    #: unless told otherwise: less variance where few clients hold an entry.
+    default_ratio: ClassVar[bool] = False
+    #: Why clients cannot be sampled independently with this rule; empty: they can.
+    sampling_refusal: str = ""
     #: The round in progress, set by the strategy; rules that alternate or reseed read it.
     server_round: int = 0
 
@@ -230,14 +297,18 @@ class Aggregator(ABC, Generic[StateT]):
         if state.count == 0:
             return AggregationResult(state.current)
         result = self.finish_pairs(state)
-        dense = {
-            key: state.dense[key].div_(state.dense_mass[key]) if key in state.dense else kept
-            for key, kept in state.current.dense.items()
-        }
+        dense = dict(state.current.dense)
+        for key, total in state.dense.items():
+            mass, share = state.over(state.dense_mass[key])
+            mean = total.div_(mass)
+            dense[key] = mean.add_(dense[key], alpha=share) if share else mean
         return AggregationResult(Adapter(result.adapter.pairs, dense), result.base_delta)
 
     def aggregate(
-        self, current: Adapter, updates: Iterable[Update | tuple[Adapter, float]]
+        self,
+        current: Adapter,
+        updates: Iterable[Update | tuple[Adapter, float]],
+        population: Population | None = None,
     ) -> AggregationResult:
         """Run ``init``, ``add`` for every update, and ``finish``.
 
@@ -247,8 +318,18 @@ class Aggregator(ABC, Generic[StateT]):
             The global adapter the round started from.
         updates : Iterable[Update or (Adapter, float)]
             The clients' adapters and weights, in any order; consumed once.
+        population : Population, optional
+            Whom the updates stand for (default: themselves).
+
+        Raises
+        ------
+        ValueError
+            If there is a population and the rule has a ``sampling_refusal``.
         """
+        if population is not None and self.sampling_refusal:
+            raise ValueError(f"{self.name} with a population: {self.sampling_refusal}")
         state = self.init(current)
+        state.population = population
         for update in updates:
             self.add(state, update if isinstance(update, Update) else Update(*update))
         return self.finish(state)
@@ -265,9 +346,15 @@ def add_into(sums: dict[str, Tensor], key: str, tensor: Tensor, weight: float) -
 AGGREGATIONS: dict[str, Callable[..., Aggregator[Any]]] = {}
 
 
-def register(cls: type[Aggregator[Any]]) -> type[Aggregator[Any]]:
-    """Make a rule available by its ``name``, in ``make_aggregator`` and the run config."""
-    AGGREGATIONS[cls.name] = cls
+def register(cls: type[RuleT]) -> type[RuleT]:
+    """Make a rule available by its ``name``, in ``make_aggregator`` and the run config.
+
+    Raises
+    ------
+    ValueError
+        If the rule has no name, or another rule has it.
+    """
+    add_named(AGGREGATIONS, cls)
     return cls
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from strategies.aggregation.averaging import FactorAverage, FactorState, HolderMean
@@ -47,9 +46,8 @@ class OneFactor(FactorAverage):
 
     def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
         """Return the mean of the trained factor and the current other one."""
-        sums, old = state.sums[module], state.current.pairs[module]
-        A, B = sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
-        kept = old.with_rank(len(sums.mass))
+        A, B = super().divide(state, module)
+        kept = state.current.pairs[module].with_rank(len(A))
         return (A, kept.B) if self.trained() == "A" else (kept.A, B)
 
 

@@ -62,7 +62,9 @@ class FlexLoRA(Aggregator[ProductState]):
         def mean(module: str) -> LoraPair:
             old, total = state.current.pairs[module], state.sums[module]
             rank = min(max(old.rank, state.ranks[module]), total.m, total.n)
-            return self.cut(old, total, rank, state.total)
+            mass, share = state.over()
+            keep_product(total, old, share * mass)
+            return self.cut(old, total, rank, mass)
 
         return _replaced(state.current, state.sums, mean)
 
@@ -116,9 +118,14 @@ class RankOneState(State):
 
 
 class HolderProduct(Aggregator[RankOneState]):
-    """Base of the rules that reweigh rank-one terms by who holds their entry."""
+    """Base of the rules that reweigh rank-one terms by who holds their entry.
+
+    Under independent sampling the divisor is by default the weight of the holders that take part,
+    as with the averages over holders (this project's decision).
+    """
 
     supports_dora = False
+    default_ratio = True
 
     def init(self, current: Adapter) -> RankOneState:
         """Return an empty list of factors."""
@@ -137,18 +144,23 @@ class HolderProduct(Aggregator[RankOneState]):
         def mean(module: str) -> LoraPair:
             old, held = state.current.pairs[module], state.held[module]
             largest = max(old.rank, *(len(A) for A, _, _ in held))
-            weights = self.entry_weights([(len(A), w) for A, _, w in held])
+            own = torch.zeros(largest, dtype=torch.float64)
+            reached = self.holders([(len(A), w) for A, _, w in held])
+            own[: len(reached)] = reached
+            mass, share = state.over_holders(own)
             total = ProductSum.like(old.A, old.B)
-            for (A, B, _), w in zip(held, weights, strict=True):
-                total.add(A, B, w)
+            for A, B, w in held:
+                total.add(A, B, w / mass[: len(A)])
+            # An entry that nobody holds is dropped, whoever is drawn.
+            keep_product(total, old, torch.where(mass > 0, share, 0.0)[: old.rank])
             rank = min(largest, total.m, total.n)
             return from_svd(old, total.svd(rank), rank, 1.0)
 
         return _replaced(state.current, state.held, mean)
 
     @abstractmethod
-    def entry_weights(self, clients: list[tuple[int, float]]) -> list[Tensor]:
-        """Return the weights ``(r_k,)`` of the rank-one terms of each (rank, weight)."""
+    def holders(self, clients: list[tuple[int, float]]) -> Tensor:
+        """Return by what each entry's terms are divided, ``(max r_k,)``, from (rank, weight)s."""
 
 
 @register
@@ -162,12 +174,12 @@ class RBLoRA(HolderProduct):
 
     name = "rb-lora"
 
-    def entry_weights(self, clients: list[tuple[int, float]]) -> list[Tensor]:
-        """Return ``n_k / Σ_{r_i ≥ j} n_i``."""
+    def holders(self, clients: list[tuple[int, float]]) -> Tensor:
+        """Return ``Σ_{r_i ≥ j} n_i``."""
         mass = torch.zeros(max(r for r, _ in clients), dtype=torch.float64)
         for r, w in clients:
             mass[:r] += w
-        return [w / mass[:r] for r, w in clients]
+        return mass
 
 
 @register
@@ -185,17 +197,13 @@ class RaFLoRA(HolderProduct):
 
     name = "raflora"
 
-    def entry_weights(self, clients: list[tuple[int, float]]) -> list[Tensor]:
-        """Return ``n_k / Σ_{k: r_k ≥ ρ_l} n_k`` on each partition ``P_l``."""
-        weights = [torch.zeros(r, dtype=torch.float64) for r, _ in clients]
-        start = 0
-        for end in sorted({r for r, _ in clients}):
-            mass = sum(w for r, w in clients if r >= end)
-            for (r, w), own in zip(clients, weights, strict=True):
-                if r >= end:
-                    own[start:end] = w / mass
-            start = end
-        return weights
+    def holders(self, clients: list[tuple[int, float]]) -> Tensor:
+        """Return ``Σ_{k: r_k ≥ ρ_l} n_k`` on each partition ``P_l``."""
+        ends = sorted({r for r, _ in clients})
+        mass = torch.zeros(ends[-1], dtype=torch.float64)
+        for start, end in zip([0, *ends], ends, strict=False):
+            mass[start:end] = sum(w for r, w in clients if r >= end)
+        return mass
 
 
 def _replaced(
@@ -205,6 +213,12 @@ def _replaced(
     modules = list(trained)
     found = dict(zip(modules, in_parallel(new, modules), strict=True))
     return AggregationResult(Adapter({m: found.get(m, old) for m, old in current.pairs.items()}))
+
+
+def keep_product(total: ProductSum, old: LoraPair, weight: float | Tensor) -> None:
+    """Add the current product to a sum, with the weight that was not drawn (one, or by entry)."""
+    if bool(torch.as_tensor(weight).any()) and bool(old.A.any()) and bool(old.B.any()):
+        total.add(old.A, old.B, weight)
 
 
 def from_svd(old: LoraPair, svd: SVD, rank: int, divisor: float) -> LoraPair:

@@ -37,11 +37,28 @@ class FSLoRA(Aggregator[SketchState]):
     entries, zero elsewhere, divided over ALL participants. One set serves A and B of a
     module; modules of one rank share it. Clients evaluate with the whole adapter, for a
     sketch of it is not the model (this project's decision).
+
+    Parameters
+    ----------
+    ratio : float (default: 1.0)
+        A client of rank r trains ``k = max(1, round(ratio · r))`` entries. Leave it at 1 where
+        the sampling plans ``k`` itself.
+
+    Raises
+    ------
+    ValueError
+        If ``ratio`` is not in (0, 1].
     """
 
     name = "fslora"
     supports_dora = False
     shares_downloads = False
+    sketches = True
+
+    def __init__(self, *, ratio: float = 1.0) -> None:
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio: expected a number in (0, 1], got {ratio!r}")
+        self.ratio = ratio
 
     def check(self, adapter: Adapter) -> None:
         """Refuse what ``Aggregator.check`` does, and modules of different rank.
@@ -63,7 +80,7 @@ class FSLoRA(Aggregator[SketchState]):
         drawn: dict[int, Tensor] = {}
         pairs, entries = {}, {}
         for module, pair in current.pairs.items():
-            k = min(rank, pair.rank)
+            k = min(max(1, round(self.ratio * rank)), pair.rank)
             if pair.rank not in drawn:
                 chosen = np.sort(rng.choice(pair.rank, size=k, replace=False))
                 drawn[pair.rank] = torch.from_numpy(chosen)
@@ -114,12 +131,13 @@ class FSLoRA(Aggregator[SketchState]):
 
     def finish_pairs(self, state: SketchState) -> AggregationResult:
         """Add the mean change to the current adapter."""
+        mass, _ = state.over()  # changes, not values: nothing is left for the current adapter
         pairs: dict[str, LoraPair] = {}
         for module, old in state.current.pairs.items():
             if module not in state.sum_a:
                 pairs[module] = old
                 continue
-            A = old.A.float() + state.sum_a[module] / state.total
-            B = old.B.float() + state.sum_b[module] / state.total
+            A = old.A.float() + state.sum_a[module] / mass
+            B = old.B.float() + state.sum_b[module] / mass
             pairs[module] = replace(old, A=A, B=B)
         return AggregationResult(Adapter(pairs))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from strategies.aggregation.averaging import FactorSum
 from strategies.aggregation.base import AggregationResult, Aggregator, State, Update, register
-from strategies.aggregation.product import shaped_like
+from strategies.aggregation.product import keep_product, shaped_like
 from strategies.lora import Adapter, LoraPair
 from strategies.lora.lowrank import ProductSum, in_parallel
 
@@ -69,12 +69,15 @@ class FLoRA(Aggregator[StackState]):
         # Drawn for every module, so that nobody's values depend on who replied.
         fresh = {module: _fresh(old, rng) for module, old in state.current.pairs.items()}
         pairs, delta = dict(state.current.pairs), {}
+        mass, share = state.over()
         modules = list(state.sums)
+        for module in modules:  # zero after the first round: clients start with B A = 0
+            keep_product(state.sums[module], state.current.pairs[module], share * mass)
         stacks = in_parallel(lambda module: state.sums[module].factors(), modules)
         for module, (A, B) in zip(modules, stacks, strict=True):
             pairs[module] = fresh[module]
             if len(A):
-                delta[module] = shaped_like(pairs[module], A / state.total, B)
+                delta[module] = shaped_like(pairs[module], A / mass, B)
         return AggregationResult(Adapter(pairs), Adapter(delta) if delta else None)
 
 
@@ -94,6 +97,8 @@ class FedEx(Aggregator[ResidualState]):
     residual ``Σ p_k s_k B_k A_k − s B̄ Ā``. For unequal ranks the factors are padded with zeros
     first (this project's decision), and an entry that no client of the round holds keeps its row
     of ``A``, with zeros in ``B``, so that it can still be trained (this project's decision).
+    Under independent sampling the product, with what is merged, is unbiased; of the factors ``B``
+    alone is, where entries have no holder in some draws.
 
     Notes
     -----
@@ -138,7 +143,11 @@ class FedEx(Aggregator[ResidualState]):
     def _divide(state: ResidualState, module: str) -> tuple[LoraPair, LoraPair | None]:
         """Return the mean and the residual of one module."""
         old, sums = state.current.pairs[module], state.means[module]
-        mean_A, mean_B = sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
+        mass, share = state.over()
+        like = sums.mass
+        mean_A, mean_B = sums.blended(
+            torch.full_like(like, mass), old, torch.full_like(like, share)
+        )
         start = old.with_rank(len(sums.mass)).to(torch.float32)
         held = sums.mass > 0
         shift_A, shift_B = (mean_A - start.A)[held], (mean_B - start.B)[:, held]
@@ -146,14 +155,14 @@ class FedEx(Aggregator[ResidualState]):
         # A client without entry j stands at zero there, away from the start by all of it.
         absent = (state.total - sums.mass)[held].clamp_min(0)
         residual.add(start.A[held], start.B[:, held], absent)
-        residual.add(shift_A, -shift_B, state.total)
+        residual.add(shift_A, -shift_B, mass)
         mean_A[~held] = start.A[~held]
         mean = replace(old, A=mean_A, B=mean_B)
         rounding = _rounding(mean_A, mean_B) + _rounding(shift_A, shift_B)
-        svd = residual.svd(floor=state.total * rounding)
+        svd = residual.svd(floor=mass * rounding)
         if len(svd.S) == 0:
             return mean, None
-        A, B = svd._replace(S=svd.S / state.total).balanced()
+        A, B = svd._replace(S=svd.S / mass).balanced()
         return mean, shaped_like(old, A, B)
 
 

@@ -6,12 +6,12 @@ from strategies.ranks.base import (
     ListRank,
     RankPolicy,
     ReportedRank,
-    Trained,
     UniformRank,
 )
 from strategies.ranks.pruning import SelfPruningRank
 from strategies.ranks.quality import QualityRank
-from strategies.ranks.registry import RANK_POLICIES, make_rank_policy
+from strategies.ranks.registry import RANK_POLICIES, make_rank_policy, register
+from strategies.trained import Trained
 
 __all__ = [
     "RANK_POLICIES",
@@ -25,4 +25,5 @@ __all__ = [
     "Trained",
     "UniformRank",
     "make_rank_policy",
+    "register",
 ]

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from strategies.clients import Client
 from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, checked_profile
-from strategies.ranks.base import Explanation, RankPolicy, Settings, Trained, at_least_one
+from strategies.ranks.base import Explanation, RankPolicy, Settings, at_least_one
 from strategies.ranks.mcda import (
     critic_weights,
     ranks_for_budget,
     scores_to_ranks,
     topsis_scores,
 )
+from strategies.trained import Trained
 
 ORDERS = ("score", "reversed", "random")
 

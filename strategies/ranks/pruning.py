@@ -8,7 +8,8 @@ from typing import Any
 
 from strategies.clients import Client
 from strategies.lora import Adapter
-from strategies.ranks.base import Explanation, RankPolicy, Settings, Trained, UniformRank
+from strategies.ranks.base import Explanation, RankPolicy, Settings, UniformRank
+from strategies.trained import Trained
 
 #: In a config: the tail begins at entry ``γ · r``, and its weight λ in the loss.
 GAMMA_KEY = "prune-gamma"

@@ -8,7 +8,8 @@ from typing import Any
 
 from strategies.clients import Client
 from strategies.lora import Adapter
-from strategies.ranks.base import Explanation, RankPolicy, Settings, Trained, at_least_one
+from strategies.ranks.base import Explanation, RankPolicy, Settings, at_least_one
+from strategies.trained import Trained
 
 #: In a config: the client is to evaluate what it trained on its validation rows.
 VALIDATE_KEY = "validate"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from strategies.naming import named
+from strategies.naming import add_named, named
 from strategies.ranks.autorank import AutoRank
 from strategies.ranks.base import ListRank, RankPolicy, ReportedRank, UniformRank
 from strategies.ranks.pruning import SelfPruningRank
@@ -20,6 +20,20 @@ RANK_POLICIES: dict[str, Callable[..., RankPolicy]] = {
     "autorank": AutoRank,
     "self-pruning": SelfPruningRank,
 }
+
+PolicyT = TypeVar("PolicyT", bound=RankPolicy)
+
+
+def register(cls: type[PolicyT]) -> type[PolicyT]:
+    """Make a rank policy available by its ``name``, in ``make_rank_policy`` and the run config.
+
+    Raises
+    ------
+    ValueError
+        If the policy has no name, or another policy has it.
+    """
+    add_named(RANK_POLICIES, cls)
+    return cls
 
 
 def make_rank_policy(name: str, **options: Any) -> RankPolicy:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from strategies.clients import Client
-from strategies.naming import named
+from strategies.naming import add_named, named
 from strategies.trained import Trained
 from strategies.wallclock.clock import Clock
 
 Array = NDArray[np.float64]
 Estimator = Literal["auto", "unbiased", "ratio"]
+Restart = Literal["start", "back"]
+SamplerT = TypeVar("SamplerT", bound="Sampler")
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,28 @@ class Sampler(ABC):
     def learn_loss(self, server_round: int, loss: float) -> None:  # noqa: B027
         """Take the global loss after a round; round 0 is the model at the start."""
 
-    def restart(self, server_round: int) -> bool:
-        """Return whether this round starts from the initial model again."""
+    @property
+    def wants_loss(self) -> bool:
+        """Whether ``learn_loss`` is needed after every round now: a pilot is running."""
         return False
 
+    @property
+    def planned_seconds(self) -> float | None:
+        """Predicted seconds of a round under the plan in force, if there is one."""
+        return None
+
+    def restart(self, server_round: int) -> Restart | None:
+        """Return which model this round starts from, where it is not the one at hand.
+
+        "start": the initial model; the one at hand is put aside, in the place of any that was
+        there. "back": the one put aside. None: the one at hand. So a strategy holds at most two
+        models beside it, and both belong into a checkpoint; it asks once a round, after the
+        losses of earlier rounds are learned.
+        """
+        return None
+
     def record(self) -> Mapping[str, Any] | None:
-        """Return what was decided since the last call, JSON-able, or None; for listeners."""
+        """Return the next decision not told yet, JSON-able, or None; for listeners."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,9 +153,15 @@ class Sampler(ABC):
 SAMPLERS: dict[str, Callable[..., Sampler]] = {}
 
 
-def register(cls: type[Sampler]) -> type[Sampler]:
-    """Make a sampler available by its ``name``."""
-    SAMPLERS[cls.name] = cls
+def register(cls: type[SamplerT]) -> type[SamplerT]:
+    """Make a sampler available by its ``name``, in ``make_sampler`` and the run config.
+
+    Raises
+    ------
+    ValueError
+        If the sampler has no name, or another sampler has it.
+    """
+    add_named(SAMPLERS, cls)
     return cls
 
 

@@ -15,6 +15,7 @@ from strategies.wallclock.channel import (
     sample_devices,
     spectral_efficiency,
 )
+from strategies.wallclock.clock import Clock, RoundTime, Work
 from strategies.wallclock.convergence import (
     ConvergenceEstimate,
     Pilot,
@@ -22,29 +23,44 @@ from strategies.wallclock.convergence import (
     rounds_to_target,
     sampling_variance,
 )
+from strategies.wallclock.flops import rank_flops, training_flops
+from strategies.wallclock.measured import MeasuredClock
 from strategies.wallclock.objective import ClientProfiles
 from strategies.wallclock.planner import Plan, plan
+from strategies.wallclock.registry import CLOCKS, make_clock
+from strategies.wallclock.retime import retime
+from strategies.wallclock.simulated import SimulatedClock
 
 __all__ = [
+    "CLOCKS",
     "PROFILES",
     "ClientProfiles",
+    "Clock",
     "ConvergenceEstimate",
     "Devices",
+    "MeasuredClock",
     "Pilot",
     "Plan",
     "Profile",
+    "RoundTime",
+    "SimulatedClock",
+    "Work",
     "allocate_bandwidth",
     "batch_round_seconds",
     "devices_from_csv",
     "equal_shares",
     "estimate_convergence",
+    "make_clock",
     "plan",
+    "rank_flops",
+    "retime",
     "rounds_to_target",
     "sample_devices",
     "sampling_variance",
     "simulate_round_time",
     "spectral_efficiency",
     "statistical_q",
+    "training_flops",
     "uniform_q",
     "weighted_q",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +16,9 @@ from strategies.wallclock.objective import ClientProfiles
 @dataclass(frozen=True)
 class Work:
     """What one participant does in a round.
+
+    What clients report is not trusted: steps and seconds that are no finite number ≥ 0 count as
+    not reported.
 
     Parameters
     ----------
@@ -51,7 +57,7 @@ class RoundTime:
     bottleneck : int, optional
         Index of the client without whom the round would be over soonest; None if nobody took part.
     compute_seconds, upload_seconds : Mapping[int, float]
-        By client index.
+        By client index. Who is late has no upload seconds: its upload is cut off.
     late : frozenset of int
         Who misses the deadline.
     """
@@ -64,17 +70,39 @@ class RoundTime:
 
 
 class Clock(ABC):
-    """Say how long rounds take, and what the planner may know of the clients."""
+    """Say how long rounds take, and what the planner may know of the clients.
+
+    In every round ``forecast`` is called first, then ``finish``, both with the same clients. The
+    replies of those that the forecast calls late are not to be used.
+    """
 
     name: ClassVar[str] = ""
+    #: Seconds after which a round ends without those still busy; 0: it waits for everybody.
+    deadline: float = 0.0
 
     @abstractmethod
     def forecast(self, works: Sequence[Work], server_round: int) -> RoundTime:
-        """Return the time of a round before it is run, as far as it is known: who will be late."""
+        """Return the time of a round before it is run, as far as it is known: who will be late.
+
+        Parameters
+        ----------
+        works : Sequence[Work]
+            What is planned, one entry a client.
+        server_round : int
+            From 1.
+        """
 
     @abstractmethod
     def finish(self, works: Sequence[Work], server_round: int) -> RoundTime:
-        """Return the time of a round that is over, and learn from it."""
+        """Return the time of a round that is over, and learn from it.
+
+        Parameters
+        ----------
+        works : Sequence[Work]
+            What was done, by everyone who was asked, late ones included. Whoever the forecast
+            of this round called late, stays late.
+        server_round : int
+        """
 
     @abstractmethod
     def profiles(
@@ -110,3 +138,28 @@ class Clock(ABC):
     def summary(self) -> str:
         """Return the clock and its settings in one line."""
         return self.name
+
+
+def reported(value: object) -> float | None:
+    """Return a number that a client reported, or None if it is no finite number ≥ 0."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
+        return None
+    return float(value)
+
+
+def by_client(works: Sequence[Work]) -> list[Work]:
+    """Return the works by client index, so that their order changes no bit of the result.
+
+    Raises
+    ------
+    ValueError
+        If a client is named twice, or a rank or size is negative.
+    """
+    ordered = sorted(works, key=lambda work: work.client)
+    for before, work in itertools.pairwise(ordered):
+        if before.client == work.client:
+            raise ValueError(f"expected one work a client, got two of client {work.client}")
+    for work in ordered:
+        if work.client < 0 or work.rank < 0 or work.upload_bytes < 0:
+            raise ValueError(f"client, rank and upload_bytes must be ≥ 0, got {work}")
+    return ordered

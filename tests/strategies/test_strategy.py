@@ -72,7 +72,7 @@ def test_every_client_gets_its_own_slice_and_settings():
         rank = [2, 4][index % 2]
         assert same(read(message.content["arrays"]), whole.with_rank(rank))
         own = message.content["config"]
-        expected = {"lr": 0.1, "server-round": 1, "client-index": index}
+        expected = {"lr": 0.1, "server-round": 1, "model-round": 1, "client-index": index}
         expected |= {"lora-train": "AB", "lora-send": "AB", "wire-dtype": "float32"}
         assert dict(own) == {**expected, "lora-rank": rank, "lora-scale": SCALE}
     assert dict(config) == {"lr": 0.1}  # the caller's config is not touched

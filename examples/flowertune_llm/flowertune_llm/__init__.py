@@ -1,0 +1,1 @@
+"""A Flower app: federated instruction tuning of a small language model."""

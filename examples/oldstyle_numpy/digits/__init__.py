@@ -1,0 +1,1 @@
+"""A Flower project of the old style: NumPyClient, client_fn and server_fn."""

@@ -1,0 +1,1 @@
+"""The same project before FedLoRA: FedAvg, and one rank for all clients."""

@@ -1,0 +1,1 @@
+"""Flower's PyTorch quickstart as a LoRA app on images."""

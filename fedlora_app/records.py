@@ -1,0 +1,89 @@
+"""The files of a run folder: JSON records, one a line, that may end in the middle of one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """Return the records of a ``metrics.jsonl``; lines that hold none are left out.
+
+    Such a line is the last one of a run that is writing it, or that was ended while it did.
+    """
+    return list(_records(file.read_bytes()))
+
+
+def write_lines(file: Path, records: Iterable[Record]) -> None:
+    """Write ``metrics.jsonl`` anew: afterwards there is the new file or the old one, whole."""
+    _replace(file, "".join(line_of(record) for record in records))
+
+
+def write_json(file: Path, value: Record) -> None:
+    """Write a JSON file for people to read: the new one or the old one, whole."""
+    _replace(file, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; nothing where there is no such file."""
+    if not file.exists():
+        return {}
+    value = json.loads(file.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
+
+
+def line_of(record: Record) -> str:
+    """Return one record as its line of ``metrics.jsonl``."""
+    return json.dumps(plain(record)) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Return the value with NaN and Inf, which JSON does not have, as null at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
+    """Return the records of one kind, in order."""
+    return [r for r in records if r.get("kind") == kind]
+
+
+def plan_periods(records: Iterable[Record]) -> list[tuple[Record, list[float]]]:
+    """Return every plan with the clock's seconds of the rounds that followed it."""
+    periods: list[tuple[Record, list[float]]] = []
+    for record in records:
+        if record.get("kind") == "plan":
+            periods.append((record, []))
+        elif record.get("kind") == "round" and periods and record.get("planned_seconds"):
+            periods[-1][1].append(record.get("clock_seconds") or 0.0)
+    return [(plan, seconds) for plan, seconds in periods if seconds]
+
+
+def _records(data: bytes) -> Iterator[dict[str, Any]]:
+    for line in data.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # not JSON, or not even text
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def _replace(file: Path, text: str) -> None:
+    new = file.with_name(file.name + ".new")
+    with new.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(file)

@@ -1,0 +1,123 @@
+"""What a message means for a PEFT model, and what it sends back: ``receive`` and ``send``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from flwr.app import RecordDict
+from torch import Tensor, nn
+
+from strategies.client.peft_model import (
+    adapter_parameters,
+    adapter_state,
+    load_adapter,
+    merge_into_base,
+)
+from strategies.lora import factor_of
+from strategies.lora.algebra import resize
+from strategies.messages import SCALE_KEY, SEND_KEY, TRAIN_KEY, from_record, to_record
+from strategies.model import GlobalModel
+from strategies.wire import WIRE_KEY, decode, encode
+
+# Where a client keeps the factors that never leave it, in its Flower state.
+KEPT_KEY = "fedlora.kept"
+
+
+def receive(
+    model: nn.Module,
+    arrays: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    state: RecordDict | None = None,
+    *,
+    adapter_name: str = "default",
+) -> None:
+    """Make a PEFT model what the server says it is, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What ``peft.get_peft_model`` returned; of any rank.
+    arrays : Mapping[str, Tensor]
+        The received arrays by name, as ``strategies.messages.from_record`` gives them.
+    config : Mapping[str, Any]
+        The received config.
+    state : RecordDict, optional
+        The client's Flower state (``context.state``); rules that keep a factor on the
+        client (fedsa) need it.
+    adapter_name : str (default: "default")
+
+    Raises
+    ------
+    ValueError
+        If the arrays do not fit the model, or a factor that was not sent cannot be found
+        in ``state``.
+    """
+    tensors = decode(arrays, str(config.get(WIRE_KEY, "float32")))
+    tensors.update(_kept_factors(model, tensors, state, adapter_name))
+    received = GlobalModel.from_tensors(tensors, float(config.get(SCALE_KEY, 1.0)))
+    merge_into_base(model, received.merged, adapter_name=adapter_name)
+    load_adapter(model, received.adapter, adapter_name=adapter_name)
+    trained = str(config.get(TRAIN_KEY, "AB"))
+    for key, parameter in adapter_parameters(model, adapter_name, all_parameters=False):
+        factor = factor_of(key)
+        if factor is not None:
+            parameter.requires_grad_(factor in trained)
+
+
+def send(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    state: RecordDict | None = None,
+    *,
+    adapter_name: str = "default",
+) -> dict[str, Tensor]:
+    """Return the arrays of the reply, by name and in the order the server expects.
+
+    Parameters
+    ----------
+    model, config, state, adapter_name
+        As in ``receive``. A trained factor that is not sent back is put into ``state``.
+    """
+    sent, trained = str(config.get(SEND_KEY, "AB")), str(config.get(TRAIN_KEY, "AB"))
+    out: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    for key, tensor in adapter_state(model, adapter_name=adapter_name).items():
+        factor = factor_of(key)
+        if factor is None or factor in sent:
+            out[key] = tensor
+        elif factor in trained:
+            kept[key] = tensor
+    if kept:
+        if state is None:
+            raise ValueError("this rule keeps a factor on the client; pass context.state")
+        state[KEPT_KEY] = to_record(kept)
+    return encode(out, str(config.get(WIRE_KEY, "float32")))
+
+
+def _kept_factors(
+    model: nn.Module, tensors: Mapping[str, Tensor], state: RecordDict | None, adapter_name: str
+) -> dict[str, Tensor]:
+    """Return the partners of factors that came alone: kept ones, or zeros at first."""
+    alone = {
+        partner: tensor.shape[0]
+        for key, tensor in tensors.items()
+        if factor_of(key) == "A" and (partner := _partner(key)) not in tensors
+    }
+    if not alone:
+        return {}
+    if state is None:
+        raise ValueError("this rule keeps a factor on the client; pass context.state")
+    kept = from_record(state[KEPT_KEY]) if KEPT_KEY in state else {}  # type: ignore[arg-type]
+    own = adapter_state(model, adapter_name=adapter_name)
+    return {
+        key: resize(kept[key] if key in kept else torch.zeros_like(own[key]).cpu(), 1, rank)
+        for key, rank in alone.items()
+        if key in own
+    }
+
+
+def _partner(key: str) -> str:
+    head, _, tail = key.rpartition("_A")
+    return f"{head}_B{tail}"

@@ -1,0 +1,88 @@
+"""One line each for ``NumPyClient.fit`` and ``evaluate``: a list of arrays in, one out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from flwr.app import RecordDict
+from numpy.typing import NDArray
+from torch import nn
+
+from strategies.client.exchange import receive, send
+from strategies.client.message_api import mark_received
+from strategies.client.profiling import Measure, profile_if_wanted
+from strategies.messages import NAMES_KEY
+
+
+def receive_parameters(
+    model: nn.Module,
+    parameters: Sequence[NDArray[Any]],
+    config: Mapping[str, Any],
+    state: RecordDict | None = None,
+    *,
+    measure: Measure | None = None,
+    adapter_name: str = "default",
+) -> None:
+    """Make a PEFT model what ``fit(parameters, config)`` or ``evaluate`` was given.
+
+    Make the optimiser after this call: where the rank changes, the parameters are new ones.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What ``peft.get_peft_model`` returned; of any rank.
+    parameters : sequence of arrays
+        As received; their names come in the config.
+    config : Mapping[str, Any]
+        As received.
+    state : RecordDict, optional
+        ``context.state``; needed by rules that keep a factor on the client (fedsa), and to
+        profile.
+    measure : callable, optional
+        Returns ``(losses, labels)`` of the training samples on the model as it now is. Called
+        only when AutoRank asks for a new profile (``reassign_every``).
+    adapter_name : str (default: "default")
+
+    Raises
+    ------
+    ValueError
+        If the config does not come from ``FedLoRA``, the arrays do not fit the model, or
+        ``state`` is needed.
+    """
+    if NAMES_KEY not in config:
+        raise ValueError(
+            f"the config has no {NAMES_KEY!r}, which FedLoRA sends with client_api = 'numpy'"
+        )
+    names: list[str] = json.loads(str(config[NAMES_KEY]))
+    if len(names) != len(parameters):
+        raise ValueError(
+            f"expected {len(names)} arrays, as the config names, got {len(parameters)}"
+        )
+    arrays = {n: torch.from_numpy(p) for n, p in zip(names, parameters, strict=True)}
+    receive(model, arrays, config, state, adapter_name=adapter_name)
+    profile_if_wanted(config, state, measure)
+    mark_received(model)
+
+
+def send_parameters(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    state: RecordDict | None = None,
+    *,
+    adapter_name: str = "default",
+) -> list[NDArray[Any]]:
+    """Return the arrays that ``fit`` is to return, those that are asked for, in order.
+
+    ``training_metrics(model, config, state, steps=…)`` gives the metrics that the clock and
+    AutoRank read.
+
+    Parameters
+    ----------
+    model, config, state, adapter_name
+        As in ``receive_parameters``.
+    """
+    sent = send(model, config, state, adapter_name=adapter_name)
+    return [tensor.numpy() for tensor in sent.values()]

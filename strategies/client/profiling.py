@@ -1,0 +1,106 @@
+"""What a client answers when the server asks who it is, and what its data is like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from numpy.typing import ArrayLike
+
+from strategies.profiling import METRICS, PROFILE_KEY, profile_metrics
+
+# Where a client keeps its answer to the profiling query.
+PROFILED_KEY = "fedlora.profile"
+# What a node says of itself in answer to a query, as far as its node config has it.
+IDENTITY_KEYS = ("partition-id", "max-rank", "num-examples")
+
+LossesAndLabels = tuple[ArrayLike, ArrayLike]
+Measure = Callable[[], LossesAndLabels]
+
+
+def profile(state: RecordDict, measure: Measure, *, again: bool = False) -> dict[str, float | int]:
+    """Return a client's profile for ``AutoRank``, measured once and kept in its Flower state.
+
+    Parameters
+    ----------
+    state : RecordDict
+        ``context.state``; the profile is kept there as ``fedlora.profile``.
+    measure : callable
+        Returns the losses of the training samples (or of ``profile_rows`` of them) and the
+        labels of all of them. Called only if nothing is kept, or ``again``.
+    again : bool (default: False)
+        Measure anew, e.g. after the received adapter was loaded because a training message
+        says ``profile``.
+
+    Returns
+    -------
+    dict
+        The three numbers of ``profile_metrics``, and ``num-examples``, which every reply of
+        a Flower client holds anyway: a query reports it for the server's log.
+    """
+    if again or PROFILED_KEY not in state:
+        losses, labels = measure()
+        found = profile_metrics(losses, labels)
+        state[PROFILED_KEY] = MetricRecord({**found, "num-examples": len(labels)})  # type: ignore[arg-type]
+    return dict(state.metric_records[PROFILED_KEY])  # type: ignore[arg-type]
+
+
+def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabels]) -> None:
+    """Let a Message API app answer the server's queries, profiling included.
+
+    ``register_profile(app, my_losses_and_labels)`` registers the app's ``@app.query()``
+    handler. It answers ``partition-id`` and ``max-rank`` from the node config and, where a
+    profile is asked for, the three numbers of ``profile_metrics`` and ``num-examples``.
+
+    Parameters
+    ----------
+    app : ClientApp
+        Without a query handler of its own.
+    measure : callable
+        ``measure(context)`` returns the losses of the training samples on the model as the
+        run starts from it, and the labels. Called once a node and run.
+    """
+
+    @app.query()
+    def answer(message: Message, context: Context) -> Message:
+        known = {k: context.node_config[k] for k in IDENTITY_KEYS if k in context.node_config}
+        content = RecordDict({"properties": ConfigRecord(known)})  # type: ignore[arg-type]
+        if any(config.get(PROFILE_KEY) for config in message.content.config_records.values()):
+            found = profile(context.state, lambda: measure(context))
+            content["profile"] = MetricRecord(found)  # type: ignore[arg-type]
+        return Message(content, reply_to=message)
+
+
+def profile_wanted(config: Mapping[str, Any]) -> bool:
+    """Tell whether a training message asks to profile the adapter that came with it."""
+    return bool(config.get(PROFILE_KEY))
+
+
+def profile_if_wanted(
+    config: Mapping[str, Any], state: RecordDict | None, measure: Measure | None
+) -> None:
+    """Profile the adapter that came with a training message, if that asks for it.
+
+    Raises
+    ------
+    ValueError
+        If there is no state to keep the profile in.
+    """
+    if measure is None or not profile_wanted(config):
+        return
+    if state is None:
+        raise ValueError(
+            "the server asks for a profile, which is kept in the Flower state; pass the context "
+            "(a NumPyClient: context.state)"
+        )
+    profile(state, measure, again=True)
+
+
+def profiled(state: RecordDict) -> dict[str, float]:
+    """Return the numbers of the profile that is kept in a Flower state, if there is one."""
+    if PROFILED_KEY not in state:
+        return {}
+    kept = state.metric_records[PROFILED_KEY]
+    return {key: float(kept[key]) for key in METRICS}  # type: ignore[arg-type]

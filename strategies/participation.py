@@ -1,0 +1,176 @@
+"""Who takes part in a round, how much each update counts, and how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from strategies.aggregation import Aggregator, Population
+from strategies.clients import Client
+from strategies.sampling import Outlook, Sampler
+from strategies.sampling.base import Array
+from strategies.wallclock.clock import Clock, RoundTime, Work
+
+UploadCost = Callable[[], tuple[float, float]]
+
+
+class Participation:
+    """The sampler and the clock of a run, and the book of who answers.
+
+    Under independent sampling an update weighs ``η a / (q p)`` with ``p`` the share of times
+    that its client answered when it was asked, counted as if it had once answered before.
+    So the estimate stays consistent when replies are lost or late by chance; a client that
+    never answers is never counted (this project's decision).
+
+    Parameters
+    ----------
+    sampler : Sampler
+    clock : Clock
+    rule : Aggregator
+    """
+
+    def __init__(self, sampler: Sampler, clock: Clock, rule: Aggregator[Any]) -> None:
+        self.sampler = sampler
+        self.clock = clock
+        self.rule = rule
+        self.seconds = 0.0  # of all rounds so far
+        self.population: Population | None = None
+        self._weights: dict[int, float] = {}  # of this round, by client index
+        self._asked: dict[int, int] = {}
+        self._answered: dict[int, int] = {}
+
+    @property
+    def independent(self) -> bool:
+        """Whether clients join by their own probability."""
+        return self.sampler.probabilities([]) is not None
+
+    @property
+    def ratio(self) -> bool:
+        """Whether sums are divided by the participants' weight instead of everybody's."""
+        estimator = self.sampler.estimator
+        return self.rule.default_ratio if estimator == "auto" else estimator == "ratio"
+
+    def check(self) -> None:
+        """Refuse a rule and a sampler that do not go together.
+
+        Raises
+        ------
+        ValueError
+            With the reason.
+        """
+        if self.independent and self.rule.sampling_refusal:
+            raise ValueError(
+                f"aggregation {self.rule.name!r} cannot be used with sampling "
+                f"{self.sampler.name!r}: {self.rule.sampling_refusal}"
+            )
+        if self.independent and self.ratio and self.sampler.server_rate != 1:
+            raise ValueError(
+                f"server_rate = {self.sampler.server_rate:g} scales a displacement, but "
+                f"{self.rule.name!r} takes a mean over the participants; use estimator = 'unbiased'"
+            )
+        if self.sampler.wants_loss and set(self.rule.trained()) - set(self.rule.uploaded()):
+            raise ValueError(
+                f"sampling {self.sampler.name!r} starts its pilots from one model, but aggregation "
+                f"{self.rule.name!r} keeps a part of it on the clients; give alpha and beta, or "
+                "use another rule"
+            )
+
+    def choose(
+        self,
+        server_round: int,
+        clients: Sequence[Client],
+        ranks: Sequence[int],
+        upload_cost: UploadCost,
+        full_rank: int,
+        rng: np.random.Generator,
+    ) -> list[tuple[Client, int]]:
+        """Return who trains in this round, each with the rank it is to train.
+
+        Parameters
+        ----------
+        server_round : int
+        clients : Sequence[Client]
+            Everyone present, in a lasting order.
+        ranks : Sequence[int]
+            What the rank policy gives each of them.
+        upload_cost : callable
+            Returns ``(fixed, per_rank)`` bytes of an upload.
+        full_rank : int
+            Rank of the global adapter.
+        rng : numpy.random.Generator
+            Of this round.
+        """
+        sampler = self.sampler
+        a = data_weights(clients)
+        fixed, per_rank = upload_cost()
+        outlook = Outlook(
+            server_round, clients, a, ranks, self.clock, (fixed, per_rank),
+            sketches=self.rule.sketches, full_rank=full_rank,
+        )  # fmt: skip
+        sampler.prepare(outlook)
+        trained = dict(zip((c.index for c in clients), sampler.ranks(clients, ranks), strict=True))
+        chosen = sampler.sample(clients, server_round, rng)
+        self._weigh(clients, a, trained, sampler.probabilities(clients))
+        for client in chosen:
+            self._asked[client.index] = self._asked.get(client.index, 0) + 1
+        return [(client, trained[client.index]) for client in chosen]
+
+    def _weigh(
+        self, clients: Sequence[Client], a: Array, trained: Mapping[int, int], q: Array | None
+    ) -> None:
+        self._weights, self.population = {}, None
+        if q is None:
+            return
+        masses: dict[int, float] = {}
+        for client, share, probability in zip(clients, a, q, strict=True):
+            i = client.index
+            masses[trained[i]] = masses.get(trained[i], 0.0) + float(share)
+            rate = (self._answered.get(i, 0) + 1) / (self._asked.get(i, 0) + 1)
+            self._weights[i] = self.sampler.server_rate * float(share) / (probability * rate)
+        self.population = Population(masses, self.ratio)
+
+    def weight(self, client: Client, reported: float) -> float:
+        """Return how much a client's update counts; ``reported`` without independent sampling."""
+        return self._weights.get(client.index, reported)
+
+    def answered(self, client: Client) -> None:
+        """Note that a client asked in this round sent a good reply in time."""
+        self._answered[client.index] = self._answered.get(client.index, 0) + 1
+
+    def finish(self, works: Sequence[Work], server_round: int) -> RoundTime:
+        """Return the time of a round that is over and add it to ``seconds``."""
+        time = self.clock.finish(works, server_round)
+        self.seconds += time.seconds
+        return time
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned, as JSON can hold it."""
+        return {
+            "seconds": self.seconds,
+            "asked": {str(i): n for i, n in self._asked.items()},
+            "answered": {str(i): n for i, n in self._answered.items()},
+            "sampler": self.sampler.state_dict(),
+            "clock": self.clock.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        self.seconds = state["seconds"]
+        self._asked = {int(i): n for i, n in state["asked"].items()}
+        self._answered = {int(i): n for i, n in state["answered"].items()}
+        self.sampler.load_state_dict(state["sampler"])
+        self.clock.load_state_dict(state["clock"])
+
+
+def data_weights(clients: Sequence[Client]) -> Array:
+    """Return each client's share of all examples, shape (n,), sum 1.
+
+    A client whose number of examples is not known counts as the mean of the known ones.
+    """
+    known = [c.num_examples for c in clients if c.num_examples]
+    mean = float(np.mean(known)) if known else 1.0
+    counts = np.array([c.num_examples or mean for c in clients], dtype=np.float64)
+    shares: Array = counts / max(counts.sum(), 1.0)
+    return shares

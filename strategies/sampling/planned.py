@@ -1,0 +1,379 @@
+"""Clients join as a plan says: the one that reaches the target soonest."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from logging import INFO, WARNING
+from typing import Any
+
+import numpy as np
+from flwr.common import log
+
+from strategies.clients import Client
+from strategies.sampling.base import Array, Estimator, Outlook, Restart, register
+from strategies.sampling.independent import BernoulliSampling
+from strategies.sampling.pilots import Pilots
+from strategies.wallclock.convergence import sampling_variance
+from strategies.wallclock.objective import Phi
+from strategies.wallclock.planner import Plan, plan
+
+# Data weights that moved by more than this share of their sum are worth another plan.
+_MOVED = 0.1
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What a plan was made for."""
+
+    server_round: int
+    clients: list[int]
+    ranks: list[int]
+    weights: list[float]
+
+    @classmethod
+    def of(cls, outlook: Outlook) -> _Basis:
+        return cls(
+            outlook.server_round,
+            [client.index for client in outlook.clients],
+            [int(rank) for rank in outlook.ranks],
+            [float(a) for a in outlook.weights],
+        )
+
+
+@register
+class PlannedSampling(BernoulliSampling):
+    """Measure how training converges, then plan whom to ask how often, for how much rank.
+
+    Adaptive federated LoRA [R]; the planner is `strategies.wallclock.planner`, with the certainty
+    of each step. A run has three parts:
+
+    - Pilot 1, rounds 1 to ``P = pilot_rounds``: everyone joins with the same probability, the
+      first of ``pilot_fractions``, at the rank the policy gives.
+    - Pilot 2, rounds P + 1 to 2 P, with the second, from the initial model again. α and β are
+      then fitted to the loss curves of both (`estimate_convergence`).
+    - The run itself, from the better of the two models, as planned. With a sketching rule the
+      plan chooses each client's rank up to the one it was given, and the variance of its update
+      grows by ``φ = R/k``; otherwise ranks stay, with φ = 1.
+
+    It plans again every ``replan_every`` rounds, and when clients come or go, the policy gives
+    other ranks, or a tenth of the data weights moved to other clients [D].
+
+    Nothing of this ends a run [D]. If the pilots cannot tell α from β, the cautious bound of
+    `estimate_convergence` is planned with. If they have no loss in common, or none was
+    reported, sampling stays uniform, with the larger of the pilots' probabilities. If the target
+    is out of reach even with everybody, everybody joins until the next plan is due; where the
+    clock has yet to measure, for a round. Each is logged as a warning and said in ``record``.
+
+    Parameters
+    ----------
+    pilot_rounds : int (default: 5)
+        ``P``, at least 2.
+    pilot_fractions : (float, float) (default: (0.2, 0.05))
+        Probabilities of the pilots, different, in (0, 1]. A pilot needs participants in most of
+        its rounds: with few clients take larger ones.
+    alpha, beta : float, optional
+        Constants of the number of rounds, > 0. With both there are no pilots.
+    replan_every : int (default: 0)
+        Plan again, with fresh estimates of speeds and channels, after this many rounds; 0: only
+        when it must.
+    q_min : float (default: 0.01)
+        Least probability of a client, in (0, 1].
+    idle_seconds : float (default: 0.0)
+        Time of a round in which nobody joins.
+    ranks : Sequence[int], optional
+        What a sketch may have; a client whose rank is below all of them sends its whole rank.
+        (default: powers of two up to the client's rank, and that rank itself)
+    seed : int (default: 42)
+        Of the planner's sets of participants; each plan draws from (seed, round).
+    estimator, server_rate
+        As in `BernoulliSampling`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or only one of alpha and beta is given.
+    """
+
+    name = "planned"
+    needs_weights = True
+
+    def __init__(
+        self,
+        *,
+        pilot_rounds: int = 5,
+        pilot_fractions: Sequence[float] = (0.2, 0.05),
+        alpha: float | None = None,
+        beta: float | None = None,
+        replan_every: int = 0,
+        q_min: float = 0.01,
+        idle_seconds: float = 0.0,
+        ranks: Sequence[int] | None = None,
+        seed: int = 42,
+        estimator: Estimator = "auto",
+        server_rate: float = 1.0,
+    ) -> None:
+        super().__init__(estimator=estimator, server_rate=server_rate)
+        if (alpha is None) != (beta is None):
+            raise ValueError("expected both alpha and beta, or neither, got one of them")
+        for what, value in (("alpha", alpha), ("beta", beta)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{what}: expected a number above 0, got {value!r}")
+        if replan_every < 0:
+            raise ValueError(f"replan_every: expected 0 (never) or more, got {replan_every!r}")
+        if not 0 < q_min <= 1:
+            raise ValueError(f"q_min: expected a number in (0, 1], got {q_min!r}")
+        if not (math.isfinite(idle_seconds) and idle_seconds >= 0):
+            raise ValueError(f"idle_seconds: expected 0 or more, got {idle_seconds!r}")
+        if ranks is not None and (not ranks or min(ranks) < 1):
+            raise ValueError(f"ranks: expected numbers of at least 1, got {list(ranks)!r}")
+        self.replan_every = replan_every
+        self.q_min = q_min
+        self.idle_seconds = idle_seconds
+        self.candidates = None if ranks is None else sorted(set(ranks))
+        self.seed = seed
+        self.pilots = Pilots(pilot_rounds, pilot_fractions) if alpha is None else None
+        #: α and β, once they are known.
+        self.convergence = None if alpha is None or beta is None else (alpha, beta)
+        self._concluded = False  # whether the pilots were evaluated
+        self._basis: _Basis | None = None
+        self._plan: Plan | None = None  # None where there could be none
+        self._k: dict[int, int] = {}
+        self._told: list[dict[str, Any]] = []
+
+    # ----- before a round ------------------------------------------------------------------
+
+    def restart(self, server_round: int) -> Restart | None:
+        """Return "start" before pilot 2, "back" after it if pilot 1 got further."""
+        return self.pilots.restart(server_round) if self.pilots else None
+
+    def prepare(self, outlook: Outlook) -> None:
+        """Run the pilots, then plan when that is due."""
+        if not outlook.clients:
+            return
+        running = self.pilots.running(outlook.server_round) if self.pilots else None
+        if self.pilots and running is not None:
+            chance = self.pilots.fractions[running]
+            self._uniform(outlook, chance)
+            self.pilots.learn_variance(
+                outlook.server_round,
+                sampling_variance(chance, outlook.weights, _phi(outlook)(np.array(outlook.ranks))),
+            )
+            return
+        if self.pilots and not self._concluded:
+            self._conclude(self.pilots, outlook.server_round)
+        if self.convergence is not None:
+            if cause := self._due(outlook):
+                self._make(outlook, *self.convergence, cause)
+        elif self.pilots:
+            self._uniform(outlook, max(self.pilots.fractions))
+
+    def _uniform(self, outlook: Outlook, chance: float) -> None:
+        self._q = {client.index: chance for client in outlook.clients}
+        self._k = {}
+
+    def _conclude(self, pilots: Pilots, server_round: int) -> None:
+        """Fit α and β, once."""
+        self._concluded = True
+        told: dict[str, Any] = {
+            "kind": "pilots",
+            "round": server_round,
+            "losses": [pilots.curve(pilot) for pilot in (0, 1)],
+            "continued": pilots.better() + 1,
+        }
+        try:
+            found = pilots.estimate()
+        except ValueError as error:
+            chance = max(pilots.fractions)
+            reason = f"{error}; sampling stays uniform with q = {chance:g}"
+            log(WARNING, "pilots: no estimate of alpha and beta: %s", reason)
+            told |= {"alpha": None, "beta": None, "reliable": False, "reason": reason}
+            self._told.append({**told, "spread": None, "residual": None, "variances": None})
+            return
+        self.convergence = found.alpha, found.beta
+        log(INFO if found.reliable else WARNING, "pilots: %s", found.summary())
+        told |= {"alpha": found.alpha, "beta": found.beta, "reliable": found.reliable}
+        told |= {"reason": found.reason, "variances": [pilots.variance(p) for p in (0, 1)]}
+        told |= {"spread": _finite(found.spread), "residual": _finite(found.residual)}
+        self._told.append(told)
+
+    # ----- plans ---------------------------------------------------------------------------
+
+    def _due(self, outlook: Outlook) -> str:
+        """Return why to plan before this round; empty: the last plan holds."""
+        old, new = self._basis, _Basis.of(outlook)
+        if old is None:
+            return "first plan"
+        if old.clients != new.clients:
+            return "clients came or went"
+        if old.ranks != new.ranks:
+            return "the ranks changed"
+        if np.abs(np.subtract(old.weights, new.weights)).sum() / 2 > _MOVED:
+            return "the data weights changed"
+        if self.replan_every and new.server_round - old.server_round >= self.replan_every:
+            return f"{new.server_round - old.server_round} rounds since the last plan"
+        return ""
+
+    def _make(self, outlook: Outlook, alpha: float, beta: float, cause: str) -> None:
+        began = time.perf_counter()
+        basis = _Basis.of(outlook)
+        same = self._basis is not None and self._basis.clients == basis.clients
+        options = [self._options(rank, outlook.sketches) for rank in basis.ranks]
+        reason, measured = "", False
+        try:
+            profiles = outlook.clock.profiles(
+                basis.clients, basis.weights, options,
+                outlook.upload_bytes, outlook.full_rank, basis.server_round,
+            )  # fmt: skip
+            measured = True
+            made = plan(
+                profiles,
+                alpha,
+                beta,
+                rng=np.random.default_rng([self.seed, basis.server_round]),
+                phi=_phi(outlook),
+                q_min=self.q_min,
+                idle_seconds=self.idle_seconds,
+                warm_start=self._plan if same else None,
+            )
+        except ValueError as error:  # a running deployment goes on
+            reason = f"{error}; until the next plan everybody joins"
+            log(WARNING, "round %s: no plan: %s", basis.server_round, reason)
+            self._plan = None
+            self._uniform(outlook, 1.0)
+        else:
+            self._plan = made
+            self._q = dict(zip(basis.clients, made.q.tolist(), strict=True))
+            self._k = dict(zip(basis.clients, made.k.tolist(), strict=True))
+            log(INFO, "plan (%s): %s", cause, made.summary())
+        # A clock that has yet to measure may know in a round; an unreachable target stays one.
+        self._basis = basis if measured else None
+        seconds = time.perf_counter() - began
+        self._told.append(self._plan_record(basis, alpha, beta, cause, reason, seconds))
+
+    def _options(self, rank: int, sketches: bool) -> list[int]:
+        """Return the ranks that a client may be sent instead of the one it was given."""
+        if not sketches:
+            return [rank]
+        if self.candidates is None:
+            return sorted({rank, *(2**i for i in range(rank.bit_length()))})
+        return [k for k in self.candidates if k <= rank] or [rank]
+
+    def _plan_record(
+        self, basis: _Basis, alpha: float, beta: float, cause: str, reason: str, seconds: float
+    ) -> dict[str, Any]:
+        made = self._plan
+        alternatives = {} if made is None else made.alternatives
+        rows = zip(basis.clients, basis.ranks, strict=True)
+        return {
+            "kind": "plan",
+            "round": basis.server_round,
+            "cause": cause,
+            "feasible": made is not None,
+            "reason": reason,
+            "alpha": alpha,
+            "beta": beta,
+            "round_seconds": None if made is None else made.round_seconds,
+            "rounds": None if made is None else made.rounds,
+            "total_seconds": None if made is None else made.total_seconds,
+            "alternatives": {name: _finite(total) for name, total in alternatives.items()},
+            "clients": [
+                {"client": i, "q": self._q[i], "rank": self._k.get(i, rank)} for i, rank in rows
+            ],
+            "planner_seconds": round(seconds, 4),
+        }
+
+    # ----- what the strategy asks and says ---------------------------------------------------
+
+    @property
+    def wants_loss(self) -> bool:
+        """Whether the pilots are still to be evaluated."""
+        return self.pilots is not None and not self._concluded
+
+    @property
+    def planned_seconds(self) -> float | None:
+        """Expected seconds of a round by the current plan; None without one."""
+        return None if self._plan is None else self._plan.round_seconds
+
+    def ranks(self, clients: Sequence[Client], ranks: Sequence[int]) -> list[int]:
+        """Return the planned ranks; without a plan, those given."""
+        pairs = zip(clients, ranks, strict=True)
+        return [min(rank, self._k.get(client.index, rank)) for client, rank in pairs]
+
+    def learn_loss(self, server_round: int, loss: float) -> None:
+        """Take the global loss during the pilots: always of one kind, on the same data."""
+        if self.pilots:
+            self.pilots.learn_loss(server_round, loss)
+
+    def record(self) -> Mapping[str, Any] | None:
+        """Return the next untold result of the pilots, or plan; None when all are told."""
+        return self._told.pop(0) if self._told else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the pilots' book, the estimate, the plan and what it was made for."""
+        made = self._plan
+        return {
+            "pilots": None if self.pilots is None else self.pilots.state_dict(),
+            "concluded": self._concluded,
+            "convergence": None if self.convergence is None else list(self.convergence),
+            "basis": None if self._basis is None else dict(vars(self._basis)),
+            "plan": None
+            if made is None
+            else {
+                **vars(made),
+                "q": made.q.tolist(),
+                "k": made.k.tolist(),
+                "alternatives": {name: _finite(t) for name, t in made.alternatives.items()},
+            },
+            "q": {str(index): q for index, q in sorted(self._q.items())},
+            "k": {str(index): k for index, k in sorted(self._k.items())},
+            "told": list(self._told),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        if self.pilots and state["pilots"]:
+            self.pilots.load_state_dict(state["pilots"])
+        self._concluded = bool(state["concluded"])
+        found = state["convergence"]
+        self.convergence = None if found is None else (float(found[0]), float(found[1]))
+        self._basis = None if state["basis"] is None else _Basis(**state["basis"])
+        self._plan = None
+        if (made := state["plan"]) is not None:
+            totals = made["alternatives"].items()
+            alternatives = {name: math.inf if t is None else t for name, t in totals}
+            q, k = np.array(made["q"], np.float64), np.array(made["k"], np.int64)
+            self._plan = Plan(**{**made, "q": q, "k": k, "alternatives": alternatives})
+        self._q = {int(index): float(q) for index, q in state["q"].items()}
+        self._k = {int(index): int(k) for index, k in state["k"].items()}
+        self._told = list(state["told"])
+
+    def summary(self) -> str:
+        """Return the settings in one line."""
+        parts = [f"q at least {self.q_min:g}"]
+        if self.pilots:
+            first, second = self.pilots.fractions
+            parts.append(f"pilots of {self.pilots.rounds} rounds with q = {first:g} and {second:g}")
+        elif self.convergence:
+            parts.append("alpha {:g}, beta {:g}".format(*self.convergence))
+        if self.replan_every:
+            parts.append(f"again every {self.replan_every} rounds")
+        return f"{self.name} ({', '.join(parts)})"
+
+
+def _phi(outlook: Outlook) -> Phi:
+    """Return what maps ranks to variance factors: ``R/k`` for sketches [D], else 1."""
+    if not outlook.sketches:
+        return np.ones_like
+    full = outlook.full_rank
+
+    def factor(k: Array) -> Array:
+        return full / k
+
+    return factor
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,149 @@
+"""The whole server state of a run: saved after rounds, put back when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from logging import INFO, WARNING
+from typing import Any, Protocol
+
+from flwr.app import MetricRecord
+from flwr.common import log
+from flwr.serverapp.strategy import Result
+
+from strategies.checkpoint import Checkpoint, Checkpoints, compare_fingerprints
+from strategies.messages import from_record, to_record
+from strategies.progress import Progress
+
+ASIDE = "aside."
+_HISTORY = (
+    "train_metrics_clientapp",
+    "evaluate_metrics_clientapp",
+    "evaluate_metrics_serverapp",
+)
+
+
+class Stateful(Protocol):
+    """What can save itself as JSON."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+
+
+class Saver:
+    """Saves a run's state every few rounds, and goes on from a saved one.
+
+    Everything random is drawn from the seed and the round, so no generator has a state of
+    its own to save: a resumed run draws what an uninterrupted one would have drawn.
+
+    Parameters
+    ----------
+    checkpoints : Checkpoints
+        Where, how often, and which to keep.
+    resume_from : str (default: "")
+        "latest", "best", or the path of a checkpoint; empty: a new run.
+    fingerprint : Mapping[str, bool or int or float or str]
+        The settings of the run; saved, and compared when it is resumed.
+    fatal, ignored : Iterable[str]
+        Settings that must be as they were, and those that may differ. All others that
+        differ are warned of by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing to resume from.
+    ValueError
+        If the checkpoint is damaged and no other is there, or a fatal setting differs.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        *,
+        resume_from: str = "",
+        fingerprint: Mapping[str, bool | int | float | str],
+        fatal: Iterable[str] = (),
+        ignored: Iterable[str] = (),
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.fingerprint = dict(fingerprint)
+        self.resumed: Checkpoint | None = None
+        #: The round that is resumed from; None for a new run.
+        self.round: int | None = None
+        if resume_from:
+            self.resumed = checkpoints.load(resume_from)
+            self.round = self.resumed.round
+            warnings, errors = compare_fingerprints(
+                self.resumed.fingerprint, self.fingerprint, fatal=set(fatal), ignored=set(ignored)
+            )
+            if errors:
+                raise ValueError(
+                    f"cannot resume from {self.resumed.path}:\n"
+                    + "\n".join(f"  - {problem}" for problem in errors)
+                )
+            for warning in warnings:
+                log(WARNING, "resume: %s", warning)
+
+    def resume(self, parts: Mapping[str, Stateful], progress: Progress, result: Result) -> int:
+        """Put everything back; return the round it was saved after, 0 for a new run.
+
+        Parameters
+        ----------
+        parts : Mapping[str, Stateful]
+            What has a state of its own, by name.
+        progress : Progress
+        result : Result
+            Gets the saved arrays and the history of metrics.
+        """
+        self.checkpoints.claim(self.resumed)
+        if self.resumed is None:
+            return 0
+        saved, self.resumed = self.resumed, None  # its arrays are not needed a second time
+        own = {k: t for k, t in saved.arrays.items() if not k.startswith(ASIDE)}
+        aside = {k.removeprefix(ASIDE): t for k, t in saved.arrays.items() if k not in own}
+        result.arrays = to_record(own)
+        progress.aside = to_record(aside) if aside else None
+        progress.rounds, progress.aside_rounds = saved.state["progress"]
+        for name, part in parts.items():
+            part.load_state_dict(saved.state[name])
+        for name in _HISTORY:
+            history: dict[int, MetricRecord] = getattr(result, name)
+            for server_round, metrics in saved.state["history"][name].items():
+                history[int(server_round)] = MetricRecord(metrics)
+        log(INFO, "resumed after round %s from %s", saved.round, saved.path)
+        return saved.round
+
+    def save(
+        self,
+        server_round: int,
+        num_rounds: int,
+        parts: Mapping[str, Stateful],
+        progress: Progress,
+        result: Result,
+        evaluation: Mapping[str, float],
+    ) -> None:
+        """Save everything if it is time; what cannot be written is warned of, and the run goes on.
+
+        Parameters
+        ----------
+        server_round, num_rounds : int
+        parts, progress, result
+            As in ``resume``.
+        evaluation : Mapping[str, float]
+            The server's scores of this round, by which the best is kept.
+        """
+        if not self.checkpoints.due(server_round, num_rounds):
+            return
+        arrays = from_record(result.arrays)
+        if progress.aside is not None:
+            arrays |= {ASIDE + k: t for k, t in from_record(progress.aside).items()}
+        state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        state["progress"] = [progress.rounds, progress.aside_rounds]
+        state["history"] = {
+            name: {str(r): dict(metrics) for r, metrics in getattr(result, name).items()}
+            for name in _HISTORY
+        }
+        score = self.checkpoints.score_of(evaluation)
+        self.checkpoints.save(server_round, arrays, state, self.fingerprint, score)

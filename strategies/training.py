@@ -1,0 +1,325 @@
+"""A plain training loop for clients, and what it shares with the one of Hugging Face.
+
+Both follow what a training message says beyond rank and scale: the round and client it
+seeds from, and self-pruning's penalty. Both return a ``TrainOutcome``, whose ``metrics``
+are what the clock reads. ``strategies.huggingface`` is the other one. Only torch is needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from strategies.client.peft_model import tail_penalty
+from strategies.client.profiling import LossesAndLabels
+from strategies.messages import CLIENT_KEY, ROUND_KEY, STEPS_KEY, TRAIN_SECONDS_KEY
+from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
+
+Batch = Mapping[str, Any]
+LossFn = Callable[[nn.Module, Batch], Tensor]
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+IGNORED = -100  # the label that Hugging Face models and cross_entropy leave out
+# None: no autocast.
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a client's training did.
+
+    Parameters
+    ----------
+    loss : float
+        Mean training loss over the steps, penalties left out; NaN or infinite if it diverged.
+    steps : int
+        Optimiser steps.
+    seconds : float
+        Wall-clock time of the training alone: without loading, profiling and messages.
+    num_examples : int
+        Rows there were to train on, the client's weight in an average.
+    """
+
+    loss: float
+    steps: int
+    seconds: float
+    num_examples: int
+
+    def metrics(self) -> dict[str, float]:
+        """Return ``loss``, ``seconds`` and ``steps``, as ``make_reply(metrics=…)`` takes them."""
+        return {"loss": self.loss, TRAIN_SECONDS_KEY: self.seconds, STEPS_KEY: self.steps}
+
+
+def train_loop(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: Mapping[str, Any] | None = None,
+    *,
+    steps: int | None = None,
+    learning_rate: float = 1e-3,
+    optimizer: OptimizerFactory | None = None,
+    accumulation: int = 1,
+    precision: str = "float32",
+    max_grad_norm: float = 1.0,
+    loss_fn: LossFn | None = None,
+    num_examples: int | None = None,
+    seed: int = 42,
+) -> TrainOutcome:
+    """Train what requires gradients, in place, where the model is.
+
+    Gradients of ``accumulation`` batches are summed so that the step equals one with a single
+    large batch: each batch counts with the labels in it that are not ``-100`` (the rows, with
+    a ``loss_fn`` of one's own), as in Hugging Face's ``Trainer``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As ``apply_adapter`` left it. Frozen parameters stay so; its mode is put back.
+    batches : Iterable[Mapping[str, Tensor]]
+        For example a ``DataLoader``. Tensors are moved to the model's device.
+    config : Mapping[str, Any], optional
+        The received config: round and client vary the seed, and self-pruning's penalty is
+        added to the loss.
+    steps : int, optional
+        Optimiser steps; ``batches`` starts over when it ends. Default: one pass.
+    learning_rate : float (default: 1e-3)
+        Of AdamW without weight decay.
+    optimizer : callable, optional
+        Makes another optimiser from the list of trained parameters.
+    accumulation : int (default: 1)
+        Batches of a step; the last step of a pass may have fewer.
+    precision : {"float32", "bfloat16", "float16"}
+        The two short ones compute under autocast; float16 with loss scaling as well
+        (default: "float32").
+    max_grad_norm : float (default: 1.0)
+        Gradient clipping; 0: none.
+    loss_fn : callable, optional
+        ``loss_fn(model, batch)`` returns the mean loss. Default: ``model(**batch).loss``.
+    num_examples : int, optional
+        Default: the length of ``batches.dataset``, or else the rows of a pass.
+    seed : int (default: 42)
+        Decides dropout, and the order of a ``DataLoader`` without a generator of its own.
+        The global random state is as before afterwards.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, nothing is trainable, or there are no batches.
+    """
+    if accumulation < 1 or (steps is not None and steps < 1):
+        raise ValueError(
+            f"expected accumulation and steps of at least 1, got {accumulation!r} and {steps!r}"
+        )
+    dtype = _autocast_type(precision)
+    trained = trainable(model)
+    device = trained[0].device
+    penalty = message_penalty(model, config or {})
+    measured = loss_fn or _own_loss
+    made = optimizer or (lambda p: torch.optim.AdamW(p, lr=learning_rate, weight_decay=0.0))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # type: ignore[attr-defined]
+    counted = _Rows(batches)
+    total, done = torch.zeros((), dtype=torch.float64, device=device), 0
+    start = time.perf_counter()
+    with _mode(model, training=True), _seeded(device, training_seed(config or {}, seed)):
+        optimiser = made(trained)
+        for group in islice(_groups(counted, accumulation, repeat=steps is not None), steps):
+            weights = [_weight(model, batch, own_loss=loss_fn is None) for batch in group]
+            optimiser.zero_grad()
+            if penalty is not None:
+                scaler.scale(penalty()).backward()  # type: ignore[no-untyped-call]
+            for batch, weight in zip(group, weights, strict=True):
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    loss = measured(model, _to(batch, device))
+                loss = loss.float() * (weight / max(1, sum(weights)))
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()  # read once at the end: each read would wait for a GPU
+            scaler.unscale_(optimiser)
+            if max_grad_norm:
+                nn.utils.clip_grad_norm_(trained, max_grad_norm)
+            scaler.step(optimiser)
+            scaler.update()
+            done += 1
+        optimiser.zero_grad()  # a resident model would otherwise keep the gradients' memory
+    if num_examples is None:
+        dataset = getattr(batches, "dataset", None)
+        num_examples = len(dataset) if hasattr(dataset, "__len__") else counted.most  # type: ignore[arg-type]
+    return TrainOutcome(float(total) / done, done, time.perf_counter() - start, num_examples)
+
+
+@torch.no_grad()
+def losses_and_labels(
+    model: nn.Module, batches: Iterable[Batch], *, precision: str = "float32"
+) -> LossesAndLabels:
+    """Return the loss of each sample and the labels, as AutoRank's profile needs them.
+
+    For Hugging Face models that classify, or predict tokens: the loss of a text is the mean
+    over its predicted tokens, and its labels are those tokens [D]. For other models measure
+    in your own function. Nothing is drawn: the model stays as it is, in evaluation mode
+    meanwhile.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Returns ``.logits``, of shape (rows, classes) or (rows, tokens, vocabulary).
+    batches : Iterable[Mapping[str, Tensor]]
+        With ``labels``, integers of shape (rows,) or (rows, tokens).
+    precision : str (default: "float32")
+        As in ``train_loop``.
+
+    Returns
+    -------
+    losses : ndarray, shape (rows,)
+    labels : ndarray, shape (rows,) or (predicted tokens,)
+
+    Raises
+    ------
+    ValueError
+        If there are no such labels.
+    """
+    dtype = _autocast_type(precision)
+    device = next(model.parameters()).device
+    losses: list[Tensor] = [torch.zeros(0)]
+    found: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
+    with _mode(model, training=False):
+        for batch in batches:
+            moved = _to(batch, device)
+            labels = moved.get("labels")
+            if labels is None or labels.is_floating_point() or labels.ndim > 2:
+                raise ValueError(
+                    "expected integer labels, one a row or one a token, got "
+                    f"{'none' if labels is None else f'{labels.dtype} of {tuple(labels.shape)}'}; "
+                    "measure the losses of this model in a function of your own"
+                )
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = model(**moved).logits
+            if _predicts_next(model):
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            each = nn.functional.cross_entropy(
+                logits.float().flatten(0, -2), labels.flatten(), reduction="none"
+            ).view(len(labels), -1)
+            kept = (labels != IGNORED).view(len(labels), -1)
+            losses.append((each.sum(1) / kept.sum(1).clamp(min=1)).cpu())
+            found.append(labels[labels != IGNORED].cpu())
+    return torch.cat(losses).numpy(), torch.cat(found).numpy()
+
+
+def training_seed(config: Mapping[str, Any], seed: int) -> int:
+    """Return a seed for this round and client, as the message names them."""
+    parts = [seed, int(config.get(ROUND_KEY, 0)), int(config.get(CLIENT_KEY, 0))]
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def message_penalty(model: nn.Module, config: Mapping[str, Any]) -> Callable[[], Tensor] | None:
+    """Return what a message asks to add to the loss (self-pruning), or None."""
+    weight, gamma = float(config.get(PENALTY_KEY, 0.0)), float(config.get(GAMMA_KEY, 1.0))
+    return (lambda: weight * tail_penalty(model, gamma)) if weight else None
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require gradients.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not found:
+        raise ValueError(
+            f"expected trainable weights in {type(model).__name__}, but none requires gradients; "
+            "make it with peft.get_peft_model"
+        )
+    return found
+
+
+class _Rows:
+    """Iterate over batches, and remember the rows of the longest pass."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+        self.most = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = 0
+        for batch in self.batches:
+            rows += _row_count(batch)
+            self.most = max(self.most, rows)
+            yield batch
+
+
+def _groups(batches: Iterable[Batch], size: int, *, repeat: bool) -> Iterator[list[Batch]]:
+    """Yield lists of ``size`` batches, fewer at the end of a pass."""
+    while True:
+        stream, empty = iter(batches), True
+        while group := list(islice(stream, size)):
+            empty = False
+            yield group
+        if empty:
+            raise ValueError("expected batches to train on, got none (again): pass a DataLoader "
+                             "or a list, which can be read more than once")  # fmt: skip
+        if not repeat:
+            return
+
+
+def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    loss: Tensor | None = model(**batch).loss
+    if loss is None:
+        raise ValueError(f"{type(model).__name__} returned no loss; have 'labels' in the batch, "
+                         "or pass loss_fn")  # fmt: skip
+    return loss
+
+
+def _weight(model: nn.Module, batch: Batch, *, own_loss: bool) -> int:
+    """Return how many terms the mean loss of a batch is over."""
+    labels = batch.get("labels") if own_loss else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return _row_count(batch)
+    if labels.ndim > 1 and _predicts_next(model):
+        labels = labels[..., 1:]
+    return int((labels != IGNORED).sum())
+
+
+def _row_count(batch: Batch) -> int:
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor)), 1)
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    # Hugging Face models say so; these shift the labels by one themselves.
+    return getattr(model, "loss_type", None) == "ForCausalLM"
+
+
+def _to(batch: Batch, device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _autocast_type(precision: str) -> torch.dtype | None:
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision: expected {', '.join(_PRECISIONS)}, got {precision!r}")
+    return _PRECISIONS[precision]
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    previous = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(previous)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    # Dropout draws from torch's global generator and takes no other.
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

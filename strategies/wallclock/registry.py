@@ -1,0 +1,44 @@
+"""Clocks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from strategies.naming import named
+from strategies.wallclock.channel import PROFILES, devices_from_csv
+from strategies.wallclock.clock import Clock
+from strategies.wallclock.measured import MeasuredClock
+from strategies.wallclock.simulated import SimulatedClock
+
+CLOCKS: dict[str, Callable[..., Clock]] = {
+    MeasuredClock.name: MeasuredClock,
+    **{profile: partial(SimulatedClock, profile) for profile in PROFILES},
+}
+
+
+def make_clock(name: str | Path, **options: Any) -> Clock:
+    """Return a clock by its name.
+
+    Parameters
+    ----------
+    name : str or Path
+        "measured", the name of a channel profile, or a CSV file of devices (``*.csv``, see
+        `devices_from_csv`).
+    **options
+        Of `MeasuredClock` or `SimulatedClock`; with a CSV file also ``profile``, the
+        surroundings of its devices. (default: "campus")
+
+    Raises
+    ------
+    ValueError
+        If there is no such clock, or an option or the file is not as it should be.
+    OSError
+        If the file cannot be read.
+    """
+    if str(name).lower().endswith(".csv"):
+        devices = devices_from_csv(name, options.pop("profile", "campus"))
+        return SimulatedClock(devices, **options)
+    return named(CLOCKS, str(name))(**options)

@@ -1,0 +1,184 @@
+"""What ``pip install`` of this project brings: the wheel, what it needs, and its types."""
+
+import ast
+import json
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+DECLARED = {"flwr", "numpy", "safetensors", "torch"}
+# Only for who has what it builds on installed anyway; nothing else in `strategies` imports it.
+FOR_OTHERS = {"strategies.huggingface"}
+
+pytest.importorskip("hatchling", reason="the wheel is built without a network")
+
+# Everything in `strategies`, used and not only imported; prints what is wrong.
+USE = """
+import importlib, json, pkgutil, sys
+import numpy as np
+import strategies
+wrong = []
+for module in pkgutil.walk_packages(strategies.__path__, "strategies."):
+    if not module.name.endswith(".__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:
+            wrong.append(module.name)
+from strategies import FedLoRA, presets
+from strategies.aggregation import AGGREGATIONS
+from strategies.sampling import SAMPLERS
+for name in AGGREGATIONS:
+    FedLoRA(aggregation=name)
+for name in SAMPLERS:
+    FedLoRA(sampling=name)
+for preset in vars(presets).values():
+    if isinstance(preset, type) and issubclass(preset, FedLoRA):
+        preset()
+print(json.dumps({"wrong": wrong, "from": strategies.__file__, "modules": sorted(sys.modules)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def needed(names):
+    """Return every distribution that pip installs for these, by what each declares."""
+    found, waiting = {}, sorted(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        try:
+            found[name] = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # for another platform, or it came with the system
+        for line in found[name].requires or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def clean(wheel, tmp_path_factory):
+    """Make an environment with the wheel and what it declares, and nothing else."""
+    venv = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    site = next(venv.glob("lib/python*/site-packages"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    for distribution in needed(DECLARED).values():
+        for top in {Path(file).parts[0] for file in distribution.files or ()} - {"..", "/"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    return venv / "bin" / "python"
+
+
+def test_the_wheel_declares_what_strategies_need_and_no_more(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        head = message_from_bytes(archive.read(name))
+    required = [Requirement(line) for line in head.get_all("Requires-Dist")]
+    unconditional = {r.name for r in required if r.marker is None}
+    assert unconditional == DECLARED
+    assert all("extra" in str(r.marker) for r in required if r.marker is not None)
+    assert head["License-Expression"] == "Apache-2.0"
+
+
+def test_the_wheel_ships_types_and_licence_and_no_tests(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        licence = next(n for n in names if n.endswith(".dist-info/licenses/LICENSE"))
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert {"strategies/py.typed", "fedlora_app/py.typed"} <= set(names)
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"strategies", "fedlora_app"}
+    packages = {path.parent for path in (ROOT / "strategies").rglob("*.py")}
+    assert all(f"{p.relative_to(ROOT).as_posix()}/__init__.py" in names for p in packages)
+
+
+def test_strategies_work_where_only_that_is_installed(clean, tmp_path):
+    for absent in ("peft", "transformers", "datasets", "ray", "matplotlib", "sklearn", "scipy"):
+        done = subprocess.run([clean, "-c", f"import {absent}"], capture_output=True, cwd=tmp_path)
+        assert done.returncode != 0, f"{absent} is there; the environment proves nothing"
+    done = subprocess.run([clean, "-I", "-c", USE], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found["wrong"]) <= FOR_OTHERS
+    assert Path(found["from"]).is_relative_to(clean.parents[1])
+    assert not [m for m in found["modules"] if m.split(".")[0] == "fedlora_app"]
+
+
+def test_strategies_never_import_the_app():
+    for path in (ROOT / "strategies").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not [n for n in names if n.split(".")[0] == "fedlora_app"], path
+
+
+@pytest.mark.slow
+def test_a_strictly_typed_project_can_use_them(clean, tmp_path):
+    """The examples of docs/extending.md and a consumer, under ``mypy --strict``."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    files = []
+    for i, block in enumerate(page.split("```python\n")[1:]):
+        files.append(tmp_path / f"own_{i}.py")
+        files[-1].write_text(block.split("```")[0], encoding="utf-8")
+    files.append(tmp_path / "consumer.py")
+    files[-1].write_text(CONSUMER, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(clean)]
+    done = subprocess.run(
+        [*command, "--cache-dir", str(tmp_path / "cache"), *files],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+CONSUMER = """
+from typing import assert_type
+
+from flwr.app import ArrayRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+
+from strategies import FedLoRA
+from strategies.aggregation import FlexLoRA, Update, make_aggregator
+from strategies.lora import Adapter
+from strategies.presets import AutoRank
+from strategies.ranks import ListRank, RankPolicy
+
+
+def serve(grid: Grid, arrays: ArrayRecord) -> Result:
+    policy = ListRank([4, 8], cycle=True)
+    assert_type(policy.max_rank, int)
+    strategy = FedLoRA(aggregation=FlexLoRA(), ranks=policy, scale=2.0)
+    assert_type(strategy.ranks, RankPolicy)
+    return strategy.start(grid=grid, initial_arrays=arrays, num_rounds=3)
+
+
+def combine(current: Adapter, updates: list[tuple[Adapter, float]]) -> Adapter:
+    rule = make_aggregator("flexlora")
+    return rule.aggregate(current, [Update(a, w) for a, w in updates]).adapter
+
+
+strategy: FedLoRA = AutoRank(min_rank=2, budget=8)
+"""
