@@ -192,7 +192,7 @@ answer=$(flwr run "$project" local --run-config "$work/run.toml" --format json) 
 run=${BASH_REMATCH[1]}
 echo "run $run on $superlink, $nodes SuperNodes"
 
-FEDLORA_LOCAL=$mark flwr log "$run" local --stream &
+FEDLORA_LOCAL=$mark setpriv --pdeathsig TERM flwr log "$run" local --stream &
 stream=$!
 while kill -0 "$stream" 2>/dev/null; do
     kill -0 "$link" 2>/dev/null || { why superlink && fail "the SuperLink ended"; }

@@ -11,6 +11,7 @@ import griffe
 
 NAMES = re.compile(r"\w+(, \w+)*")
 DEFAULT = re.compile(r",? \(default: (?P<value>.*)\)$")
+SHAPE = re.compile(r"(?<=\w), shape (?=\()")
 
 
 class Docstrings(griffe.Extension):
@@ -33,6 +34,8 @@ class Docstrings(griffe.Extension):
         if obj.docstring is None or not isinstance(obj, griffe.Class | griffe.Function):
             return
         signature = obj.parameters
+        # "ndarray, shape (n,)" would be read as a tuple of Python expressions.
+        obj.docstring.value = SHAPE.sub(" of shape ", obj.docstring.value)
         obj.docstring.parser = obj.docstring.parser or griffe.Parser.numpy
         untyped = {name for line in obj.docstring.lines if NAMES.fullmatch(line)
                    for name in line.split(", ")}  # fmt: skip

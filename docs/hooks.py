@@ -19,6 +19,8 @@ LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>\.\./[^)#]+)\)")
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Put in the table of the run config, and the paths of files that are not on the site."""
     folder = posixpath.dirname(page.file.src_uri)
+    if MARK in markdown:
+        markdown = markdown.replace(MARK, markdown_table().replace("<", "&lt;"))
 
     def outside(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, link["target"]))
@@ -27,4 +29,4 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         name = f"`{path.removeprefix('../')}`"
         return name if link["text"].strip("`") in name else f"{link['text']} ({name})"
 
-    return LINK.sub(outside, markdown.replace(MARK, markdown_table() if MARK in markdown else ""))
+    return LINK.sub(outside, markdown)

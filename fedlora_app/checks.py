@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from strategies.aggregation import AGGREGATIONS, make_aggregator
 from strategies.naming import named
+from strategies.ranks import RANK_POLICIES
+from strategies.sampling import SAMPLERS
 from strategies.wallclock import PROFILES
 
 if TYPE_CHECKING:
-    from fedlora_app.config import RunConfig
+    from fedlora_app.config import RanksConfig, RunConfig, SamplingConfig
+
+# Those that have keys of their own in the config; others get theirs from `options`.
+OWN_KEYS = {
+    "ranks": ("uniform", "list", "cycle", "reported", "quality", "autorank", "self-pruning"),
+    "sampling": ("fraction", "independent", "weighted", "statistical", "planned"),
+}
 
 
 def impossible(config: RunConfig) -> list[str]:
@@ -47,7 +56,7 @@ def impossible(config: RunConfig) -> list[str]:
                     f"train.precision = {config.train.precision!r} would round every merge; "
                     "use float32"
                 )
-            if config.sampling.policy != "fraction" and rule.sampling_refusal:
+            if config.sampling.policy in OWN_KEYS["sampling"][1:] and rule.sampling_refusal:
                 problems.append(
                     f"aggregation = {config.aggregation!r} cannot be used with sampling.policy = "
                     f"{config.sampling.policy!r}: {rule.sampling_refusal}"
@@ -78,9 +87,33 @@ def impossible(config: RunConfig) -> list[str]:
         )
     if config.method == "head" and config.lora.dora:
         problems.append("method = 'head' trains no LoRA modules; set lora.dora = false")
+    problems += _impossible_choice("ranks", config.ranks, RANK_POLICIES)
+    problems += _impossible_choice("sampling", config.sampling, SAMPLERS)
     problems += _impossible_ranks(config)
     problems += _impossible_sampling(config)
     return problems
+
+
+def _impossible_choice(
+    section: str, keys: RanksConfig | SamplingConfig, registry: Mapping[str, Callable[..., Any]]
+) -> list[str]:
+    """Return what is wrong with the name of a policy and its options."""
+    try:
+        make = named(registry, keys.policy)
+    except ValueError as error:
+        return [f"{section}.policy: {error}"]
+    if keys.policy in OWN_KEYS[section]:
+        if keys.options:
+            return [
+                f"{section}.options: {keys.policy!r} has keys of its own in [{section}]; options "
+                "are for what plugins register"
+            ]
+        return []
+    try:
+        make(**keys.settings())
+    except (TypeError, ValueError) as error:
+        return [f"{section}.options: {error}"]
+    return []
 
 
 def _impossible_sampling(config: RunConfig) -> list[str]:

@@ -53,6 +53,7 @@ from strategies.messages import (
     STEPS_KEY,
     TRAIN_SECONDS_KEY,
 )
+from strategies.privacy.mechanism import NOISE_KEY
 from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, profile_rows
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
 from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
@@ -84,6 +85,8 @@ class LoRAClient(NumPyClient):
         self.config = config
         self.node = node
         self.state = state
+        # Also where only the node wants it: nothing about its rows leaves but noised updates.
+        self.private = config.privacy.noise_multiplier > 0 or NOISE_KEY in node
 
     def get_properties(self, config: Settings) -> Settings:
         """Say who this is: what the node config holds, and a profile if that is asked for.
@@ -92,6 +95,10 @@ class LoRAClient(NumPyClient):
         same seed, and kept in the Flower state: asked again, nothing is computed.
         """
         told: Settings = {key: self.node[key] for key in IDENTITY_KEYS if key in self.node}
+        if self.private:
+            self._refuse(bool(config.get(PROFILE_KEY)), "a profile of its rows")
+            told.pop("num-examples", None)
+            return told
         if config.get(COUNT_KEY):
             told["num-examples"] = len(self._rows(json.loads(str(config[LABELS_KEY])))[0])
         if config.get(PROFILE_KEY):
@@ -114,6 +121,9 @@ class LoRAClient(NumPyClient):
         model = self._receive(parameters, config, len(labels))
         rows, held_out = self._rows(labels)
         extra: dict[str, Scalar] = {}
+        if self.private:
+            wanted = profile_wanted(config) or config.get(VALIDATE_KEY) or config.get(QUALITY_KEY)
+            self._refuse(bool(wanted), "numbers measured on its rows")
         if profile_wanted(config):  # of the received adapter, before it is trained
             found = profile(self.state, lambda: self._losses(model, rows, config), again=True)
             extra.update({key: found[key] for key in METRICS})
@@ -134,7 +144,9 @@ class LoRAClient(NumPyClient):
             extra[VALIDATION_LOSS] = score.loss
             # A model that gets nothing right still counts a little: weights are above 0.
             extra["quality"] = max(score.accuracy, 1e-6)
-        arrays = send(model, config, self.state)
+        arrays = send(model, config, self.state, node=self.node)
+        if self.private:
+            return [array.numpy() for array in arrays.values()], 1, {}
         metrics = {
             "loss": result.loss,
             TRAIN_SECONDS_KEY: result.seconds,
@@ -147,12 +159,21 @@ class LoRAClient(NumPyClient):
         self, parameters: NDArrays, config: Settings
     ) -> tuple[float, int, dict[str, Scalar]]:
         """Evaluate the received adapter on this node's validation rows."""
+        self._refuse(self.private, "scores on its rows")
         labels = json.loads(str(config[LABELS_KEY]))
         model = self._receive(parameters, config, len(labels))
         _, rows = self._rows(labels)
         result = self._evaluate(model, rows, len(labels))
         metrics: dict[str, Scalar] = {"accuracy": result.accuracy, "macro_f1": result.macro_f1}
         return result.loss, result.examples, metrics
+
+    @staticmethod
+    def _refuse(asked: bool, what: str) -> None:
+        if asked:
+            raise ValueError(
+                f"this node keeps its data private, but the message asks for {what}; see "
+                "docs/privacy.md for settings that need none"
+            )
 
     def _evaluate(self, model: PeftModel, rows: TokenizedRows, num_labels: int) -> EvalResult:
         c = self.config
@@ -266,7 +287,7 @@ _tokenizer = lru_cache(maxsize=1)(build_tokenizer)
 
 def client_fn(context: Context) -> Client:
     """Return the client of one node."""
-    config = RunConfig.from_flat(context.run_config)
+    config = RunConfig.from_flat(context.run_config, check=False)  # the server has
     return LoRAClient(config, dict(context.node_config), context.state).to_client()
 
 

@@ -11,7 +11,6 @@ A study file holds ``clients``, ``seeds``, ``target`` (an accuracy), and run-con
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tomllib
@@ -25,6 +24,10 @@ import numpy as np
 from flwr.common.config import flatten_dict
 
 from fedlora_app.config import ConfigError, RunConfig, Scalar
+from fedlora_app.plots import megabytes
+from fedlora_app.records import of_kind, plan_periods, read_json, read_records
+from fedlora_app.retiming import retime_folder, training_of
+from fedlora_app.study_plots import plot_ranks, plot_study
 from fedlora_app.superlink import SuperLink
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -95,29 +98,39 @@ class Run:
         return (self.folder / "summary.json").exists()
 
     def scores(self, target: float) -> dict[str, float]:
-        """Return final scores, and what it took to reach the target accuracy."""
-        summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        megabytes, reached = 0.0, {"MB to target": np.nan, "rounds to target": np.nan}
-        ranks: list[int] = []
-        for record in map(json.loads, lines):
-            if record["kind"] != "round":
-                continue
-            ranks += record["ranks"]
-            megabytes += (record["bytes_up"] + record["bytes_down"]) / 1e6
-            if np.isnan(reached["MB to target"]) and (record.get("server_accuracy") or 0) >= target:
-                reached = {"MB to target": megabytes, "rounds to target": record["round"]}
-        return {
+        """Return final scores, and what it took to reach the target accuracy.
+
+        The target is reached at the end of the first round whose accuracy on the server's test
+        rows is at least that; there is no interpolation between rounds.
+        """
+        summary = read_json(self.folder / "summary.json")
+        records = read_records(self.folder / "metrics.jsonl")
+        rounds = of_kind(records, "round")
+        ranks = [rank for r in rounds for rank in r["ranks"]]
+        totals = megabytes(rounds)
+        accuracies = [r.get("server_accuracy") or 0.0 for r in rounds]
+        at = next((i for i, accuracy in enumerate(accuracies) if accuracy >= target), None)
+        scores = {
             "accuracy": summary["accuracy"],
             "macro-F1": summary["macro_f1"],
             "mean rank": float(np.mean(ranks)) if ranks else np.nan,
-            "MB": megabytes,
-            **reached,
+            "MB": totals[-1],
+            "MB to target": np.nan if at is None else totals[at],
+            "rounds to target": np.nan if at is None else rounds[at]["round"],
         }
+        if any(r.get("clock_total") for r in rounds):
+            clock = [r.get("clock_total") or 0.0 for r in rounds]
+            scores["seconds"] = max(clock)
+            scores["seconds to target"] = np.nan if at is None else clock[at]
+        ratios = [np.mean(real) / plan["round_seconds"] for plan, real in plan_periods(records)]
+        if ratios:
+            scores["real / planned"] = float(np.mean(ratios))
+        return scores
 
 
 def execute(study: Study, folder: Path) -> int:
     """Run what is not done yet and return how many runs failed."""
+    reuse(study, folder)
     todo = [run for run in study.runs(folder) if not run.done]
     if not todo:
         return 0
@@ -125,6 +138,8 @@ def execute(study: Study, folder: Path) -> int:
     federation: Flat = {"num-supernodes": study.clients, "client-resources-num-cpus": 1}
     with SuperLink(simulation=True) as link:
         for number, run in enumerate(todo, start=1):
+            if run.done:  # timed again from one of the runs before it
+                continue
             name = f"[{number}/{len(todo)}] {run.setting}, {run.arm}, seed {run.seed}"
             print(f"{name} …", flush=True)
             shutil.rmtree(run.folder, ignore_errors=True)  # what an interrupted run left
@@ -135,10 +150,34 @@ def execute(study: Study, folder: Path) -> int:
             if status.completed:
                 scores = run.scores(study.target)
                 print("  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
+                reuse(study, folder)
             else:
                 failed += 1
                 print(f"  failed: {status.details}", file=sys.stderr, flush=True)
     return failed
+
+
+def reuse(study: Study, folder: Path) -> None:
+    """Time finished runs again for those that differ from them only in the clock."""
+    finished: list[tuple[Flat, Run]] = []
+    for run in study.runs(folder):
+        if run.done and "retimed_from" not in read_json(run.folder / "summary.json"):
+            training = training_of(run.config)
+            if training is not None:
+                finished.append((training, run))
+    for run in study.runs(folder):
+        if run.done or (training := training_of(run.config)) is None:
+            continue
+        source = next((other for known, other in finished if known == training), None)
+        if source is None:
+            continue
+        name = f"{run.setting}, {run.arm}, seed {run.seed}"
+        try:
+            retime_folder(source.folder, run.folder, run.config)
+        except ValueError as error:
+            print(f"{name}: cannot be timed from {source.folder}: {error}", file=sys.stderr)
+        else:
+            print(f"{name}: timed again from {source.folder}", flush=True)
 
 
 def tables(study: Study, folder: Path) -> str:
@@ -146,29 +185,30 @@ def tables(study: Study, folder: Path) -> str:
     lines: list[str] = []
     for setting in study.settings:
         lines += [f"**{setting}**", ""]
-        head: list[str] | None = None
-        for arm in study.arms:
-            done = [
+        arms = {
+            arm: [
                 run.scores(study.target)
                 for run in study.runs(folder)
                 if run.done and (run.setting, run.arm) == (setting, arm)
             ]
-            if not done:
-                continue
-            if head is None:
-                head = list(done[0])
-                lines += [
-                    "| arm | seeds | " + " | ".join(head) + " |",
-                    "|---" * (len(head) + 2) + "|",
-                ]
-            cells = [_cell([scores[key] for scores in done]) for key in head]
-            lines.append(f"| {arm} | {len(done)} | " + " | ".join(cells) + " |")
+            for arm in study.arms
+        }
+        # Not every arm has a plan: the columns are those of all arms.
+        head = list(dict.fromkeys(key for done in arms.values() for row in done for key in row))
+        if head:
+            lines += ["| arm | seeds | " + " | ".join(head) + " |", "|---" * (len(head) + 2) + "|"]
+        for arm, done in arms.items():
+            if done:
+                cells = [_cell([row[key] for row in done if key in row]) for key in head]
+                lines.append(f"| {arm} | {len(done)} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
 def _cell(values: list[float]) -> str:
     """Return mean ± spread; where not every seed got there, how many did."""
+    if not values:
+        return "–"
     x = np.array(values)
     known = x[~np.isnan(x)]
     if not len(known):
@@ -176,57 +216,6 @@ def _cell(values: list[float]) -> str:
     digits = 3 if abs(known).max() < 2 else 1
     cell = f"{known.mean():.{digits}f} ± {known.std():.{digits}f}"
     return cell if len(known) == len(x) else f"{cell} ({len(known)} of {len(x)})"
-
-
-def plot_ranks(run: Path, clients: int, file: Path) -> None:
-    """Draw the rank of each client above its label distribution.
-
-    Parameters
-    ----------
-    run : Path
-        Folder of a simulated run whose rank policy explained itself (``kind: ranks``).
-    clients : int
-        Simulated clients of that run.
-    file : Path
-        PNG to write.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from fedlora_app.data import load_train, partition_indices
-
-    config = RunConfig.from_flat(json.loads((run / "config.json").read_text(encoding="utf-8")))
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    book = [r for r in map(json.loads, lines) if r["kind"] == "ranks"][-1]
-    ranks = {entry["client"]: entry["rank"] for entry in book["clients"]}
-    rows = load_train(config.data)
-    shares = partition_indices(rows.labels, config.data, num_clients=clients, seed=config.seed)
-    classes = range(len(rows.label_names))
-    counts = np.array([[np.sum(rows.labels[share] == c) for c in classes] for share in shares])
-
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(7.5, 6), sharex=True, height_ratios=[1, 2]
-    )
-    x = np.arange(clients)
-    top.bar(x, [ranks.get(i, 0) for i in x], color="0.35")
-    for i in x:
-        top.text(i, ranks.get(i, 0), str(ranks.get(i, "–")), ha="center", va="bottom")
-    top.set_ylabel("LoRA rank")
-    top.set_title(f"{config.ranks.policy}, partition {config.data.partition}, seed {config.seed}")
-    top.margins(y=0.2)
-    below = np.zeros(clients)
-    for c in classes:
-        bottom.bar(x, counts[:, c], bottom=below, label=rows.label_names[c])
-        below += counts[:, c]
-    bottom.set_ylabel("training rows")
-    bottom.set_xlabel("client")
-    bottom.set_xticks(x)
-    bottom.legend(fontsize=8, ncols=2)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -252,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for (setting, arm), run in explained.items():
         file = folder / f"ranks-{setting}-{arm}.png"
         plot_ranks(run.folder, study.clients, file)
+        print(file)
+    for file in plot_study(study, folder):
         print(file)
     return 1 if failed else 0
 

@@ -21,6 +21,7 @@ from fedlora_app.fields import (
     unknown_key,
     values_of,
 )
+from fedlora_app.plugins import load
 
 __all__ = ["ConfigError", "RunConfig", "Scalar", "markdown_table", "toml_section"]
 
@@ -128,9 +129,9 @@ class RanksConfig:
         "cycle",
         "uniform (rank), list (one per client), cycle (list repeated), reported (node's max-rank), "
         "quality (low, the best high), autorank (by each client's data, min to max), "
-        "self-pruning (max, shrinking)",
-        choices=("uniform", "list", "cycle", "reported", "quality", "autorank", "self-pruning"),
+        "self-pruning (max, shrinking), or one of your own (see plugins)",
     )
+    options: str = option("", "policy of your own: its options, as in 'low=2, high=16'")
     rank: int = option(8, "uniform: rank of every client", low=1)
     list: str = option("4,8,16,32", "list and cycle: comma-separated ranks")
     min: int = option(4, "autorank and self-pruning: smallest rank", low=1)
@@ -196,6 +197,10 @@ class RanksConfig:
         """Return ``fallback``, or the smallest rank where none is named."""
         return self.fallback or self.min
 
+    def settings(self) -> dict[str, Scalar]:
+        """Return ``options`` as keyword arguments of a policy."""
+        return dict(key_values(self.options))
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -205,9 +210,10 @@ class SamplingConfig:
         "fraction",
         "fraction (so many, without replacement); each client by its own coin: independent (given "
         "probabilities), weighted (in proportion to its rows), statistical (rows times the size of "
-        "its updates), planned (what reaches the target soonest on the clock, by two pilots)",
-        choices=("fraction", "independent", "weighted", "statistical", "planned"),
+        "its updates), planned (what reaches the target soonest on the clock, by two pilots); or "
+        "one of your own (see plugins)",
     )
+    options: str = option("", "sampler of your own: its options, as in 'size=4'")
     fraction: float = option(
         0.6, "share of the clients in a round; of coins: the expected share", above=0, high=1
     )
@@ -251,6 +257,10 @@ class SamplingConfig:
         first, second = (float(part) for part in self.pilot_fractions.split(","))
         return first, second
 
+    def settings(self) -> dict[str, Scalar]:
+        """Return ``options`` as keyword arguments of a sampler."""
+        return dict(key_values(self.options))
+
 
 @dataclass(frozen=True)
 class ClockConfig:
@@ -284,6 +294,19 @@ class ClockConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of what clients send."""
+
+    noise_multiplier: float = option(
+        0.0,
+        "clients add Gaussian noise of so many times the clipping norm to what they send; 0: none",
+        low=0,
+    )
+    clip: float = option(1.0, "with noise: largest norm of a client's change", above=0)
+    delta: float = option(1e-5, "with noise: delta of the guarantee", above=0, high=0.5)
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Evaluation on the server and on the clients."""
 
@@ -306,6 +329,11 @@ class RunConfig:
         "lora (federated), head (baseline: only the head is trained) or "
         "local (baseline: every client alone, same number of steps)",
         choices=("lora", "head", "local"),
+    )
+    plugins: str = option(
+        "",
+        "comma-separated modules of your own that register rules, policies and samplers; imported "
+        "where the server runs",
     )
     aggregation: str = option("replication", "rule that combines the clients' adapters")
     aggregation_options: str = option(
@@ -347,11 +375,19 @@ class RunConfig:
     ranks: RanksConfig = field(default_factory=RanksConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     clock: ClockConfig = field(default_factory=ClockConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     @classmethod
-    def from_flat(cls, flat: Mapping[str, Scalar]) -> RunConfig:
+    def from_flat(cls, flat: Mapping[str, Scalar], *, check: bool = True) -> RunConfig:
         """Read ``{"data.alpha": 0.5, …}``; keys left out take their defaults.
+
+        Parameters
+        ----------
+        flat : Mapping[str, bool, int, float or str]
+        check : bool (default: True)
+            Whether to import ``plugins`` and to check names and combinations of keys. A client
+            leaves that to the server, and does not need the plug-ins.
 
         Raises
         ------
@@ -365,7 +401,9 @@ class RunConfig:
             if key not in known:
                 problems.append(unknown_key(key, list(known)))
         config: RunConfig = build(cls, flat, "", problems)
-        if not problems:
+        if check and not problems:
+            problems += load(config.plugins)
+        if check and not problems:
             from fedlora_app.checks import impossible  # needs the rules, and they need torch
 
             problems += impossible(config)
@@ -394,8 +432,12 @@ class RunConfig:
                 return max(self.rank_list())
             case "quality":
                 return self.ranks.high
-            case _:
+            case "reported" | "autorank" | "self-pruning":
                 return self.ranks.max
+            case own:
+                from strategies.ranks import make_rank_policy  # needs torch
+
+                return make_rank_policy(own, **self.ranks.settings()).max_rank
 
 
 def toml_section() -> str:

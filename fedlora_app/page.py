@@ -185,7 +185,8 @@ def warnings(run: RunFiles) -> str:
 def curves(run: RunFiles) -> str:
     """Return accuracy and loss over rounds and over seconds, and the data moved."""
     rounds = [
-        {**r, "megabytes": total} for r, total in zip(run.rounds, megabytes(run.rounds), strict=True)
+        {**r, "megabytes": total}
+        for r, total in zip(run.rounds, megabytes(run.rounds), strict=True)
     ]
     clock, label = "clock_total", f"seconds by the clock ({clock_name(run.config)})"
     if not run.timed:
@@ -196,9 +197,7 @@ def curves(run: RunFiles) -> str:
             series = {name: points(rounds, x, key) for key, name in keys.items()}
             over = "rounds" if x == "round" else "time"
             out.append(
-                line_chart(
-                    f"{title} over {over}", x_label, series, y_top=top, whole_x=x == "round"
-                )
+                line_chart(f"{title} over {over}", x_label, series, y_top=top, whole_x=x == "round")
             )
     moved = {"down and up, since the start": points(rounds, "round", "megabytes")}
     out.append(line_chart("MB moved", "round", moved, whole_x=True))

@@ -93,7 +93,7 @@ def _curves(file: Path, x: str, curves: dict[str, list[tuple[float, float]]]) ->
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    _save(figure, file)
+    save(figure, file)
 
 
 def _round_seconds(file: Path, rounds: Sequence[Record]) -> None:
@@ -126,10 +126,11 @@ def _round_seconds(file: Path, rounds: Sequence[Record]) -> None:
     right.set_xlabel("rounds as bottleneck")
     right.xaxis.get_major_locator().set_params(integer=True)
     right.set_visible(bool(counts))
-    _save(figure, file)
+    save(figure, file)
 
 
-def _save(figure: Any, file: Path) -> None:
+def save(figure: Any, file: Path) -> None:
+    """Write a figure as PNG and forget it."""
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot().close(figure)

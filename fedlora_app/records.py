@@ -54,6 +54,11 @@ def plain(value: Any) -> Any:
     return value
 
 
+def rounded(seconds: float | None) -> float | None:
+    """Return seconds with as many digits as mean something, whatever their size."""
+    return None if seconds is None else float(f"{seconds:.6g}")
+
+
 def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
     """Return the records of one kind, in order."""
     return [r for r in records if r.get("kind") == kind]

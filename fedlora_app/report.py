@@ -47,9 +47,7 @@ class RunFolder:
         overwritten.
     """
 
-    def __init__(
-        self, path: Path, config: RunConfig, *, resume_round: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, config: RunConfig, *, resume_round: int | None = None) -> None:
         self.path = path.expanduser().absolute()
         if resume_round is None:
             refuse_used(self.path)

@@ -33,6 +33,7 @@ from strategies.clients import Client
 from strategies.lora import Adapter
 from strategies.messages import from_record, to_record
 from strategies.model import GlobalModel
+from strategies.privacy import Privacy, PrivateRun
 from strategies.ranks import (
     AutoRank,
     ListRank,
@@ -41,6 +42,7 @@ from strategies.ranks import (
     ReportedRank,
     SelfPruningRank,
     UniformRank,
+    make_rank_policy,
 )
 from strategies.sampling import (
     FractionSampling,
@@ -49,6 +51,7 @@ from strategies.sampling import (
     Sampler,
     StatisticalSampling,
     WeightedSampling,
+    make_sampler,
 )
 from strategies.saving import Saver
 from strategies.wallclock import (
@@ -214,8 +217,10 @@ def make_ranks(config: RunConfig, score_fn: Callable[[Adapter], float] | None = 
             )
         case "self-pruning":
             return SelfPruningRank(r.max, gamma=r.gamma, penalty=r.penalty, min_rank=r.min)
-        case policy:
-            return ListRank(config.rank_list(), cycle=policy == "cycle")
+        case "list" | "cycle":
+            return ListRank(config.rank_list(), cycle=r.policy == "cycle")
+        case own:
+            return make_rank_policy(own, **r.settings())
 
 
 # Settings that a checkpoint's numbers depend on, and those that are nobody's business.
@@ -296,6 +301,7 @@ def make_strategy(
         "evaluate_every": config.evaluate.every,
         "saver": saver,
         "clip_norm": config.clip_norm,
+        "privacy": make_privacy(config),
         "stop_when": stop_at(config.stop_accuracy, folder.rounds),
         "listeners": [folder],
     }
@@ -315,6 +321,14 @@ def make_strategy(
     return FedLoRA(sampling=make_run_sampler(config), clock=clock, **settings)
 
 
+def make_privacy(config: RunConfig) -> PrivateRun | None:
+    """Return what keeps the clients' data private; None where that is not asked for."""
+    p = config.privacy
+    if not p.noise_multiplier:
+        return None
+    return PrivateRun(Privacy(p.clip, p.noise_multiplier), p.delta)
+
+
 def make_run_sampler(config: RunConfig) -> Sampler:
     """Return the sampler of the run config."""
     c = config.sampling
@@ -328,7 +342,7 @@ def make_run_sampler(config: RunConfig) -> Sampler:
             return WeightedSampling(c.fraction, q_min=c.q_min, **coins)
         case "statistical":
             return StatisticalSampling(c.fraction, q_min=c.q_min, **coins)
-        case _:
+        case "planned":
             return PlannedSampling(
                 pilot_rounds=c.pilot_rounds,
                 pilot_fractions=c.pilots(),
@@ -340,6 +354,8 @@ def make_run_sampler(config: RunConfig) -> Sampler:
                 seed=config.seed,
                 **coins,
             )
+        case own:
+            return make_sampler(own, **c.settings())
 
 
 def make_run_clock(config: RunConfig, model: PeftModel, test: TestSet) -> Clock:

@@ -51,7 +51,8 @@ overflow-wrap:normal}.right{text-align:right;white-space:nowrap}tr{break-inside:
 .track{min-width:110px;vertical-align:middle}
 .hbar{display:block;height:9px;border-radius:2px;background:var(--c)}
 .bars{width:100%}.bars td{border:0;white-space:nowrap}.bars .track{width:100%}
-.columns{columns:2 400px;margin-top:14px}.columns .wide{overflow:visible}.columns table{width:100%}.columns td:first-child{width:45%}
+.columns{columns:2 400px;margin-top:14px}.columns .wide{overflow:visible}
+.columns table{width:100%}.columns td:first-child{width:45%}
 .columns td{font-size:12px;padding:2px 8px}
 @media print{main{max-width:none;padding:0}body{font-size:11px}.wide{overflow:visible}
 th,td{padding:2px 5px}h2{break-after:avoid}}

@@ -97,7 +97,9 @@ class StreamingStrategy(Strategy):
             self.round_over(server_round, result)
             if self.reached(server_round):
                 break
-        log(INFO, "%s rounds in %s", self.round.number - done, duration(time.perf_counter() - began))
+        log(
+            INFO, "%s rounds in %s", self.round.number - done, duration(time.perf_counter() - began)
+        )
         return result
 
     def resume(self, result: Result) -> int:

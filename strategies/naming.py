@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 
 class Named(Protocol):
     """A class that says by which name it is found."""
 
-    name: str
+    name: ClassVar[str]
 
 
 T = TypeVar("T")

@@ -37,7 +37,8 @@ class Participation:
         self.rule = rule
         self.seconds = 0.0  # of all rounds so far
         self.population: Population | None = None
-        self._weights: dict[int, float] = {}  # of this round, by client index
+        self.weights: dict[int, float] = {}  # of this round, by client index
+        self.chances: dict[int, float] = {}  # to join this round, by client index
         self._asked: dict[int, int] = {}
         self._answered: dict[int, int] = {}
 
@@ -120,7 +121,7 @@ class Participation:
     def _weigh(
         self, clients: Sequence[Client], a: Array, trained: Mapping[int, int], q: Array | None
     ) -> None:
-        self._weights, self.population = {}, None
+        self.weights, self.chances, self.population = {}, {}, None
         if q is None:
             return
         masses: dict[int, float] = {}
@@ -128,12 +129,13 @@ class Participation:
             i = client.index
             masses[trained[i]] = masses.get(trained[i], 0.0) + float(share)
             rate = (self._answered.get(i, 0) + 1) / (self._asked.get(i, 0) + 1)
-            self._weights[i] = self.sampler.server_rate * float(share) / (probability * rate)
+            self.chances[i] = float(probability)
+            self.weights[i] = self.sampler.server_rate * float(share) / (probability * rate)
         self.population = Population(masses, self.ratio)
 
     def weight(self, client: Client, reported: float) -> float:
         """Return how much a client's update counts; ``reported`` without independent sampling."""
-        return self._weights.get(client.index, reported)
+        return self.weights.get(client.index, reported)
 
     def answered(self, client: Client) -> None:
         """Note that a client asked in this round sent a good reply in time."""

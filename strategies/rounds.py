@@ -89,6 +89,11 @@ class Round:
     time: RoundTime | None = None
     clock_total: float = 0.0
     planned_seconds: float | None = None
+    privacy: dict[str, float] = field(default_factory=dict)
+
+    def answered(self) -> list[Assignment]:
+        """Return those whose updates are in the aggregate."""
+        return [a for a in self.assignments.values() if a.status == "ok"]
 
     def accept(self, assignment: Assignment, reply: Reply) -> None:
         """Note a good reply."""
@@ -144,6 +149,7 @@ class Round:
             "clock_total": _rounded(self.clock_total),
             "bottleneck": self.time.bottleneck if self.time else None,
             "planned_seconds": _rounded(self.planned_seconds),
+            **self.privacy,
             **{f"server_{k}": v for k, v in self.evaluation.items()},
             **{f"clients_{k}": v for k, v in self.clients_evaluation.items()},
         }

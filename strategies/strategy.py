@@ -41,7 +41,7 @@ from strategies.messages import (
 from strategies.model import GlobalModel
 from strategies.packing import Packing
 from strategies.participation import Participation
-from strategies.privacy import clip_update
+from strategies.privacy import PrivateRun, clip_update
 from strategies.progress import Progress
 from strategies.ranks import RankPolicy, make_rank_policy
 from strategies.ranks.report import rank_record, rank_table
@@ -106,6 +106,9 @@ class FedLoRA(StreamingStrategy):
     clip_norm : float (default: 0.0)
         A client's change of more than this norm, over everything it sent, is scaled down to
         it; 0: none is.
+    privacy : PrivateRun, optional
+        Clients clip and noise what they send, and ε is in every round's record; settings
+        that would void the guarantee are refused (default: nothing of this).
     listeners : Iterable[callable]
         Called with a JSON-able record at each step: ``kind`` is ``round-start``, ``arrived``,
         ``ranks``, ``pilots``, ``plan``, ``client``, ``client-evaluation`` or ``round``.
@@ -142,6 +145,7 @@ class FedLoRA(StreamingStrategy):
         stop_when: Callable[[Mapping[str, float]], bool] | None = None,
         saver: Saver | None = None,
         clip_norm: float = 0.0,
+        privacy: PrivateRun | None = None,
         listeners: Iterable[Listener] = (),
     ) -> None:
         if client_api not in ("message", "numpy"):
@@ -197,6 +201,7 @@ class FedLoRA(StreamingStrategy):
         self.stop_when = stop_when
         self.saver = saver
         self.clip_norm = clip_norm
+        self.privacy = privacy
         self.weighted_by_key = weighted_by_key
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or aggregate_metricrecords
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or aggregate_metricrecords
@@ -226,8 +231,13 @@ class FedLoRA(StreamingStrategy):
             [ranks[client.node_id] for client in clients],
             lambda: packing.cost(self._rng(server_round, 3), upload_only=True),
             packing.model.adapter.rank,
-            self._rng(server_round, 0),
+            self.privacy.rng() if self.privacy else self._rng(server_round, 0),
         )
+        if self.privacy:
+            self.privacy.begin(
+                clients, [client for client, _ in chosen],
+                self.participation.weights, self.participation.chances,
+            )  # fmt: skip
         self._tell_plan()
         self.round = Round(
             server_round,
@@ -242,6 +252,8 @@ class FedLoRA(StreamingStrategy):
             settings = packing.config(config, client, parcel, rank)
             settings[MODEL_ROUND_KEY] = self.progress.rounds + 1
             settings.update(self.ranks.train_settings(client, server_round))
+            if self.privacy:
+                settings.update(self.privacy.privacy.settings())
             content = self.protocol.train(parcel.record, settings)
             messages.append(Message(content, client.node_id, "train"))
         works = [a.work() for a in self.round.assignments.values()]
@@ -286,6 +298,8 @@ class FedLoRA(StreamingStrategy):
                 if self.clip_norm:
                     adapter = self._clip(assignment, adapter)
                 quality = reply.metrics.get("quality")
+                if self.privacy:  # numbers of rows stay with the clients
+                    reply = replace(reply, weight=1.0)
                 weight = self.participation.weight(client, reply.weight)
                 self.aggregation.add(state, Update(adapter, weight, quality, parcel.download))
             except (ValueError, KeyError, TypeError, ArithmeticError) as error:
@@ -308,15 +322,20 @@ class FedLoRA(StreamingStrategy):
         aggregated = None
         if good:
             aggregated = self.train_metrics_aggr_fn(self._metrics(good), self.weighted_by_key)
-        if not self.round.assignments and self.participation.independent:
+        hides = self.privacy is not None and self.privacy.tops_up  # also that nobody joined
+        if not (self.round.assignments or hides) and self.participation.independent:
             return None, None  # nobody's coin fell so: a legal round
-        if self.round.accepted < self.min_replies:
+        if self.round.accepted < self.min_replies and not hides:
             log(WARNING, "round %s: %s good replies, fewer than min_replies = %s; the model "
                 "stays as it was", server_round, self.round.accepted, self.min_replies)  # fmt: skip
             return None, aggregated
         clock = time.perf_counter()
         try:
             result = self.aggregation.finish(state)
+            if self.privacy:
+                answered = [a.client.index for a in self.round.answered()]
+                result = replace(result, adapter=self.privacy.finish(result.adapter, answered))
+                self.round.privacy = self.privacy.spent()
             problems = result.adapter.non_finite()
         except (RuntimeError, ArithmeticError) as error:  # no decomposition, or an overflow
             problems = [str(error)]
@@ -400,6 +419,8 @@ class FedLoRA(StreamingStrategy):
         adapter = self._model_of(arrays).adapter
         self.aggregation.check(adapter)
         self.participation.check()
+        if self.privacy:
+            self.privacy.check(self)
         if self.aggregation.equal_ranks and self.ranks.may_differ and adapter.pairs:
             raise ValueError(
                 f"{self.aggregation.name} averages equal ranks only, but the rank policy "
@@ -462,10 +483,12 @@ class FedLoRA(StreamingStrategy):
 
     def _parts(self) -> dict[str, Stateful]:
         """Return what has a state that must last."""
+        private = {"privacy": self.privacy} if self.privacy else {}
         return {
             "ranks": self.ranks,
             "participation": self.participation,
             "roster": self.roster,
+            **private,
         }
 
     # ----- parts ---------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -135,6 +136,13 @@ def test_strategies_never_import_the_app():
             assert not [n for n in names if n.split(".")[0] == "fedlora_app"], path
 
 
+def test_every_paper_that_the_code_follows_is_cited():
+    named = re.compile(r"ar[Xx]iv(?:\.org/abs/|:| |\n *)(\d{4}\.\d{5})")
+    cited = set(named.findall((ROOT / "CITATION.cff").read_text(encoding="utf-8")))
+    for path in (ROOT / "strategies").rglob("*.py"):
+        assert set(named.findall(path.read_text(encoding="utf-8"))) <= cited, path
+
+
 @pytest.mark.slow
 def test_a_strictly_typed_project_can_use_them(clean, tmp_path):
     """The examples of docs/extending.md and a consumer, under ``mypy --strict``."""
@@ -151,6 +159,18 @@ def test_a_strictly_typed_project_can_use_them(clean, tmp_path):
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="`make docs` installs it")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = {"strategy": "strategies.FedLoRA", "client": "strategies.client.apply_adapter"}
+    for page, name in shown.items():
+        text = (tmp_path / "api" / f"{page}.html").read_text(encoding="utf-8")
+        assert f'id="{name}"' in text
 
 
 CONSUMER = """

@@ -19,6 +19,7 @@ from strategies.lora import factor_of
 from strategies.lora.algebra import resize
 from strategies.messages import SCALE_KEY, SEND_KEY, TRAIN_KEY, from_record, to_record
 from strategies.model import GlobalModel
+from strategies.privacy import Privacy
 from strategies.wire import WIRE_KEY, decode, encode
 
 # Where a client keeps the factors that never leave it, in its Flower state.
@@ -64,6 +65,8 @@ def receive(
         factor = factor_of(key)
         if factor is not None:
             parameter.requires_grad_(factor in trained)
+    # A private update is clipped by how far it moved from here.
+    model.fedlora_received = tensors if Privacy.asked(config) else None  # type: ignore[assignment]
 
 
 def send(
@@ -72,13 +75,24 @@ def send(
     state: RecordDict | None = None,
     *,
     adapter_name: str = "default",
+    node: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Return the arrays of the reply, by name and in the order the server expects.
+
+    Clipped and noised if the message asks for it (``strategies.privacy``).
 
     Parameters
     ----------
     model, config, state, adapter_name
         As in ``receive``. A trained factor that is not sent back is put into ``state``.
+    node : Mapping[str, Any], optional
+        The node config (``context.node_config``), in which a node may insist on a least
+        ``dp-noise-multiplier`` and a largest ``dp-clip``.
+
+    Raises
+    ------
+    ValueError
+        If ``state`` is needed and missing, or the message asks for less privacy than the node.
     """
     sent, trained = str(config.get(SEND_KEY, "AB")), str(config.get(TRAIN_KEY, "AB"))
     out: dict[str, Tensor] = {}
@@ -93,6 +107,8 @@ def send(
         if state is None:
             raise ValueError("this rule keeps a factor on the client; pass context.state")
         state[KEPT_KEY] = to_record(kept)
+    if privacy := Privacy.asked(config, node):
+        out = privacy.apply(model.fedlora_received, out)  # type: ignore[arg-type]
     return encode(out, str(config.get(WIRE_KEY, "float32")))
 
 

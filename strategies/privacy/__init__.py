@@ -17,6 +17,7 @@ from strategies.privacy.accounting import (
 )
 from strategies.privacy.checks import refuse_amplification, refuse_private
 from strategies.privacy.mechanism import Privacy, add_noise, clip_displacement, clip_update
+from strategies.privacy.run import PrivateRun
 
 __all__ = [
     "Fixed",
@@ -24,6 +25,7 @@ __all__ = [
     "Poisson",
     "Privacy",
     "PrivacyAccountant",
+    "PrivateRun",
     "add_noise",
     "central_epsilon",
     "clip_displacement",

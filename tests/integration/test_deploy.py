@@ -202,7 +202,7 @@ class Federation:
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         with self.log(name).open("wb") as log:
             child = subprocess.Popen(
-                command,
+                ["setpriv", "--pdeathsig", "TERM", *command],  # no longer than pytest
                 env=ENVIRONMENT | {"FLWR_HOME": str(self.folder / name)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 from flwr.common.config import flatten_dict
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -80,6 +81,8 @@ def tiny(tmp_path: Path, monkeypatch) -> dict:
 
 def test_the_app_tunes_a_tiny_model(tiny, run_config, tmp_path):
     from flowertune_llm import client_app, server_app
+    from flowertune_llm.data import load_split
+    from flowertune_llm.model import build_tokenizer
 
     changes = {**tiny, "steps": 20, "test-rows": 9, "learning-rate": 0.02, "sample-tokens": 5,
                "device-ranks": "2,4", "min-nodes": 2}  # fmt: skip
@@ -110,8 +113,11 @@ def test_the_app_tunes_a_tiny_model(tiny, run_config, tmp_path):
     sample = (folder / "sample.md").read_text()
     assert "## After round 0" in sample
     assert "## After round 3" in sample
-    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (4, 8.0)
+    # The adapter opens in PEFT as the model that was measured.
+    split = load_split(tiny["data"], tiny["model"], run_config["max-length"], 9, run_config["seed"])
+    opened = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+    found = server_app.perplexity(opened, split.test, build_tokenizer(tiny["model"]), batch_size=1)
+    assert found == pytest.approx(scores["3"], rel=1e-5)
 
 
 def test_the_loss_is_on_the_answer_alone(tiny):

@@ -3,6 +3,7 @@
 A small network is pretrained on upright digits; the clients' digits lie on their side.
 """
 
+from copy import deepcopy
 from functools import lru_cache
 
 import numpy as np
@@ -42,9 +43,9 @@ def load_test_data() -> tuple[Tensor, Tensor]:
 def pretrained() -> nn.Sequential:
     """Return a network trained on upright digits; a second's work, the same everywhere."""
     torch.manual_seed(0)
-    widths = (64, 64, 64)
-    hidden = [layer for m, n in zip(widths, widths[1:]) for layer in (nn.Linear(m, n), nn.ReLU())]
-    model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 10))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
     pixels, labels = (t[PRETRAINING] for t in images())
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(200):
@@ -57,7 +58,7 @@ def pretrained() -> nn.Sequential:
 
 def make_model(rank: int) -> PeftModel:
     """Return the pretrained network with a LoRA adapter on every layer."""
-    base = nn.Sequential(*pretrained())
+    base = deepcopy(pretrained())
     torch.manual_seed(0)
     config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=["1", "3", "5"])
     return get_peft_model(base, config)
