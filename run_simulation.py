@@ -3,7 +3,8 @@
 ``python run_simulation.py --clients 10 --rounds 6 --config aggregation=flexlora`` starts
 a SuperLink of its own, runs the app next to this file on it, shows what the app says and
 ends every process it started: at the end, on failure and on Ctrl-C. The exit code is 0
-only if the run completed (1: it failed, 2: the configuration is wrong, 130: Ctrl-C).
+only if the run completed (1: it failed, 2: the configuration is wrong, or a node of the
+Ray cluster named with ``--ray-address`` lacks something, 130: Ctrl-C).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from flwr.common.config import flatten_dict
 
+from fedlora_app import cluster
 from fedlora_app.config import ConfigError, RunConfig, Scalar
 from fedlora_app.console import Console
 from fedlora_app.report import refuse_used
@@ -75,6 +77,20 @@ def check_data(config: RunConfig, clients: int) -> None:
     partition_indices(rows.labels, config.data, num_clients=clients, seed=config.seed)
 
 
+def check_cluster(config: RunConfig, args: argparse.Namespace) -> None:
+    """Have every node of the Ray cluster load what a client needs, before the run starts.
+
+    Raises
+    ------
+    fedlora_app.cluster.ClusterError
+        If a node lacks something, or there is no such cluster.
+    """
+    room = cluster.check(
+        args.ray_address, config, cpus=args.cpus_per_client, gpus=args.gpus_per_client
+    )
+    print(f"Ray cluster at {args.ray_address}: {room} clients at once", flush=True)
+
+
 def simulate(
     project: Path, args: argparse.Namespace, config: RunConfig, changes: Mapping[str, Scalar]
 ) -> bool:
@@ -87,7 +103,7 @@ def simulate(
     }
     console = Console(output / "metrics.jsonl", config.rounds, verbose=args.verbose)
     print(f"{args.clients} simulated clients, {config.rounds} rounds → {output}", flush=True)
-    with SuperLink(simulation=True) as link, console:
+    with SuperLink(simulation=True, ray_address=args.ray_address) as link, console:
         run_id = link.run(project, changes, federation)
         for line in link.stream(run_id):
             console.show(line)
@@ -111,7 +127,9 @@ def main(argv: Sequence[str] | None = None, project: Path = PROJECT) -> int:
         config, changes = read_config(project, args)
         if project == PROJECT:
             check_data(config, args.clients)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+            if args.ray_address:
+                check_cluster(config, args)
+    except (ConfigError, ValueError, FileNotFoundError, cluster.ClusterError) as error:
         print(error, file=sys.stderr)
         return 2
     with _exit_on_signals():
@@ -210,6 +228,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--cpus-per-client", type=_count, default=1, help="CPUs of a client (default: 1)")
     add("--gpus-per-client", type=float, default=0.0, help="GPU share of a client (default: 0)")
+    add(
+        "--ray-address",
+        default=os.environ.get("RAY_ADDRESS", ""),
+        metavar="HOST:PORT",
+        help="simulate on this Ray cluster, or on this machine's: auto (default: RAY_ADDRESS from "
+        "the environment; without, on a Ray of its own)",
+    )
     add(
         "--resume",
         action="store_true",

@@ -53,7 +53,7 @@ from strategies.messages import (
     STEPS_KEY,
     TRAIN_SECONDS_KEY,
 )
-from strategies.privacy.mechanism import NOISE_KEY
+from strategies.privacy.mechanism import CLIP_KEY, NOISE_KEY
 from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, profile_rows
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
 from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
@@ -87,6 +87,10 @@ class LoRAClient(NumPyClient):
         self.state = state
         # Also where only the node wants it: nothing about its rows leaves but noised updates.
         self.private = config.privacy.noise_multiplier > 0 or NOISE_KEY in node
+        self.limits = dict(node)
+        if config.privacy.noise_multiplier:  # what the run promises, a message must not undercut
+            self.limits.setdefault(NOISE_KEY, config.privacy.noise_multiplier)
+            self.limits.setdefault(CLIP_KEY, config.privacy.clip)
 
     def get_properties(self, config: Settings) -> Settings:
         """Say who this is: what the node config holds, and a profile if that is asked for.
@@ -144,7 +148,7 @@ class LoRAClient(NumPyClient):
             extra[VALIDATION_LOSS] = score.loss
             # A model that gets nothing right still counts a little: weights are above 0.
             extra["quality"] = max(score.accuracy, 1e-6)
-        arrays = send(model, config, self.state, node=self.node)
+        arrays = send(model, config, self.state, node=self.limits)
         if self.private:
             return [array.numpy() for array in arrays.values()], 1, {}
         metrics = {

@@ -18,7 +18,7 @@ CSS = """
 *{box-sizing:border-box;print-color-adjust:exact;-webkit-print-color-adjust:exact}
 body{margin:0;background:var(--page);color:var(--ink);
 font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1080px;margin:0 auto;padding:24px 20px 48px}
+main{max-width:1160px;margin:0 auto;padding:24px 20px 48px}
 h1{font-size:24px;margin:0;overflow-wrap:anywhere}h2{font-size:17px;margin:32px 0 10px}
 h3{font-size:14px;margin:18px 0 6px}p{margin:4px 0}.sub{color:var(--soft)}
 .state{display:inline-block;padding:1px 10px;border-radius:10px;border:1px solid currentColor;
@@ -29,7 +29,7 @@ margin:8px 0 14px}.done{color:var(--s3)}.open{color:var(--late)}
 .tiles span,.tiles small{color:var(--soft)}.tiles b{font-size:22px;font-weight:600}
 .warning{border-left:4px solid var(--late);background:var(--card);padding:6px 12px;
 overflow-wrap:anywhere}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:12px}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(440px,100%),1fr));gap:12px}
 figure{margin:0;padding:10px 12px;break-inside:avoid;min-width:0}
 figcaption{margin-bottom:6px}figcaption b{display:block}
 .legend{display:flex;flex-wrap:wrap;gap:0 14px;color:var(--soft);font-size:12px}
@@ -45,17 +45,17 @@ stroke-linejoin:round}.dot,.bar,.cell{fill:var(--c)}
 .muted{--c:var(--muted)}.bad{--c:var(--bad)}.late{--c:var(--late)}.dash{--c:var(--ink)}
 .r0{--c:var(--r0)}.r1{--c:var(--r1)}.r2{--c:var(--r2)}.r3{--c:var(--r3)}.r4{--c:var(--r4)}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:3px 10px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
-overflow-wrap:anywhere}th{color:var(--soft);font-weight:500;font-size:12px;vertical-align:bottom;
-overflow-wrap:normal}.right{text-align:right;white-space:nowrap}tr{break-inside:avoid}
-.track{min-width:110px;vertical-align:middle}
+th,td{padding:3px 8px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
+font-size:12.5px;white-space:nowrap}.long{white-space:normal;overflow-wrap:anywhere;min-width:220px}
+th{color:var(--soft);font-weight:500;font-size:12px;vertical-align:bottom;white-space:normal}
+.right{text-align:right}tr{break-inside:avoid}.track{min-width:70px;vertical-align:middle}
 .hbar{display:block;height:9px;border-radius:2px;background:var(--c)}
 .bars{width:100%}.bars td{border:0;white-space:nowrap}.bars .track{width:100%}
 .columns{columns:2 400px;margin-top:14px}.columns .wide{overflow:visible}
 .columns table{width:100%}.columns td:first-child{width:45%}
 .columns td{font-size:12px;padding:2px 8px}
 @media print{main{max-width:none;padding:0}body{font-size:11px}.wide{overflow:visible}
-th,td{padding:2px 5px}h2{break-after:avoid}}
+th,td{padding:2px 3px;font-size:9px}.long{min-width:0}.track{min-width:30px}h2{break-after:avoid}}
 """
 
 

@@ -29,6 +29,8 @@ from typing import IO, Any, NamedTuple
 
 import psutil
 
+from fedlora_app.cluster import HOOK
+
 Scalar = bool | int | float | str
 
 MARK = "FEDLORA_RUN"
@@ -61,6 +63,9 @@ class SuperLink:
     simulation : bool (default: False)
         Simulate the SuperNodes of a run with Ray; otherwise real SuperNodes connect,
         for example those of ``start_supernode``.
+    ray_address : str (default: "")
+        Simulate on the Ray cluster with this address, and leave it running at the end;
+        empty: on a Ray of its own.
     timeout : float (default: 60)
         Seconds the SuperLink may take to come up.
 
@@ -73,8 +78,11 @@ class SuperLink:
     ...     print(link.status(run_id))
     """
 
-    def __init__(self, *, simulation: bool = False, timeout: float = 60) -> None:
+    def __init__(
+        self, *, simulation: bool = False, ray_address: str = "", timeout: float = 60
+    ) -> None:
         self.simulation = simulation
+        self.ray_address = ray_address
         self.timeout = timeout
         self.address = f"127.0.0.1:{_free_port()}"
         # Not below TMPDIR, which may be long: Ray keeps its sockets in here, and the path
@@ -294,7 +302,7 @@ class SuperLink:
         # This machine is not reached through a proxy that the caller may have.
         no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
         no_proxy = f"{no_proxy},127.0.0.1" if no_proxy else "127.0.0.1"
-        return os.environ | {
+        environment = os.environ | {
             MARK: self._mark,
             "PATH": os.pathsep.join([commands, os.environ.get("PATH", os.defpath)]),
             "FLWR_HOME": str(home or self.home),
@@ -302,9 +310,13 @@ class SuperLink:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
-            "RAY_TMPDIR": str(self.home),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
+        if self.ray_address:
+            return environment | {"RAY_ADDRESS": self.ray_address, "RAY_RUNTIME_ENV_HOOK": HOOK}
+        # Ray would attach to a cluster of this machine that it finds in either of them.
+        environment.pop("RAY_ADDRESS", None)
+        return environment | {"RAY_TMPDIR": str(self.home)}
 
 
 def _free_port() -> int:

@@ -8,6 +8,9 @@ from itertools import groupby
 from typing import Any
 
 
+LONG = 36  # characters of a cell that may be broken into lines
+
+
 def number(value: float | None) -> str:
     """Return a number as short as its size allows; a dash where there is none."""
     if value is None:
@@ -83,4 +86,6 @@ def _cell(tag: str, value: Any, right: bool) -> str:
         return f"<{tag} class=track>{value}</{tag}>"
     if value is None or isinstance(value, float):
         value = number(value)
-    return f"<{tag}{' class=right' if right else ''}>{escape(str(value))}</{tag}>"
+    text = str(value)
+    kind = " class=right" if right else " class=long" if len(text) > LONG else ""
+    return f"<{tag}{kind}>{escape(text)}</{tag}>"

@@ -1,5 +1,21 @@
 """Flower strategies for federated LoRA fine-tuning when clients differ."""
 
+from strategies.presets import (
+    AdaptiveSampling,
+    AutoRank,
+    FlexLoRA,
+    FLoRA,
+    HetLoRA,
+    Replication,
+)
 from strategies.strategy import FedLoRA
 
-__all__ = ["FedLoRA"]
+__all__ = [
+    "AdaptiveSampling",
+    "AutoRank",
+    "FLoRA",
+    "FedLoRA",
+    "FlexLoRA",
+    "HetLoRA",
+    "Replication",
+]

@@ -29,7 +29,10 @@ class Census:
     ----------
     protocol : Protocol
     min_nodes : int
-        Wait for this many nodes.
+        Wait for this many nodes before the first round.
+    least : int (default: 1)
+        And for this many, or ``min_nodes`` if that is less, before a later one: nodes that are
+        gone do not hold up a run.
     introduce : bool
         Whether to ask nodes who they are.
     counts : bool
@@ -43,6 +46,7 @@ class Census:
         protocol: Protocol,
         *,
         min_nodes: int,
+        least: int = 1,
         introduce: bool,
         counts: bool = False,
         timeout: float,
@@ -50,11 +54,13 @@ class Census:
     ) -> None:
         self.protocol = protocol
         self.min_nodes = min_nodes
+        self.least = min(least, min_nodes)
         self.introduce = introduce
         self.counts = counts
         self.timeout = timeout
         self.profile_timeout = profile_timeout
         self.roster = Roster()
+        self._here: dict[int, str] | None = None  # names of who was there last
 
     def take(
         self, grid: Grid, policy: RankPolicy, config: ConfigRecord, server_round: int
@@ -81,13 +87,25 @@ class Census:
         if asked := policy.to_profile(clients, server_round):
             self._profile(grid, policy, asked, config, server_round)
             clients = self.roster.present(node_ids)
+        self._compare(clients)
         return clients
+
+    def _compare(self, clients: Sequence[Client]) -> None:
+        """Log who is gone and who is new since the last time."""
+        before, self._here = self._here, {client.node_id: client.name for client in clients}
+        if before is None:
+            return
+        for node_id in before.keys() - self._here.keys():
+            log(WARNING, "%s is gone", before[node_id])
+        for node_id in self._here.keys() - before.keys():
+            log(INFO, "%s is here now", self._here[node_id])
 
     def _wait(self, grid: Grid) -> list[int]:
         told = False
-        while len(node_ids := list(grid.get_node_ids())) < self.min_nodes:
+        wanted = self.min_nodes if self._here is None else self.least
+        while len(node_ids := list(grid.get_node_ids())) < wanted:
             if not told:
-                log(INFO, "waiting for nodes: %s of %s", len(node_ids), self.min_nodes)
+                log(INFO, "waiting for nodes: %s of %s", len(node_ids), wanted)
                 told = True
             time.sleep(1)
         return node_ids

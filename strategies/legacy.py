@@ -58,8 +58,10 @@ class LegacyFedLoRA(Strategy):
     initial_arrays : ArrayRecord or Mapping[str, Tensor]
         What ``peft.get_peft_model_state_dict`` returns for a model of the largest rank.
     num_rounds : int, optional
-        That of the ``ServerConfig``: with it the log has a line for each round, and the last
-        round is evaluated whatever ``evaluate_every`` is.
+        That of the ``ServerConfig``: with it the log has a line for each round, the last
+        round is evaluated whatever ``evaluate_every`` is, and a resumed run ends after as many
+        rounds in all. Rounds that the server still calls for after that, or after
+        ``stop_when``, are empty.
     evaluate_fn : callable, optional
         ``(server_round, parameters, config) -> (loss, metrics) or None``, on the server.
         ``strategies.client.receive_parameters(model, parameters, config)`` loads them.
@@ -106,6 +108,7 @@ class LegacyFedLoRA(Strategy):
         self.result = Result(arrays=initial_arrays)
         self._parameters: Parameters | None = None  # result.arrays as the server knows them
         self._done = 0  # rounds of an earlier run that this one goes on with
+        self._over = False
         self._began = time.perf_counter()
 
     def __repr__(self) -> str:
@@ -123,7 +126,9 @@ class LegacyFedLoRA(Strategy):
         """
         self.engine.summary()
         self.engine.check(self.result.arrays)
+        self.engine.num_rounds = self.num_rounds or 0
         self._done = self.engine.resume(self.result)
+        self._over = self.num_rounds is not None and self._done >= self.num_rounds
         self._began = time.perf_counter()
         if not self._done and self.evaluate_fn is None:
             self.engine.round_over(0, self.result)
@@ -133,6 +138,8 @@ class LegacyFedLoRA(Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Return for each chosen client its own slice of the adapter, and its settings."""
+        if self._over:
+            return []
         number = self._done + server_round
         arrays = self.engine.starting_arrays(number, self._arrays(parameters))
         if arrays is not self.result.arrays:
@@ -173,8 +180,8 @@ class LegacyFedLoRA(Strategy):
     ) -> tuple[float, dict[str, Scalar]] | None:
         """Evaluate the adapter with ``evaluate_fn``, in the rounds that are evaluated."""
         number = self._done + server_round
-        resumed = server_round == 0 and self._done
-        if self.evaluate_fn is None or resumed or not (server_round == 0 or self._due(number)):
+        due = self._due(number) if server_round else not self._done  # a resumed run has been
+        if self.evaluate_fn is None or self._over or not due:
             return None
         arrays = self._arrays(parameters)
         config: dict[str, Scalar] = {
@@ -195,6 +202,8 @@ class LegacyFedLoRA(Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
         """Return for each client that evaluates the adapter at its own rank."""
+        if self._over:
+            return []
         number = self._done + server_round
         grid = ProxyGrid(client_manager)
         chosen = []
@@ -254,16 +263,16 @@ class LegacyFedLoRA(Strategy):
         return self.result.arrays
 
     def _due(self, number: int) -> bool:
-        return self.engine.evaluates(number) or number - self._done == self.num_rounds
+        return self.engine.evaluates(number) or number == self.num_rounds
 
     def _round_over(self, number: int) -> None:
         self._tell()
         if self.num_rounds is not None:
-            made = number - self._done
-            left = (time.perf_counter() - self._began) / made * (self.num_rounds - made)
-            line = self.engine.round_line(self._done + self.num_rounds, max(0.0, left))
+            each = (time.perf_counter() - self._began) / (number - self._done)
+            line = self.engine.round_line(self.num_rounds, each * (self.num_rounds - number))
             log(INFO, "%s", line)
         self.engine.round_over(number, self.result)
+        self._over = self.engine.reached(number) or number == self.num_rounds
 
     def _tell(self) -> None:
         for listener in self.engine.listeners:

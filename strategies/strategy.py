@@ -54,6 +54,9 @@ from strategies.wire import check_wire_dtype
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 
+# A node whose number of examples changes by more than this from round to round is not believed.
+COUNT_FACTOR = 10
+
 
 class FedLoRA(StreamingStrategy):
     """Federated LoRA: an aggregation rule, a rank policy, a sampler and a client protocol.
@@ -81,7 +84,8 @@ class FedLoRA(StreamingStrategy):
     min_replies : int (default: 1)
         With fewer good replies the model stays as it was.
     min_available_nodes : int (default: 1)
-        Wait for this many nodes before a round.
+        Wait for this many nodes before the first round, and for ``min_replies`` of them
+        before a later one.
     evaluate_fraction : float (default: 1.0)
         Share of the clients that evaluate the new model on their own data; 0: none.
     evaluate_every : int (default: 1)
@@ -191,6 +195,7 @@ class FedLoRA(StreamingStrategy):
         self.census = Census(
             self.protocol,
             min_nodes=min_available_nodes,
+            least=min_replies,
             introduce=asks if query is None else query,
             counts=counts,
             timeout=query_timeout,
@@ -300,6 +305,8 @@ class FedLoRA(StreamingStrategy):
                 quality = reply.metrics.get("quality")
                 if self.privacy:  # numbers of rows stay with the clients
                     reply = replace(reply, weight=1.0)
+                else:
+                    self._check_count(client, reply.weight)
                 weight = self.participation.weight(client, reply.weight)
                 self.aggregation.add(state, Update(adapter, weight, quality, parcel.download))
             except (ValueError, KeyError, TypeError, ArithmeticError) as error:
@@ -561,6 +568,21 @@ class FedLoRA(StreamingStrategy):
             metrics[self.weighted_by_key] = reply.weight
             records.append(RecordDict({"metrics": MetricRecord(metrics)}))
         return records
+
+    def _check_count(self, client: Client, count: float) -> None:
+        """Refuse a number of examples that cannot be: it would outweigh everybody else.
+
+        More than ten times from what the node said before, or a tenth of it, cannot be
+        (this project's decision). Before a node has said anything, every number can.
+        """
+        before = client.num_examples
+        if self.weighted_by_key != "num-examples" or not before:
+            return
+        if not before / COUNT_FACTOR <= count <= before * COUNT_FACTOR:
+            raise ReplyError(
+                f"num-examples is {count:g}, but this node reported {before} before; if its data "
+                "have really changed so much, let it join the next run instead"
+            )
 
     def _clip(self, assignment: Assignment, adapter: Adapter) -> Adapter:
         """Scale a client's change down to ``clip_norm``."""

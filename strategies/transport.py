@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 # Replies past this many unanswered messages stay on the SuperLink, not in this process.
@@ -26,6 +26,9 @@ def exchange(
     The order makes a sum over replies the same to the last bit, whoever answers first.
     At most ``window`` replies are held here while an earlier one is outstanding.
 
+    For a node that is gone, or whose reply was lost, the SuperLink answers with an error in
+    its own name; here it comes in the name of the node.
+
     Parameters
     ----------
     grid : Grid
@@ -40,9 +43,12 @@ def exchange(
         Pause between looks at the SuperLink.
     """
     pending: list[str] = []
+    asked: dict[str, tuple[int, str]] = {}
     for message in messages:
         pushed = [str(i) for i in grid.push_messages([message]) if i]
         pending += pushed  # empty when the node is gone
+        node = message.metadata.dst_node_id, message.metadata.message_type
+        asked.update(dict.fromkeys(pushed, node))
     early: dict[str, Message] = {}
     deadline = time.monotonic() + timeout
     while pending:
@@ -50,7 +56,9 @@ def exchange(
         # At the deadline, one last look at everything.
         wanted = [i for i in pending[: None if late else window] if i not in early]
         for reply in grid.pull_messages(wanted) if wanted else ():
-            early[reply.metadata.reply_to_message_id] = reply
+            message_id = reply.metadata.reply_to_message_id
+            reply = _in_the_name_of(*asked[message_id], reply)
+            early[message_id] = reply
             if on_arrival is not None:
                 on_arrival(reply)
         while pending and (late or pending[0] in early):
@@ -59,3 +67,10 @@ def exchange(
                 yield early.pop(first)
         if pending:
             time.sleep(poll_seconds)
+
+
+def _in_the_name_of(node_id: int, message_type: str, reply: Message) -> Message:
+    """Return a reply as it is, or the SuperLink's error as one of the node that was asked."""
+    if not reply.has_error() or reply.metadata.src_node_id == node_id:
+        return reply
+    return Message(reply.error, reply_to=Message(RecordDict(), node_id, message_type))

@@ -162,7 +162,7 @@ def test_numbers_that_json_lacks_become_null_at_any_depth(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_does_not_end_the_run(tmp_path):
     folder = RunFolder(tmp_path / "run", RunConfig())
-    folder._metrics = Path("/dev/full").open("a", buffering=1)
+    folder._metrics = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
     folder(round_record(1))
     assert len(folder.rounds) == 1
     with pytest.raises(OSError, match="No space"):
@@ -207,8 +207,6 @@ def test_rounds_belong_to_the_plan_before_them():
 class Reader(HTMLParser):
     """Collects tags and text, and checks that every tag is closed in its turn."""
 
-    VOID = {"meta", "br", "hr", "img", "link", "input"}
-
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags, self.attributes, self.words, self.open = [], [], [], []
@@ -218,7 +216,7 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in self.VOID:
+        if tag not in ("meta", "img", "link"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -244,12 +242,8 @@ def test_the_page_is_whole_and_asks_for_nothing(tmp_path):
     assert not any(
         name in ("src", "href") or name.startswith("on") for name, _ in reader.attributes
     )
-    assert (
-        "http:" not in text
-        and "https:" not in text
-        and "url(" not in text
-        and "@import" not in text
-    )
+    for word in ("http:", "https:", "url(", "@import"):
+        assert word not in text
 
 
 def test_what_clients_say_is_text(tmp_path):

@@ -79,13 +79,14 @@ def tiny(tmp_path: Path, monkeypatch) -> dict:
             "output": str(tmp_path / "out")}  # fmt: skip
 
 
-def test_the_app_tunes_a_tiny_model(tiny, run_config, tmp_path):
+@pytest.mark.parametrize("rule", ["flexlora", "fedex"])  # fedex merges a part into the base
+def test_the_app_tunes_a_tiny_model(tiny, run_config, tmp_path, rule):
     from flowertune_llm import client_app, server_app
     from flowertune_llm.data import load_split
     from flowertune_llm.model import build_tokenizer
 
     changes = {**tiny, "steps": 20, "test-rows": 9, "learning-rate": 0.02, "sample-tokens": 5,
-               "device-ranks": "2,4", "min-nodes": 2}  # fmt: skip
+               "device-ranks": "2,4", "min-nodes": 2, "aggregation": rule}  # fmt: skip
     assert changes.keys() < run_config.keys()
     run_config.update(changes)
     contexts = {
@@ -148,6 +149,7 @@ def test_a_device_says_its_own_limit(tiny, run_config):
 
 @packages
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_packaged_model_is_converted_once_by_whoever_is_first(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLE))

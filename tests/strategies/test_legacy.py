@@ -17,11 +17,13 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.supercore.task_identity import TaskIdentity
 
 from strategies import FedLoRA
+from strategies.checkpoint import Checkpoints
 from strategies.legacy import LegacyFedLoRA
 from strategies.lora import Adapter, factor_of
 from strategies.messages import from_record, to_record
 from strategies.proxy_grid import node_id_of
 from strategies.ranks import AutoRank, ListRank, ReportedRank
+from strategies.saving import Saver
 from tests.fakes import FakeGrid, random_adapter
 
 NODES = [901, 17, 455]
@@ -339,6 +341,43 @@ def test_a_process_without_an_identity(monkeypatch):
     ((proxy, _),) = legacy.configure_evaluate(1, legacy._current(), manager)
     answer = EvaluateRes(Status(Code.OK, ""), loss=1.0, num_examples=3, metrics={"x": 2})
     assert legacy.aggregate_evaluate(1, [(proxy, answer)], []) == (1.0, {"x": 2})
+
+
+def test_a_resumed_run_ends_as_if_nothing_had_happened(tmp_path):
+    def strategy(folder, num_rounds, resume_from=""):
+        saver = Saver(Checkpoints(folder), resume_from=resume_from, fingerprint={"a": 1})
+        scores.clear()
+        return LegacyFedLoRA(
+            engine(saver=saver, evaluate_fraction=0),
+            initial(),
+            num_rounds=num_rounds,
+            evaluate_fn=lambda number, arrays, config: (scores.append(number), (1.0, {}))[1],
+        )
+
+    scores = []
+    expected = strategy(tmp_path / "whole", 4)
+    serve(expected, rounds=4)
+    assert scores == [0, 1, 2, 3, 4]
+    serve(strategy(tmp_path / "parts", 2), rounds=2)
+    resumed = strategy(tmp_path / "parts", 4, "latest")
+    _, server = serve(resumed, rounds=4)  # the server does not know of the two rounds before
+    assert scores == [3, 4]
+    assert arrays_of(resumed) == arrays_of(expected)
+    assert server.parameters.tensors == list(arrays_of(expected).values())
+
+
+def test_it_stops_when_the_scores_say_so():
+    records = []
+    legacy = LegacyFedLoRA(
+        engine(stop_when=lambda scores: scores["loss"] < 0.6, listeners=[records.append]),
+        initial(),
+        num_rounds=5,
+        evaluate_fn=lambda number, arrays, config: (1 / (number + 1), {}),
+        on_evaluate_config_fn=mine,
+    )
+    history, _ = serve(legacy, rounds=5)
+    assert [r["round"] for r in records if r["kind"] == "round"] == [0, 1]
+    assert dict(history.losses_centralized) == {0: 1.0, 1: 0.5}
 
 
 def test_wrong_settings_are_said_at_once():

@@ -8,11 +8,21 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Error, MetricRecord, RecordDict
 
-from strategies import FedLoRA
+from strategies import (
+    AdaptiveSampling,
+    AutoRank,
+    FedLoRA,
+    FlexLoRA,
+    FLoRA,
+    HetLoRA,
+    Replication,
+)
 from strategies.checkpoint import Checkpoints
 from strategies.lora import Adapter
 from strategies.messages import from_record, to_record
 from strategies.model import GlobalModel
+from strategies.privacy import Privacy, PrivateRun
+from strategies.ranks import AutoRank as AutoRankPolicy
 from strategies.ranks import ListRank, UniformRank
 from strategies.sampling import FractionSampling, IndependentSampling, PlannedSampling
 from strategies.saving import Saver
@@ -281,3 +291,81 @@ def test_another_setting_is_refused_or_warned_of_by_name(tmp_path, caplog):
         Saver(checkpoints, resume_from="latest", fingerprint={"rule": "flora"}, fatal=["rule"])
     Saver(checkpoints, resume_from="latest", fingerprint={"rule": "flora"})
     assert "rule" in caplog.text
+
+
+def test_presets_take_any_setting_of_the_strategy():
+    for preset in (AdaptiveSampling, AutoRank, FLoRA, FlexLoRA, HetLoRA, Replication):
+        strategy = preset(scale=2.0, seed=7, client_api="numpy")
+        assert (strategy.scale, strategy.seed) == (2.0, 7)
+    assert AutoRank(aggregation="flexlora").aggregation.name == "flexlora"
+
+
+def test_adaptive_sampling_runs_by_its_name():
+    records = []
+    strategy = AdaptiveSampling(
+        clock=clock(), pilot_rounds=2, pilot_fractions=(1.0, 0.5), ranks=UniformRank(4),
+        scale=2.0, evaluate_fraction=0.0, listeners=[records.append],
+    )  # fmt: skip
+    start = to_record(random_adapter(4, seed=0).to_state_dict())
+    strategy.start(FakeGrid(NODES, client), start, num_rounds=5, timeout=1, evaluate_fn=evaluated)
+    (plan,) = books(records, "plan")
+    assert plan["feasible"]
+    assert len(plan["clients"]) == 6
+
+
+def test_autorank_and_the_planner_together():
+    """AutoRank says how much rank a client deserves, the planner how much of it to send."""
+
+    def profiled(message):
+        if message.metadata.message_type == "query":
+            index = PARTITION[message.metadata.dst_node_id]
+            own = {"partition-id": index, "num-examples": COUNTS[index]}
+            own |= {"loss-entropy": index + 1.0, "label-entropy": 0.3 * index}
+            return query_reply(**own, **{"gini-simpson": 0.1 * index})
+        return client(message)
+
+    records = []
+    strategy = AdaptiveSampling(
+        clock=clock(), pilot_rounds=2, pilot_fractions=(1.0, 0.5),
+        ranks=AutoRankPolicy(2, 8), scale=2.0, evaluate_fraction=0.0,
+        listeners=[records.append],
+    )  # fmt: skip
+    start = to_record(random_adapter(8, seed=0).to_state_dict())
+    grid = FakeGrid(NODES, profiled)
+    strategy.start(grid, start, num_rounds=6, timeout=1, evaluate_fn=evaluated)
+    deserved = {c["client"]: c["rank"] for c in books(records, "ranks")[0]["clients"]}
+    (plan,) = books(records, "plan")
+    sent = {c["client"]: c["rank"] for c in plan["clients"]}
+    assert deserved[0] == 2
+    assert deserved[5] == 8
+    assert all(sent[i] <= deserved[i] for i in sent)
+
+
+def test_a_private_run_refuses_what_leaves_without_noise_and_counts_what_it_spends():
+    privacy = PrivateRun(Privacy(clip=0.5, noise_multiplier=1.0))
+    with pytest.raises(ValueError, match=r"scores|own rows"):
+        run(privacy=privacy, evaluate_fraction=1.0)
+    with pytest.raises(ValueError, match=r"planned.*numbers of rows"):
+        run(privacy=privacy, sampling=PlannedSampling())
+    settings = []
+
+    def listen(message):
+        if message.metadata.message_type == "train":
+            settings.append(dict(message.content["config"]))
+        return client(message)
+
+    ranks = UniformRank(4)
+    _, records, _ = run(privacy=privacy, ranks=ranks, handler=listen, rounds=2)
+    assert {s["dp-clip"] for s in settings} == {0.5}
+    one, two = (book["epsilon_local"] for book in books(records))
+    assert 0 < one < two
+
+
+def test_coins_hide_who_joined_behind_the_servers_noise():
+    """Also a round that nobody joined must change the model."""
+    privacy = PrivateRun(Privacy(clip=0.5, noise_multiplier=1.0))
+    coins = IndependentSampling(1e-9, estimator="unbiased")
+    model, records, _ = run(privacy=privacy, ranks=UniformRank(4), sampling=coins)
+    assert books(records)[0]["clients"] == 0
+    assert not same(model, random_adapter(4, seed=0))
+    assert "epsilon_central" in books(records)[0]

@@ -20,8 +20,9 @@ from transformers import DataCollatorForSeq2Seq
 from flowertune_llm.data import Question, Row, load_split, prompt
 from flowertune_llm.model import build_model, build_tokenizer
 from strategies import FedLoRA
-from strategies.client import adapter_state, receive
-from strategies.messages import SCALE_KEY, from_record, to_record
+from strategies.client import adapter_state, load_adapter
+from strategies.messages import from_record, to_record
+from strategies.model import GlobalModel
 from strategies.ranks import ReportedRank
 
 if TYPE_CHECKING:
@@ -38,10 +39,8 @@ def main(grid: Grid, context: Context) -> None:
     name, seed, scale = str(run["model"]), int(run["seed"]), float(run["scale"])
     max_rank = max(int(rank) for rank in str(run["device-ranks"]).split(","))
     split = load_split(str(run["data"]), name, int(run["max-length"]), int(run["test-rows"]), seed)
-    model, tokenizer = (
-        build_model(name, rank=max_rank, scale=scale, seed=seed),
-        build_tokenizer(name),
-    )
+    model = build_model(name, rank=max_rank, scale=scale, seed=seed)
+    tokenizer = build_tokenizer(name)
     folder = Path(str(run["output"]) or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-llm")
     folder.mkdir(parents=True, exist_ok=True)
     metrics = folder / "metrics.jsonl"
@@ -50,7 +49,9 @@ def main(grid: Grid, context: Context) -> None:
     rounds, asked = int(run["rounds"]), split.test_questions[0]
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        receive(model, from_record(arrays), {SCALE_KEY: scale})
+        # As one adapter, whatever the rule: some merge a part into the base.
+        whole = GlobalModel.from_tensors(from_record(arrays), scale).combined()
+        load_adapter(model, whole)
         found = scores[server_round] = perplexity(model, split.test, tokenizer)
         if server_round in (0, rounds):
             samples[server_round] = generate(model, asked, tokenizer, int(run["sample-tokens"]))

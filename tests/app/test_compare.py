@@ -1,0 +1,267 @@
+"""Studies: tables, plots and timing again, on run folders written by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedlora_app import compare
+from fedlora_app.compare import Study, execute, reuse, tables
+from fedlora_app.config import RunConfig
+from fedlora_app.records import of_kind, read_json, read_records
+from fedlora_app.retiming import retime_folder, training_of, with_times
+from fedlora_app.study_plots import mean_curve, plot_study
+from strategies.wallclock.clock import RoundTime
+
+STUDY = """
+clients = 3
+seeds = [1, 2]
+target = 0.5
+
+[config]
+rounds = 3
+
+[settings.lab]
+clock.profile = "lab"
+
+[settings.rural]
+clock.profile = "rural"
+
+[arms.uniform]
+sampling.policy = "weighted"
+
+[arms.planned]
+sampling.policy = "planned"
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    file = tmp_path / "small.toml"
+    file.write_text(STUDY)
+    return Study.read(file)
+
+
+def write(run, accuracies, seconds, planned=None):
+    """Write a finished run by hand: 1 MB down and 1 MB up a round."""
+    run.folder.mkdir(parents=True)
+    records = [{"kind": "clock", "base_flops": 1e9, "rank_flops": 1e6, "steps": 4}]
+    total = 0.0
+    for n, (accuracy, spent) in enumerate(zip(accuracies, seconds, strict=True)):
+        total += spent
+        if n == 1 and planned:
+            records.append({"kind": "plan", "round": 1, "round_seconds": planned})
+        if n:
+            records.append({"kind": "client", "round": n, "client": n % 3, "node": "1", "rank": 4,
+                            "status": "ok", "bytes_down": 10**6, "bytes_up": 10**6, "steps": 4,
+                            "compute_seconds": spent, "upload_seconds": 0.0})  # fmt: skip
+        records.append({
+            "kind": "round", "round": n, "ranks": [4] if n else [], "accepted": 1, "rejected": 0,
+            "train_loss": 1.0, "server_accuracy": accuracy, "clock_seconds": spent,
+            "bytes_up": 10**6 if n else 0, "bytes_down": 10**6 if n else 0,
+            "clock_total": total, "bottleneck": n % 3 if n else None,
+            "planned_seconds": planned if n else None,
+        })  # fmt: skip
+    lines = "".join(json.dumps(r) + "\n" for r in records)
+    (run.folder / "metrics.jsonl").write_text(lines)
+    summary = {"accuracy": accuracies[-1], "macro_f1": 0.4, "clock_seconds": total, "seconds": 9.0}
+    (run.folder / "summary.json").write_text(json.dumps(summary))
+    (run.folder / "config.json").write_text(json.dumps(run.config))
+
+
+def one(study, folder, setting, arm, seed=1):
+    (run,) = (r for r in study.runs(folder) if (r.setting, r.arm, r.seed) == (setting, arm, seed))
+    return run
+
+
+def test_what_it_took_to_reach_the_target(study, tmp_path):
+    run = one(study, tmp_path, "lab", "planned")
+    write(run, [0.1, 0.4, 0.5, 0.9], [0, 3, 5, 4], planned=2.0)
+    scores = run.scores(0.5)
+    assert scores["seconds to target"] == 8.0  # at the end of round 2
+    assert scores["rounds to target"] == 2
+    assert scores["MB to target"] == 4.0
+    assert scores["seconds"] == 12.0
+    assert scores["real / planned"] == pytest.approx(2.0)  # mean of 3, 5, 4 by 2
+    assert np.isnan(run.scores(0.95)["seconds to target"])
+
+
+def test_a_table_has_the_columns_of_all_arms(study, tmp_path):
+    for seed, times in ((1, [0, 2, 2, 2]), (2, [0, 4, 4, 4])):
+        write(one(study, tmp_path, "lab", "uniform", seed), [0.1, 0.2, 0.6, 0.7], times)
+    write(one(study, tmp_path, "lab", "planned"), [0.1, 0.2, 0.3, 0.4], [0, 1, 1, 1], planned=2.0)
+    text = tables(study, tmp_path)
+    head, _, uniform, planned = text.splitlines()[2:6]
+    cells = {
+        name: dict(
+            zip(map(str.strip, head.split("|")), map(str.strip, row.split("|")), strict=True)
+        )
+        for name, row in (("uniform", uniform), ("planned", planned))
+    }
+    assert cells["uniform"]["seconds to target"] == "6.0 ± 2.0"
+    assert cells["uniform"]["seconds"] == "9.0 ± 3.0"
+    assert cells["uniform"]["real / planned"] == "–"
+    assert cells["planned"]["seconds to target"] == "not reached"
+    assert cells["planned"]["real / planned"] == "0.500 ± 0.000"
+    assert "rural" in text
+
+
+def test_a_study_without_a_clock_has_its_old_table(study, tmp_path):
+    run = one(study, tmp_path, "lab", "uniform")
+    write(run, [0.1, 0.4, 0.5, 0.9], [0, 0, 0, 0])
+    assert list(run.scores(0.5)) == [
+        "accuracy", "macro-F1", "mean rank", "MB", "MB to target", "rounds to target"
+    ]  # fmt: skip
+
+
+def test_the_mean_of_curves_is_where_all_are_known():
+    x, y = mean_curve([[(0, 0.0), (10, 1.0)], [(0, 0.5), (4, 0.5), (20, 0.5)]])
+    assert x.tolist() == [0, 4, 10]
+    np.testing.assert_allclose(y, [0.25, 0.45, 0.75])
+
+
+def test_plots_are_of_what_there_is(study, tmp_path):
+    write(one(study, tmp_path, "lab", "uniform"), [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
+    assert [f.name for f in plot_study(study, tmp_path)] == ["accuracy-over-time-lab.png"]
+    write(one(study, tmp_path, "lab", "planned"), [0.1, 0.2, 0.3, 0.4], [0, 99, 99, 99], planned=90)
+    names = ["accuracy-over-time-lab.png", "predicted-lab.png"]
+    assert [f.name for f in plot_study(study, tmp_path)] == names
+    assert all((tmp_path / name).stat().st_size > 0 for name in names)
+
+
+# ----- timing again --------------------------------------------------------------------------
+
+
+def test_training_does_not_depend_on_a_clock_that_nobody_asks():
+    lab, rural = (training_of({"clock.profile": name, "output": name}) for name in ("lab", "rural"))
+    assert lab == rural is not None
+    assert training_of({"clock.profile": "lab", "seed": 7}) != lab
+    assert training_of({"clock.profile": "lab", "clock.bandwidth": "equal"}) == lab
+    for acts in ({"sampling.policy": "planned"}, {"clock.deadline": 5.0}, {"method": "local"},
+                 {"clock.profile": "measured"}):  # fmt: skip
+        assert training_of({"clock.profile": "lab", **acts}) is None
+
+
+def test_a_folder_is_made_from_a_finished_one(study, tmp_path):
+    source, target = (one(study, tmp_path, name, "uniform") for name in ("lab", "rural"))
+    write(source, [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
+    seen = []
+
+    def timer(records, config):
+        seen.append(config.clock.profile)
+        return [
+            RoundTime(10.0 * r["round"], bottleneck=2, compute_seconds={1: 0.5, 2: 1.5},
+                      upload_seconds={1: 7.0})
+            for r in of_kind(records, "round")
+        ]  # fmt: skip
+
+    retime_folder(source.folder, target.folder, target.config, timer)
+    assert seen == ["rural"]
+    old, new = (read_records(run.folder / "metrics.jsonl") for run in (source, target))
+    rounds = of_kind(new, "round")
+    assert [r["clock_total"] for r in rounds] == [0, 10, 30, 60]
+    assert [r["bottleneck"] for r in rounds] == [2, 2, 2, 2]
+    assert [r["compute_seconds"] for r in of_kind(new, "client")] == [0.5, 1.5, None]
+    clock = ("clock_seconds", "clock_total", "bottleneck", "compute_seconds", "upload_seconds")
+    strip = [[{k: v for k, v in r.items() if k not in clock} for r in rs] for rs in (old, new)]
+    assert strip[0] == strip[1]
+    summary = read_json(target.folder / "summary.json")
+    assert summary["retimed_from"] == str(source.folder)
+    assert summary["clock_seconds"] == 60
+    assert summary["accuracy"] == 0.7
+    assert target.done
+    assert target.scores(0.5)["seconds to target"] == 30
+    config = RunConfig.from_flat(read_json(target.folder / "config.json"))
+    assert config.clock.profile == "rural"
+    assert config.output == str(target.folder)
+
+
+def test_times_must_be_one_a_round():
+    with pytest.raises(ValueError, match="zip"):
+        with_times([{"kind": "round", "round": 0}], [])
+
+
+def test_a_run_by_its_own_clock_keeps_its_times(study, tmp_path):
+    """The simulated clock of the app, asked twice, says the same; another network, another time."""
+    source, target = (one(study, tmp_path, name, "uniform") for name in ("lab", "rural"))
+    write(source, [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
+    again, back = tmp_path / "again", tmp_path / "back"
+    retime_folder(source.folder, again, source.config)
+    retime_folder(again, target.folder, target.config)
+    retime_folder(target.folder, back, source.config)
+    lab, rural, lab_again = (
+        [r["clock_seconds"] for r in of_kind(read_records(f / "metrics.jsonl"), "round")]
+        for f in (again, target.folder, back)
+    )
+    assert lab == lab_again
+    assert lab[0] == 0
+    assert all(slow > quick > 0 for slow, quick in zip(rural[1:], lab[1:], strict=True))
+
+
+def test_only_what_differs_in_its_clock_is_timed_again(study, tmp_path, capsys):
+    for arm in study.arms:
+        write(one(study, tmp_path, "lab", arm), [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
+    reuse(study, tmp_path)
+    done = {(r.setting, r.arm, r.seed) for r in study.runs(tmp_path) if r.done}
+    assert done == {("lab", "uniform", 1), ("lab", "planned", 1), ("rural", "uniform", 1)}
+    assert "rural, uniform, seed 1: timed again from" in capsys.readouterr().out
+    before = (one(study, tmp_path, "rural", "uniform").folder / "summary.json").stat().st_mtime_ns
+    reuse(study, tmp_path)  # nothing to do the second time
+    after = (one(study, tmp_path, "rural", "uniform").folder / "summary.json").stat().st_mtime_ns
+    assert before == after
+
+
+def test_a_run_that_does_not_say_its_work_is_repeated(study, tmp_path, capsys):
+    source = one(study, tmp_path, "lab", "uniform")
+    write(source, [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
+    file = source.folder / "metrics.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[1:]) + "\n")
+    reuse(study, tmp_path)
+    assert not one(study, tmp_path, "rural", "uniform").done
+    assert "no record of kind 'clock'" in capsys.readouterr().err
+
+
+class FakeLink:
+    """Runs nothing; what it is asked to run is written by hand."""
+
+    runs: list[str] = []  # noqa: RUF012
+
+    def __init__(self, **_):
+        type(self).runs = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def run(self, project, config, federation):
+        folder = Path(config["output"])
+        self.runs.append("/".join(folder.parts[-3:]))
+        write(type("R", (), {"folder": folder, "config": config}), [0.1, 0.2, 0.6, 0.7],
+              [0, 2, 2, 2])  # fmt: skip
+        return len(self.runs)
+
+    def stream(self, run_id):
+        return []
+
+    def status(self, run_id):
+        return type("S", (), {"completed": True, "details": ""})
+
+
+def test_a_study_runs_what_is_left_once(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "SuperLink", FakeLink)
+    write(one(study, tmp_path, "lab", "planned"), [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
+    assert execute(study, tmp_path) == 0
+    assert FakeLink.runs == [
+        "lab/uniform/seed-1",  # and rural/uniform/seed-1 is timed from it
+        "rural/planned/seed-1",
+        "lab/uniform/seed-2",
+        "lab/planned/seed-2",
+        "rural/planned/seed-2",
+    ]
+    assert all(run.done for run in study.runs(tmp_path))
+    FakeLink.runs = []
+    assert execute(study, tmp_path) == 0
+    assert FakeLink.runs == []

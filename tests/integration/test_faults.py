@@ -1,0 +1,212 @@
+"""What goes wrong in a federation, each fault on a real SuperLink with real SuperNodes."""
+
+import json
+import math
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from flwr.app import ArrayRecord
+
+from fedlora_app.superlink import RunStatus, SuperLink
+from strategies import FedLoRA
+from strategies.messages import from_record, to_record
+from strategies.ranks import UniformRank
+from strategies.sampling import FractionSampling
+from strategies.strategy import COUNT_FACTOR
+from tests.fakes import FakeGrid, message_reply, query_reply, random_adapter
+from tests.integration.conftest import ROOT, records
+
+FAULTY = Path(__file__).parent / "faulty_app"
+TIMEOUT = 300.0  # seconds; of whatever should take a few
+
+
+class Run(NamedTuple):
+    """A run that is over."""
+
+    folder: Path
+    log: str
+    status: RunStatus
+
+    def part(self, client: int) -> dict[int, str]:
+        """Return a client's status by round."""
+        done = records(self.folder, "client")
+        return {r["round"]: r["status"] for r in done if r["client"] == client}
+
+    def reason(self, client: int, server_round: int) -> str:
+        """Return why a reply was rejected, as metrics.jsonl has it; the log must have it too."""
+        (record,) = (
+            r
+            for r in records(self.folder, "client")
+            if (r["client"], r["round"]) == (client, server_round)
+        )
+        assert record["status"] == "rejected"
+        name = f"client {client} (node {record['node']})"
+        assert f"round {server_round}: rejected {name}: {record['reason'][:30]}" in self.log
+        return record["reason"]
+
+    def final(self) -> float:
+        """Return what every number of the model has become."""
+        ends = [x for pair in json.loads((self.folder / "final.json").read_text()).values()
+                for x in pair]  # fmt: skip
+        assert ends == pytest.approx([ends[0]] * len(ends), rel=1e-5)
+        return ends[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable() -> Iterator[None]:
+    """Let the app of these tests import ``strategies``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        yield
+
+
+def node(link: SuperLink, partition: int, *faults: str):
+    words = f' faults="{",".join(faults)}"' if faults else ""
+    return link.start_supernode(f"partition-id={partition}{words}")
+
+
+def watch(
+    link: SuperLink, folder: Path, config: dict[str, Any], on_line: Callable[[str], None] = str
+) -> Run:
+    """Run the app to its end; ``on_line`` gets every line of the log as it comes."""
+    run_id = link.run(FAULTY, {"output": str(folder), **config})
+    lines = []
+    for line in link.stream(run_id):
+        lines.append(line)
+        on_line(line)
+    return Run(folder, "\n".join(lines), link.status(run_id))
+
+
+def wait_for(what: Callable[[], object], seconds: float = TIMEOUT) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+# --- one run with every bad reply, a newcomer and a full disk
+
+CLIP = 1000.0
+NUMBERS = 4 * 6 + 5 * 4 + 30_000  # of the app's model; a client adds its step to each
+FAULTS = {
+    1: ["raise", "nan", "rank", "truncated"],
+    2: ["norm", "zero", "negative", "nan-count"],
+    3: ["text", "absurd", "die", ""],
+}
+REASONS = {
+    "raise": r"error 2: .*CUDA out of memory",
+    "nan": r"'.*' holds NaN or Inf",
+    "rank": r"rank 3 for 'layer', but rank 4 was assigned",
+    "truncated": r"array 'head.bias' cannot be read",
+    "zero": r"num-examples is 0, expected a number above 0",
+    "negative": r"num-examples is -5, expected a number above 0",
+    "nan-count": r"num-examples is nan, expected a number above 0",
+    "text": r"'num-examples', by which replies are weighted, is missing",
+    "absurd": r"num-examples is 1e\+12, but this node reported 10 before",
+    "die": r"error 8: ",
+}
+
+
+@pytest.fixture(scope="module")
+def stormy(tmp_path_factory) -> Run:
+    """Return four rounds of clients 0 (honest), 1, 2 and 3 (each bad) and 4 (from round 3)."""
+    late = []
+
+    def newcomer(line: str) -> None:
+        if "round 2/4" in line and not late:
+            late.append(node(link, 4))
+
+    config = {"rounds": 4, "min-nodes": 4, "clip-norm": CLIP}
+    config |= {"newcomer-round": 3, "full-disk-round": 2}
+    with SuperLink(timeout=TIMEOUT) as link:
+        node(link, 0)
+        for partition, faults in FAULTS.items():
+            node(link, partition, *faults)
+        run = watch(link, tmp_path_factory.mktemp("stormy") / "run", config, newcomer)
+    assert run.status.completed, (run.status, run.log)
+    return run
+
+
+@pytest.mark.parametrize("fault", REASONS)
+def test_a_bad_reply_is_rejected_with_its_node_and_cause(stormy, fault):
+    client = next(i for i, faults in FAULTS.items() if fault in faults)
+    reason = stormy.reason(client, FAULTS[client].index(fault) + 1)
+    assert re.search(REASONS[fault], reason, re.DOTALL), reason
+
+
+def test_who_was_bad_is_asked_again_and_the_others_are_not_touched(stormy):
+    assert stormy.part(0) == dict.fromkeys((1, 2, 3, 4), "ok")
+    assert stormy.part(1) == dict.fromkeys((1, 2, 3, 4), "rejected")
+    assert stormy.part(2) == {1: "ok", 2: "rejected", 3: "rejected", 4: "rejected"}
+    assert stormy.part(3) == {1: "rejected", 2: "rejected", 3: "rejected", 4: "ok"}
+
+
+def test_a_newcomer_works_from_the_round_it_came_in(stormy):
+    assert stormy.part(4) == {3: "ok", 4: "ok"}
+
+
+def test_a_change_of_a_hundred_times_the_norm_is_scaled_down_and_named(stormy):
+    said = re.search(r"round 1: client 2 \(node \d+\): its change of norm (\S+) was", stormy.log)
+    assert said, stormy.log
+    assert float(said[1]) == pytest.approx(300 * math.sqrt(NUMBERS), rel=1e-3)
+
+
+def test_the_model_is_the_mean_of_the_good_replies(stormy):
+    """Every number of client i's reply is i + 1 more than it was sent, or less after clipping."""
+    clipped = CLIP / math.sqrt(NUMBERS)
+    moves = [(1 + clipped) / 2, 1, (1 + 5) / 2, (1 + 4 + 5) / 3]
+    assert stormy.final() == pytest.approx(1 + sum(moves), rel=1e-4)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(stormy):
+    assert re.search(r"no checkpoint of round 2: .*; the run goes on, and older", stormy.log)
+    found = sorted(p.name for p in (stormy.folder / "checkpoints").glob("round-*"))
+    assert [int(name.split("-")[1]) for name in found] == [1, 3, 4]
+
+
+# --- nodes that are gone, or say nothing
+
+
+@pytest.mark.slow
+def test_a_supernode_killed_in_a_round_is_named_and_the_others_go_on(tmp_path):
+    """Flower tells once the node has missed two heartbeats, a minute after the last one."""
+    folder = tmp_path / "run"
+    with SuperLink(timeout=TIMEOUT) as link:
+        node(link, 0)
+        victim = node(link, 1, "", "hang")
+        killed: list[float] = []
+
+        def kill(_: str) -> None:
+            begun = [r["round"] for r in records(folder, "round-start")] if folder.exists() else []
+            if begun == [1, 2] and not killed:
+                time.sleep(3)  # in the middle of it
+                victim.send_signal(signal.SIGKILL)
+                killed.append(time.monotonic())
+
+        run = watch(link, folder, {"rounds": 4, "round-timeout": 2 * TIMEOUT}, kill)
+    assert run.status.completed, (run.status, run.log)
+    assert run.part(0) == dict.fromkeys((1, 2, 3, 4), "ok")
+    assert run.part(1) == {1: "ok", 2: "rejected"}
+    assert "Node Unavailable" in run.reason(1, 2)
+    assert run.final() == pytest.approx(1 + 1.5 + 1 + 1 + 1, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_node_that_never_answers_costs_a_deadline(tmp_path):
+    with SuperLink(timeout=TIMEOUT) as link:
+        node(link, 0)
+        node(link, 1, "hang")
+        config = {"rounds": 2, "round-timeout": 40.0, "min-replies": 2}
+        run = watch(link, tmp_path / "run", config)
+    assert run.status.completed, (run.status, run.log)
+    assert "no answer" in run.reason(1, 1)
+    assert "round 1: 1 good replies, fewer than min_replies = 2" in run.log
+    first = records(run.folder, "round")[0]
+    assert 40 <= first["seconds"] < 80
+    assert run.final() == 1  # one reply was never enough
