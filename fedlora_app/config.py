@@ -244,6 +244,12 @@ class SamplingConfig:
         0.0, "planned: with beta, instead of pilots: rounds = alpha / (beta - s); 0: pilots", low=0
     )
     beta: float = option(0.0, "planned: see alpha; 0: pilots", low=0)
+    sketch_cost: float = option(
+        1.0,
+        "planned with fslora: exponent of how much a sketch of k of R entries adds to the "
+        "variance, (R/k)^this; 0: nothing",
+        low=0,
+    )
     replan_every: int = option(
         0, "planned: plan again every N rounds, from fresh channels and speeds; 0: once", low=0
     )

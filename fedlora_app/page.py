@@ -72,8 +72,10 @@ class RunFiles:
     @property
     def seconds(self) -> float | None:
         """Real seconds from the start of the run to its last sign."""
-        last = next((r["at"] for r in reversed(self.records) if r.get("at") is not None), None)
-        return self.summary.get("seconds", last)
+        last: float | None = next(
+            (r["at"] for r in reversed(self.records) if r.get("at") is not None), None
+        )
+        return float(self.summary["seconds"]) if "seconds" in self.summary else last
 
     @cached_property
     def timed(self) -> bool:
@@ -247,8 +249,8 @@ def plans(run: RunFiles) -> str:
     for record in of_kind(run.records, "pilots"):
         out.append(
             f"<p>Pilots: α = {number(record.get('alpha'))}, β = {number(record.get('beta'))}, "
-            f"{'reliable' if record.get('reliable') else 'not reliable'}. "
-            f"{escape(str(record.get('reason') or ''))}</p>"
+            f"{'reliable' if record.get('reliable') else 'not reliable'}"
+            f"{escape(': ' + str(record['reason'])) if record.get('reason') else ''}</p>"
         )
         pilots: Any = record.get("losses") or ()
         series = {

@@ -59,7 +59,7 @@ def megabytes(rounds: Iterable[Record]) -> list[float]:
     return list(accumulate((r["bytes_down"] + r["bytes_up"]) / 1e6 for r in rounds))
 
 
-def bottlenecks(rounds: Iterable[Record]) -> Counter[int]:
+def bottlenecks(rounds: Iterable[Record]) -> Counter[int | None]:
     """Return how many rounds each client was the bottleneck of."""
     return Counter(r["bottleneck"] for r in rounds if r.get("bottleneck") is not None)
 

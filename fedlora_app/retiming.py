@@ -120,7 +120,8 @@ def with_times(records: Iterable[Record], times: Sequence[Time]) -> list[Record]
     records = list(records)
     numbers = [r["round"] for r in of_kind(records, "round")]
     by_round = dict(zip(numbers, times, strict=True))
-    total, out = 0.0, []
+    total = 0.0
+    out: list[Record] = []
     for record in records:
         new: dict[str, Any] = dict(record)
         time = by_round.get(record.get("round", -1))

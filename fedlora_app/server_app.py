@@ -349,6 +349,7 @@ def make_run_sampler(config: RunConfig) -> Sampler:
                 alpha=c.alpha or None,
                 beta=c.beta or None,
                 replan_every=c.replan_every,
+                sketch_cost=c.sketch_cost,
                 q_min=c.q_min,
                 idle_seconds=config.clock.idle_seconds,
                 seed=config.seed,

@@ -60,7 +60,8 @@ def mean_curve(curves: Sequence[Points]) -> tuple[Array, Array]:
     last = min(curve[-1][0] for curve in curves)
     every = np.unique([x for curve in curves for x, _ in curve] + [first, last])
     grid = every[(every >= first) & (every <= last)]
-    return grid, np.mean([np.interp(grid, *zip(*curve, strict=True)) for curve in curves], axis=0)
+    values = [np.interp(grid, *np.array(curve, np.float64).T) for curve in curves]
+    return grid, np.mean(values, axis=0)
 
 
 def _accuracy(file: Path, setting: str, target: float, curves: dict[str, list[Points]]) -> None:

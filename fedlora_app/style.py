@@ -44,7 +44,7 @@ stroke-linejoin:round}.dot,.bar,.cell{fill:var(--c)}
 .s1{--c:var(--s1)}.s2{--c:var(--s2)}.s3{--c:var(--s3)}.s4{--c:var(--s4)}.s5{--c:var(--s5)}
 .muted{--c:var(--muted)}.bad{--c:var(--bad)}.late{--c:var(--late)}.dash{--c:var(--ink)}
 .r0{--c:var(--r0)}.r1{--c:var(--r1)}.r2{--c:var(--r2)}.r3{--c:var(--r3)}.r4{--c:var(--r4)}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.wide{overflow-x:auto;margin-top:8px}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:3px 8px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;
 font-size:12.5px;white-space:nowrap}.long{white-space:normal;overflow-wrap:anywhere;min-width:220px}
 th{color:var(--soft);font-weight:500;font-size:12px;vertical-align:bottom;white-space:normal}

@@ -15,7 +15,10 @@ def number(value: float | None) -> str:
     """Return a number as short as its size allows; a dash where there is none."""
     if value is None:
         return "–"
-    return f"{value:.3f}" if 0.01 <= abs(value) < 10 else f"{value:.4g}"
+    size = abs(value)
+    if 0.01 <= size < 1000:
+        return f"{value:.{3 if size < 10 else 2 if size < 100 else 1}f}"
+    return f"{value:.4g}"
 
 
 def seconds_text(seconds: float | None) -> str:

@@ -88,6 +88,8 @@ class AdaptiveSampling(FedLoRA):
         Expected shares of the clients in the two pilots.
     replan_every : int (default: 0)
         Plan again every N rounds; 0: once.
+    sketch_cost : float (default: 1.0)
+        How much a sketch of k of R entries adds to the variance: ``(R/k)^sketch_cost``.
     q_min : float (default: 0.01)
         No client's probability is below.
     **settings
@@ -101,6 +103,7 @@ class AdaptiveSampling(FedLoRA):
         pilot_rounds: int = 5,
         pilot_fractions: Sequence[float] = (0.2, 0.05),
         replan_every: int = 0,
+        sketch_cost: float = 1.0,
         q_min: float = 0.01,
         **settings: Any,
     ) -> None:
@@ -108,6 +111,7 @@ class AdaptiveSampling(FedLoRA):
             pilot_rounds=pilot_rounds,
             pilot_fractions=tuple(pilot_fractions),
             replan_every=replan_every,
+            sketch_cost=sketch_cost,
             q_min=q_min,
             seed=settings.get("seed", 42),
         )

@@ -56,6 +56,8 @@ class Saver:
         If there is nothing to resume from.
     ValueError
         If the checkpoint is damaged and no other is there, or a fatal setting differs.
+    BlockingIOError
+        If the run that is to be resumed is still going on.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class Saver:
                     f"cannot resume from {self.resumed.path}:\n"
                     + "\n".join(f"  - {problem}" for problem in errors)
                 )
+            # Before anyone touches what else is in the run's folder: the run may be going on.
+            checkpoints.claim(self.resumed)
             for warning in warnings:
                 log(WARNING, "resume: %s", warning)
 
@@ -97,8 +101,8 @@ class Saver:
         result : Result
             Gets the saved arrays and the history of metrics.
         """
-        self.checkpoints.claim(self.resumed)
         if self.resumed is None:
+            self.checkpoints.claim()
             return 0
         saved, self.resumed = self.resumed, None  # its arrays are not needed a second time
         own = {k: t for k, t in saved.arrays.items() if not k.startswith(ASIDE)}

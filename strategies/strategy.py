@@ -398,6 +398,8 @@ class FedLoRA(StreamingStrategy):
             found.append((client, reply))
             own = {"kind": "client-evaluation", "round": server_round, "client": client.index}
             self._emit({**reply.metrics, **own, "node": str(client.node_id)})
+        for client in self._evaluating.values():
+            log(WARNING, "evaluation of %s left out: no answer", client.name)
         self.round.clients_evaluation = spread([reply for _, reply in found])
         if not found:
             return None

@@ -70,7 +70,7 @@ def apply_adapter(
     state = context.state if context is not None else None
     receive(model, from_record(arrays), config, state, adapter_name=adapter_name)
     profile_if_wanted(config, state, measure)
-    mark_received(model)
+    start_watch(model)
     return config
 
 
@@ -111,7 +111,9 @@ def make_reply(
     steps : int, optional
         Local optimiser steps, for the clock. The seconds since ``apply_adapter`` are reported
         as ``seconds`` unless ``metrics`` has them.
-    context, config_key : optional
+    context : Context, optional
+        As in ``apply_adapter``; also needed by a node that insists on privacy in its config.
+    config_key : str, optional
         As in ``apply_adapter``.
     arrays_key, metrics_key : str (default: "arrays", "metrics")
         Keys of the records in the reply, as in Flower's template.
@@ -122,7 +124,8 @@ def make_reply(
     Raises
     ------
     ValueError
-        If the message has no single config record, or ``context`` is needed.
+        If the message has no single config record, ``context`` is needed, or the message asks
+        for less privacy than the node insists on.
     """
     evaluated = message.metadata.message_type.partition(".")[0] == MessageType.EVALUATE
     config = _record(message.content.config_records, config_key, "config")
@@ -134,14 +137,15 @@ def make_reply(
         found |= training_metrics(model, config, state, steps=steps)
     content = RecordDict({metrics_key: MetricRecord({**found, **(metrics or {})})})
     if not evaluated:
-        record = to_record(send(model, config, state, adapter_name=adapter_name))
+        node = context.node_config if context is not None else None
+        record = to_record(send(model, config, state, adapter_name=adapter_name, node=node))
         content[arrays_key] = _in_received_order(record, message)
     return Message(content, reply_to=message)
 
 
-def mark_received(model: nn.Module) -> None:
+def start_watch(model: nn.Module) -> None:
     """Start the watch that ``training_metrics`` reads."""
-    model.fedlora_received = time.perf_counter()  # type: ignore[assignment]
+    model.fedlora_started = time.perf_counter()  # type: ignore[assignment]
 
 
 def training_metrics(
@@ -165,8 +169,8 @@ def training_metrics(
         Local optimiser steps.
     """
     found: dict[str, float | int] = {}
-    if (received := getattr(model, "fedlora_received", None)) is not None:
-        found[TRAIN_SECONDS_KEY] = time.perf_counter() - received
+    if (started := getattr(model, "fedlora_started", None)) is not None:
+        found[TRAIN_SECONDS_KEY] = time.perf_counter() - started
     if steps is not None:
         found[STEPS_KEY] = steps
     if state is not None and profile_wanted(config):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from strategies.client.exchange import receive, send
-from strategies.client.message_api import mark_received
+from strategies.client.message_api import start_watch
 from strategies.client.profiling import Measure, profile_if_wanted
 from strategies.messages import NAMES_KEY
 
@@ -64,7 +64,7 @@ def receive_parameters(
     arrays = {n: torch.from_numpy(p) for n, p in zip(names, parameters, strict=True)}
     receive(model, arrays, config, state, adapter_name=adapter_name)
     profile_if_wanted(config, state, measure)
-    mark_received(model)
+    start_watch(model)
 
 
 def send_parameters(
@@ -73,6 +73,7 @@ def send_parameters(
     state: RecordDict | None = None,
     *,
     adapter_name: str = "default",
+    node: Mapping[str, Any] | None = None,
 ) -> list[NDArray[Any]]:
     """Return the arrays that ``fit`` is to return, those that are asked for, in order.
 
@@ -83,6 +84,8 @@ def send_parameters(
     ----------
     model, config, state, adapter_name
         As in ``receive_parameters``.
+    node : Mapping[str, Any], optional
+        ``context.node_config``; needed by a node that insists on privacy in it.
     """
-    sent = send(model, config, state, adapter_name=adapter_name)
+    sent = send(model, config, state, adapter_name=adapter_name, node=node)
     return [tensor.numpy() for tensor in sent.values()]

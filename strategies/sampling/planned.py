@@ -86,6 +86,10 @@ class PlannedSampling(BernoulliSampling):
     ranks : Sequence[int], optional
         What a sketch may have; a client whose rank is below all of them sends its whole rank.
         (default: powers of two up to the client's rank, and that rank itself)
+    sketch_cost : float (default: 1.0)
+        ``γ`` in ``φ = (R/k)^γ``, at least 0. 1 is what the theory gives for one step of plain
+        gradient descent; with several local steps of Adam sketches cost fewer rounds than that
+        (docs/results.md), and 0 says they cost none [D].
     seed : int (default: 42)
         Of the planner's sets of participants; each plan draws from (seed, round).
     estimator, server_rate
@@ -111,6 +115,7 @@ class PlannedSampling(BernoulliSampling):
         q_min: float = 0.01,
         idle_seconds: float = 0.0,
         ranks: Sequence[int] | None = None,
+        sketch_cost: float = 1.0,
         seed: int = 42,
         estimator: Estimator = "auto",
         server_rate: float = 1.0,
@@ -127,12 +132,15 @@ class PlannedSampling(BernoulliSampling):
             raise ValueError(f"q_min: expected a number in (0, 1], got {q_min!r}")
         if not (math.isfinite(idle_seconds) and idle_seconds >= 0):
             raise ValueError(f"idle_seconds: expected 0 or more, got {idle_seconds!r}")
+        if not (math.isfinite(sketch_cost) and sketch_cost >= 0):
+            raise ValueError(f"sketch_cost: expected 0 or more, got {sketch_cost!r}")
         if ranks is not None and (not ranks or min(ranks) < 1):
             raise ValueError(f"ranks: expected numbers of at least 1, got {list(ranks)!r}")
         self.replan_every = replan_every
         self.q_min = q_min
         self.idle_seconds = idle_seconds
         self.candidates = None if ranks is None else sorted(set(ranks))
+        self.sketch_cost = sketch_cost
         self.seed = seed
         self.pilots = Pilots(pilot_rounds, pilot_fractions) if alpha is None else None
         #: α and β, once they are known.
@@ -159,7 +167,9 @@ class PlannedSampling(BernoulliSampling):
             self._uniform(outlook, chance)
             self.pilots.learn_variance(
                 outlook.server_round,
-                sampling_variance(chance, outlook.weights, _phi(outlook)(np.array(outlook.ranks))),
+                sampling_variance(
+                    chance, outlook.weights, self._phi(outlook)(np.array(outlook.ranks))
+                ),
             )
             return
         if self.pilots and not self._concluded:
@@ -233,7 +243,7 @@ class PlannedSampling(BernoulliSampling):
                 alpha,
                 beta,
                 rng=np.random.default_rng([self.seed, basis.server_round]),
-                phi=_phi(outlook),
+                phi=self._phi(outlook),
                 q_min=self.q_min,
                 idle_seconds=self.idle_seconds,
                 warm_start=self._plan if same else None,
@@ -252,6 +262,18 @@ class PlannedSampling(BernoulliSampling):
         self._basis = basis if measured else None
         seconds = time.perf_counter() - began
         self._told.append(self._plan_record(basis, alpha, beta, cause, reason, seconds))
+
+    def _phi(self, outlook: Outlook) -> Phi:
+        """Return what maps ranks to variance factors: ``(R/k)^γ`` for sketches [D], else 1."""
+        if not outlook.sketches:
+            return np.ones_like
+        full, cost = outlook.full_rank, self.sketch_cost
+
+        def factor(k: Array) -> Array:
+            factors: Array = (full / np.asarray(k, np.float64)) ** cost
+            return factors
+
+        return factor
 
     def _options(self, rank: int, sketches: bool) -> list[int]:
         """Return the ranks that a client may be sent instead of the one it was given."""
@@ -361,18 +383,6 @@ class PlannedSampling(BernoulliSampling):
         if self.replan_every:
             parts.append(f"again every {self.replan_every} rounds")
         return f"{self.name} ({', '.join(parts)})"
-
-
-def _phi(outlook: Outlook) -> Phi:
-    """Return what maps ranks to variance factors: ``R/k`` for sketches [D], else 1."""
-    if not outlook.sketches:
-        return np.ones_like
-    full = outlook.full_rank
-
-    def factor(k: Array) -> Array:
-        return full / k
-
-    return factor
 
 
 def _finite(value: float) -> float | None:

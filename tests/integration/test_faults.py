@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from flwr.app import ArrayRecord
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 
 from fedlora_app.superlink import RunStatus, SuperLink
 from strategies import FedLoRA
-from strategies.messages import from_record, to_record
+from strategies.messages import to_record
 from strategies.ranks import UniformRank
 from strategies.sampling import FractionSampling
 from strategies.strategy import COUNT_FACTOR
@@ -210,3 +210,92 @@ def test_a_node_that_never_answers_costs_a_deadline(tmp_path):
     first = records(run.folder, "round")[0]
     assert 40 <= first["seconds"] < 80
     assert run.final() == 1  # one reply was never enough
+
+
+# --- what needs no processes
+
+
+def honest(message, partition):
+    if message.metadata.message_type == "query":
+        return query_reply(**{"partition-id": partition})
+    return message_reply(random_adapter(4, seed=partition), weight=10)
+
+
+def start(grid, rounds: int, **options) -> tuple[ArrayRecord, list[dict]]:
+    found: list[dict] = []
+    strategy = FedLoRA(
+        ranks=UniformRank(4), sampling=FractionSampling(1.0), scale=2.0, query=True,
+        evaluate_fraction=0.0, listeners=[found.append], **options,
+    )  # fmt: skip
+    initial = to_record(random_adapter(4, seed=9).to_state_dict())
+    return strategy.start(grid, initial, rounds, timeout=5).arrays, found
+
+
+@pytest.mark.parametrize(("count", "good"), [(100, True), (101, False), (1, True), (1e12, False)])
+def test_a_count_is_measured_by_what_the_node_said_before(count, good):
+    """In round 1 nothing is known, so that any count is taken; from then on ten times is most."""
+    assert COUNT_FACTOR == 10
+
+    def handler(message):
+        content = honest(message, message.metadata.dst_node_id)
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1:
+            round_two = message.content["config"]["server-round"] == 2
+            content["metrics"]["num-examples"] = count if round_two else 10
+        return content
+
+    _, found = start(FakeGrid([0, 1], handler), 2)
+    (record,) = (r for r in found if r["kind"] == "client" and (r["client"], r["round"]) == (1, 2))
+    assert record["status"] == ("ok" if good else "rejected")
+    if not good:
+        assert f"num-examples is {count:g}, but this node reported 10 before" in record["reason"]
+
+
+def test_weights_that_are_no_counts_may_change_as_they_like():
+    def handler(message):
+        content = honest(message, message.metadata.dst_node_id)
+        if message.metadata.message_type == "train":
+            content["metrics"]["trust"] = 1000.0 ** message.content["config"]["server-round"]
+        return content
+
+    _, found = start(FakeGrid([0, 1], handler), 2, weighted_by_key="trust")
+    assert {r["status"] for r in found if r["kind"] == "client"} == {"ok"}
+
+
+class Losing(FakeGrid):
+    """A SuperLink that has lost node 1: it answers in its own name, as Flower's does."""
+
+    def pull_messages(self, message_ids):
+        lost = [m for m in self.sent if m.metadata.dst_node_id == 1]
+        gone = {
+            m.metadata.message_id: m.metadata for m in lost if m.metadata.message_type != "query"
+        }
+        own = [create_message_error_unavailable_res_message(gone[i], "node_unavail")
+               for i in message_ids if i in gone]  # fmt: skip
+        return [*own, *super().pull_messages(i for i in message_ids if i not in gone)]
+
+
+def test_what_the_superlink_says_of_a_node_is_put_down_to_that_node(caplog):
+    caplog.set_level("WARNING", logger="flwr")
+    grid = Losing([0, 1], lambda m: honest(m, m.metadata.dst_node_id))
+    began = time.monotonic()
+    _, found = start(grid, 1)
+    assert time.monotonic() - began < 5  # nobody waits for a node that is known to be gone
+    (record,) = (r for r in found if r["kind"] == "client" and r["client"] == 1)
+    assert re.match(r"error 5: .*Node Unavailable", record["reason"])
+    assert "rejected client 1 (node 1): error 5" in caplog.text
+    assert "ignored" not in caplog.text
+
+
+def test_min_nodes_are_waited_for_at_first_and_not_when_one_has_gone(caplog):
+    caplog.set_level("WARNING", logger="flwr")
+
+    def handler(message):
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 2:
+            grid.nodes.remove(2)
+            return None
+        return honest(message, message.metadata.dst_node_id)
+
+    grid = FakeGrid([0, 1, 2], handler)
+    _, found = start(grid, 2, min_available_nodes=3, min_replies=2)
+    assert [r["accepted"] for r in found if r["kind"] == "round"] == [0, 2, 2]
+    assert "client 2 (node 2) is gone" in caplog.text

@@ -1,6 +1,7 @@
 """A Ray cluster of two nodes, started as a user starts one, and runs attached to it."""
 
 import csv
+import json
 import os
 import shutil
 import socket
@@ -14,7 +15,9 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+import torch
 
+from fedlora_app import cluster as cluster_module
 from fedlora_app.cluster import ClusterError, check, examine
 from fedlora_app.config import RunConfig
 from run_simulation import main
@@ -106,3 +109,100 @@ def end(node: psutil.Process) -> None:
         except psutil.NoSuchProcess:
             pass
     psutil.wait_procs(processes, timeout=20)
+
+
+def write_rows(home: Path, suffix: str = "") -> None:
+    with (home / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for row in range(200):
+            kind = ("ships", "wheat")[row % 2]
+            writer.writerow([f"{kind} are number {row}{suffix}", kind])
+
+
+def run(cluster: Cluster, output: Path) -> int:
+    config = [f"{key}={value}" for key, value in SMALL_LOCAL.items()]
+    return main(
+        ["--clients", "4", "--output", str(output), "--ray-address", cluster.address]
+        + ["--config", *config]
+    )
+
+
+def test_a_run_uses_both_nodes_and_leaves_the_cluster_alone(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    first, second = cluster.homes.values()
+    monkeypatch.setenv("HOME", str(first))
+    write_rows(first)
+
+    # The second node has no such file, then another one, and is named each time.
+    assert run(cluster, tmp_path / "lacking") == 2
+    message = capfd.readouterr().err
+    assert "node second" in message
+    assert "~/rows.csv" in message
+    assert "node first" not in message
+    write_rows(second, suffix=" again")
+    assert run(cluster, tmp_path / "other") == 2
+    assert "training rows are not those of this machine" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+    shutil.copy(first / "rows.csv", second)
+    assert run(cluster, tmp_path / "good") == 0
+    assert "2 clients at once" in capfd.readouterr().out
+    (summary,) = records(tmp_path / "good", "round")
+    assert summary["clients"] == 4
+
+    placed = placement(cluster.address)
+    assert placed == {"first": ["DEAD"], "second": ["DEAD"]}  # one actor each, gone with the run
+    assert all(node.is_running() for node in cluster.nodes.values())
+    assert alive(cluster.address) == 2
+
+
+def placement(address: str) -> dict[str, list[str]]:
+    """Return the states of the actors that ran clients on each node."""
+    script = (
+        "import json, sys, ray; from ray._private.state import actors;"
+        "ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR');"
+        "names = {node['NodeID']: node['NodeName'] for node in ray.nodes()};"
+        "print(json.dumps([(names[a['Address']['NodeID']], a['State']) "
+        "for a in actors().values() if a['ActorClassName'] == 'ClientAppActor']))"
+    )
+    out = subprocess.check_output([sys.executable, "-c", script, address], text=True)
+    placed: dict[str, list[str]] = {}
+    for name, state in json.loads(out):
+        placed.setdefault(name, []).append(state)
+    return placed
+
+
+def test_addresses_that_cannot_be_a_cluster() -> None:
+    config = RunConfig()
+    with pytest.raises(ClusterError, match=r"expected auto or host:port.*got 'ray://head:10001'"):
+        check("ray://head:10001", config)
+    port = free_port()
+    with pytest.raises(ClusterError, match=f"nothing answers at 127.0.0.1:{port}"):
+        check(f"127.0.0.1:{port}", config)
+
+
+def test_a_cluster_without_room_for_a_client(cluster: Cluster) -> None:
+    with pytest.raises(ClusterError, match=r"room for a client of 2 CPUs.*node second.*1 CPUs"):
+        check(cluster.address, RunConfig(), cpus=2)
+
+
+def test_a_node_names_a_missing_model_and_data_together() -> None:
+    flat = {"model.name": "./no-model", "data.name": "packaged:none"}
+    found = examine(flat)
+    assert len(found["problems"]) == 2
+    assert "packaged:none" in found["problems"][0]
+    assert "no-model" in found["problems"][1]
+    assert found["data"] == ""
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_versions_are_compared_without_the_build() -> None:
+    here = {"torch": "2.6.0", "peft": "0.17.0"}
+    answer = {"versions": {"torch": "2.5.1", "peft": ""}, "data": "a", "problems": ["no model"]}
+    said = list(cluster_module._compare(answer, here, "a"))
+    assert said[0] == "no model"
+    assert said[1].startswith("torch 2.5.1 is installed, but 2.6.0 on this machine")
+    assert said[2].startswith("peft is not installed; run `pip install peft==0.17.0`")
+    assert len(said) == 3

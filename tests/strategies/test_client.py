@@ -192,6 +192,31 @@ def test_a_profile_goes_with_the_reply_where_it_is_asked_for():
     assert PROFILED_KEY in context.state
 
 
+def test_a_private_reply_is_clipped_and_a_node_may_insist():
+    tensors = state(2, seed=1)
+    asked = {"dp-clip": 0.5, "dp-noise-multiplier": 1e-6}
+    model, incoming = make_model(4), train_message(tensors, **asked)
+    apply_adapter(model, incoming)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    sent = from_record(make_reply(model, incoming, num_examples=1).content["arrays"])
+    moved = torch.cat([(sent[key] - tensors[key]).flatten() for key in tensors])
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-3)
+    arrays = send_parameters(model, settings(**asked))
+    moved = sum(
+        ((torch.from_numpy(a) - tensors[k]) ** 2).sum() for k, a in zip(sent, arrays, strict=True)
+    )
+    assert moved.sqrt().item() == pytest.approx(0.5, rel=1e-3)
+
+    node = {"dp-noise-multiplier": 1.0}
+    with pytest.raises(ValueError, match="this node insists"):
+        make_reply(model, incoming, num_examples=1, context=Context(1, 7, node, RecordDict(), {}))
+    with pytest.raises(ValueError, match="this node insists"):
+        send_parameters(model, settings(**asked), node=node)
+
+
 def test_metrics_of_a_model_that_received_nothing():
     assert training_metrics(make_model(1), {}) == {}
 
