@@ -54,7 +54,8 @@ th{color:var(--soft);font-weight:500;font-size:12px;vertical-align:bottom;white-
 .columns{columns:2 400px;margin-top:14px}.columns .wide{overflow:visible}
 .columns table{width:100%}.columns td:first-child{width:45%}
 .columns td{font-size:12px;padding:2px 8px}
-@media print{main{max-width:none;padding:0}body{font-size:11px}.wide{overflow:visible}
+@media print{.charts{grid-template-columns:1fr 1fr}.columns{columns:2}h3{break-after:avoid}
+main{max-width:none;padding:0}body{font-size:11px}.wide{overflow:visible}
 th,td{padding:2px 3px;font-size:9px}.long{min-width:0}.track{min-width:30px}h2{break-after:avoid}}
 """
 

@@ -7,7 +7,6 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-
 LONG = 36  # characters of a cell that may be broken into lines
 
 

@@ -300,9 +300,7 @@ def test_flowers_clipping_mods(mod, rule):
     app = after(mods=[mod])
     nodes = Nodes(app)
     policy = UniformRank(FULL) if rule == "fedit" else ListRank([2, 4], cycle=True)
-    strategy = lora(
-        aggregation=rule, ranks=policy, evaluate_fraction=0, listeners=[records.append]
-    )
+    strategy = lora(aggregation=rule, ranks=policy, evaluate_fraction=0, listeners=[records.append])
     start(strategy, app, rounds=2, nodes=nodes, train_config=config)
     clients = [r for r in records if r["kind"] == "client"]
     assert [r["status"] for r in clients] == ["ok"] * 6, clients

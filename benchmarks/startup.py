@@ -1,0 +1,92 @@
+"""Where the time of one training message goes on a SuperNode, which runs it in a fresh process.
+
+    python -m benchmarks.startup [--repeat 5] [--config key=value …]
+
+Each repetition starts a new interpreter that does what a message makes it do, and times the parts.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+PARTS = (
+    "interpreter and flwr",
+    "import of the client app",
+    "model",
+    "rows",
+    "receive",
+    "train",
+    "send",
+)
+
+
+def one_message(flat: dict) -> dict[str, float]:
+    """Do in this process what a training message asks for, and time it."""
+    import psutil
+
+    began = psutil.Process().create_time()
+    seconds: dict[str, float] = {}
+
+    def mark(part: str) -> None:
+        seconds[part] = time.time() - began - sum(seconds.values())
+
+    import flwr.client
+    import flwr.clientapp  # noqa: F401
+
+    mark(PARTS[0])
+    from flwr.app import RecordDict
+
+    from fedlora_app.client_app import LoRAClient
+    from fedlora_app.config import RunConfig
+
+    config = RunConfig.from_flat(flat, check=False)
+    labels = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
+    client = LoRAClient(config, {"partition-id": 0, "num-partitions": 10}, RecordDict())
+    mark(PARTS[1])
+    model = client._model(len(labels))
+    mark(PARTS[2])
+    rows, _ = client._rows(labels)
+    mark(PARTS[3])
+    from strategies.client import adapter_state, receive, send
+    from strategies.lora import Adapter
+
+    state = {k: t.clone() for k, t in adapter_state(model).items()}
+    sent = Adapter.from_state_dict(state, 2.0).with_rank(8).to_state_dict()
+    receive(model, sent, {"lora-scale": 2.0})
+    mark(PARTS[4])
+    from fedlora_app.training import train
+
+    train(model, rows, config.train, seed=1)
+    mark(PARTS[5])
+    send(model, {})
+    mark(PARTS[6])
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--config", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        pairs = (item.split("=", 1) for item in args.config)
+        print(json.dumps(one_message({k: json.loads(v) for k, v in pairs})))
+        return
+    command = [sys.executable, "-m", "benchmarks.startup", "--one", "--config", *args.config]
+    runs = []
+    for _ in range(args.repeat):
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"| part | seconds (median of {args.repeat}) |\n|---|---|")
+    for part in PARTS:
+        print(f"| {part} | {statistics.median(run[part] for run in runs):.2f} |")
+    total = statistics.median(sum(run.values()) for run in runs)
+    print(f"| all | {total:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
