@@ -6,11 +6,14 @@ Each repetition starts a new interpreter that does what a message makes it do, a
 """
 
 import argparse
+import csv
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 PARTS = (
     "interpreter and flwr",
@@ -23,7 +26,7 @@ PARTS = (
 )
 
 
-def one_message(flat: dict) -> dict[str, float]:
+def one_message(flat: dict, site: str) -> dict[str, float]:
     """Do in this process what a training message asks for, and time it."""
     import psutil
 
@@ -44,7 +47,7 @@ def one_message(flat: dict) -> dict[str, float]:
 
     config = RunConfig.from_flat(flat, check=False)
     labels = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
-    client = LoRAClient(config, {"partition-id": 0, "num-partitions": 10}, RecordDict())
+    client = LoRAClient(config, {"data-path": site}, RecordDict())
     mark(PARTS[1])
     model = client._model(len(labels))
     mark(PARTS[2])
@@ -66,21 +69,39 @@ def one_message(flat: dict) -> dict[str, float]:
     return seconds
 
 
+def write_rows(file: Path, count: int = 500) -> None:
+    """Write the first rows of the packaged data as a site would have them."""
+    from fedlora_app.config import DataConfig
+    from fedlora_app.data import load_train
+
+    rows = load_train(DataConfig())
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(["text", "label"])
+        for text, label in zip(rows.texts[:count], rows.labels[:count], strict=True):
+            writer.writerow([text, rows.label_names[label]])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--config", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         pairs = (item.split("=", 1) for item in args.config)
-        print(json.dumps(one_message({k: json.loads(v) for k, v in pairs})))
+        print(json.dumps(one_message({k: json.loads(v) for k, v in pairs}, args.one)))
         return
-    command = [sys.executable, "-m", "benchmarks.startup", "--one", "--config", *args.config]
     runs = []
-    for _ in range(args.repeat):
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    with tempfile.TemporaryDirectory() as folder:
+        site = Path(folder) / "site.csv"
+        write_rows(site)
+        command = [sys.executable, "-m", "benchmarks.startup", "--one", str(site)]
+        for _ in range(args.repeat):
+            done = subprocess.run(
+                [*command, "--config", *args.config], check=True, capture_output=True, text=True
+            )
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
     print(f"| part | seconds (median of {args.repeat}) |\n|---|---|")
     for part in PARTS:
         print(f"| {part} | {statistics.median(run[part] for run in runs):.2f} |")

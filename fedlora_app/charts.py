@@ -87,9 +87,9 @@ def bar_chart(
             f'width="{2 * half:.1f}" height="{max(axes.y(0) - top, 0):.1f}">'
             f"<title>{escape(tip)}</title></rect>"
         )
-    for x, y in marks:
+    for at, y in marks:
         body.append(
-            f'<path class="mark" d="M{axes.x(x) - half - 1:.1f} {axes.y(y):.1f}'
+            f'<path class="mark" d="M{axes.x(at) - half - 1:.1f} {axes.y(y):.1f}'
             f'h{2 * half + 2:.1f}"><title>predicted {y:.4g}</title></path>'
         )
     return _figure(title, keys, body)

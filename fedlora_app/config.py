@@ -371,6 +371,9 @@ class RunConfig:
         "which server score is the best's: accuracy, macro_f1 or -loss",
         choices=("accuracy", "macro_f1", "-loss"),
     )
+    tensorboard: bool = option(
+        False, "write scalars to output/tensorboard (needs the extra [tensorboard])"
+    )
     resume_from: str = option(
         "", "go on from a checkpoint: latest or best (of output), or a path; empty: a new run"
     )

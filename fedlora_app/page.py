@@ -156,7 +156,8 @@ def clock_name(config: Mapping[str, Any]) -> str:
 def warnings(run: RunFiles) -> str:
     """Return what a reader should know before believing the numbers."""
     notes = []
-    trained = [r for r in run.rounds if r["round"] > 0]
+    # Where everybody's coin said no, the model is meant to stay.
+    trained = [r for r in run.rounds if r["round"] > 0 and r.get("clients")]
     least = run.config.get("min-replies", 1)
     if unchanged := [r["round"] for r in trained if (r.get("accepted") or 0) < least]:
         notes.append(

@@ -24,6 +24,7 @@ from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.data import TokenizedRows, load_test, tokenize
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.report import RunFolder
+from fedlora_app.tensorboard import TensorBoardListener
 from fedlora_app.training import EvalResult, evaluate, per_sample_losses, torch_threads
 from strategies import FedLoRA
 from strategies.aggregation import make_aggregator
@@ -81,12 +82,17 @@ def main(grid: Grid, context: Context) -> None:
     # Only now: a run that finds no model or data leaves no folder behind.
     path = Path(config.output or default).expanduser().absolute()
     saver = make_saver(config, path)
-    folder = RunFolder(path, config, resume_round=resumed_here(saver, path))
+    resumed = resumed_here(saver, path)
+    folder = RunFolder(path, config, resume_round=resumed)
     log(INFO, "%s: %s on %s, %s", config.method, config.model.name, config.data.name, adapter)
 
     strategy = make_strategy(config, folder, test, model, saver)
     if strategy.aggregation.merges_base:
         check_mergeable(model)
+    board = None
+    if config.tensorboard:
+        board = TensorBoardListener(path, resume_round=resumed)
+        strategy.listeners.append(board)
     alone = config.method == "local"
     train_config = ConfigRecord(
         {LABELS_KEY: json.dumps(test.label_names), TIMES_KEY: config.rounds if alone else 1}
@@ -101,6 +107,8 @@ def main(grid: Grid, context: Context) -> None:
         evaluate_fn=None if alone else lambda _, arrays: test.metrics(model, arrays),
     )
 
+    if board is not None:
+        board.close()
     if not any(book["accepted"] for book in folder.rounds):
         raise RuntimeError(
             f"no client sent a good reply in any round; the last reason: {folder.last_reason}"

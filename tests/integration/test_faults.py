@@ -23,7 +23,7 @@ from tests.fakes import FakeGrid, message_reply, query_reply, random_adapter
 from tests.integration.conftest import ROOT, records
 
 FAULTY = Path(__file__).parent / "faulty_app"
-TIMEOUT = 300.0  # seconds; of whatever should take a few
+TIMEOUT = 300.0  # seconds; for what takes a few where nothing else runs
 
 
 class Run(NamedTuple):
@@ -297,5 +297,5 @@ def test_min_nodes_are_waited_for_at_first_and_not_when_one_has_gone(caplog):
 
     grid = FakeGrid([0, 1, 2], handler)
     _, found = start(grid, 2, min_available_nodes=3, min_replies=2)
-    assert [r["accepted"] for r in found if r["kind"] == "round"] == [0, 2, 2]
+    assert [r["accepted"] for r in found if r["kind"] == "round"] == [2, 2]
     assert "client 2 (node 2) is gone" in caplog.text

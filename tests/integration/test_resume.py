@@ -12,13 +12,16 @@ from typing import IO, Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fedlora_app.superlink import MARK, SuperLink
+from strategies.checkpoint import Checkpoints
+from strategies.saving import Saver
 from tests.integration.conftest import ROOT, SMALL, records
 
 FAULTY = Path(__file__).parent / "faulty_app"
-TIMEOUT = 300.0  # seconds; of whatever should take a few
+TIMEOUT = 300.0  # seconds; for what takes a few where nothing else runs
 
 
 class Durable(SuperLink):
@@ -55,28 +58,71 @@ def rounds_done(folder: Path) -> list[int]:
     return [r["round"] for r in records(folder, "round")]
 
 
+def resume(link: SuperLink, config: dict[str, Any]) -> str:
+    """Run the app again from the latest checkpoint, to the end; return its log."""
+    run = link.run(FAULTY, {**config, "resume-from": "latest"})
+    log = "\n".join(link.stream(run))
+    assert link.status(run).completed, (link.status(run), log)
+    return log
+
+
+def check(folder: Path, rounds: int) -> None:
+    """Check that every round is in the model and in metrics.jsonl; none is in the model twice."""
+    final = json.loads((folder / "final.json").read_text())
+    assert final["head.bias"] == pytest.approx([1 + rounds * 1.5] * 2)  # two clients add 1 and 2
+    assert set(rounds_done(folder)) == set(range(1, rounds + 1))
+
+
 @pytest.mark.slow
-def test_the_superlink_restarted_on_its_database(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pause", [0, 90])
+def test_the_superlink_killed_and_started_again_on_its_database(pause, tmp_path, monkeypatch):
+    """Back soon enough, Flower's own run goes on; else it is failed and is resumed."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = tmp_path / "run"
-    config: dict[str, Any] = {"output": str(folder), "rounds": 6}
+    config: dict[str, Any] = {"output": str(folder), "rounds": 5}
     with Durable(timeout=TIMEOUT) as link:
         nodes = [link.start_supernode(f"partition-id={i}") for i in range(2)]
         run = link.run(FAULTY, config)
         wait_for(lambda: 2 in rounds_done(folder))
         link.crash()
-        time.sleep(5)
+        time.sleep(pause)
         link.restart()
         wait_for(lambda: link.status(run).status.startswith("finished"))
-        assert not link.status(run).completed
-        assert all(node.poll() is None for node in nodes)
-        again = link.run(FAULTY, {**config, "resume-from": "latest"})
-        log = "\n".join(link.stream(again))
-        assert link.status(again).completed, (link.status(again), log)
-    assert "resumed after round" in log
-    final = json.loads((folder / "final.json").read_text())
-    # Each round adds the mean of 1 and 2: none is lost, and none is counted twice.
-    assert final["head.bias"] == pytest.approx([1 + 6 * 1.5] * 2)
+        assert all(node.poll() is None for node in nodes)  # they wait for it by themselves
+        if not link.status(run).completed:
+            assert "No heartbeat" in link.status(run).details
+            assert "resumed after round" in resume(link, config)
+        else:
+            assert not pause
+    check(folder, 5)
+
+
+@pytest.mark.slow
+def test_the_serverapp_killed_in_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    folder = tmp_path / "run"
+    config: dict[str, Any] = {"output": str(folder), "rounds": 4}
+    with SuperLink(timeout=TIMEOUT) as link:
+        for i in range(2):
+            link.start_supernode(f"partition-id={i}")
+        run = link.run(FAULTY, config)
+        wait_for(lambda: 2 in rounds_done(folder))
+        (app,) = (p for p in link.processes() if any("flwr-serverapp" in w for w in p.cmdline()))
+        app.kill()
+        wait_for(lambda: link.status(run).status.startswith("finished"))
+        assert link.status(run).status == "finished:failed"
+        assert "resumed after round" in resume(link, config)
+    check(folder, 4)
+
+
+def test_a_run_that_is_going_on_is_not_resumed(tmp_path):
+    """Nor is anything in its folder touched."""
+    live = Checkpoints(tmp_path / "checkpoints")
+    live.save(1, {"x": torch.ones(2)}, {"history": {}}, {"a": 1})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BlockingIOError, match="another run is writing"):
+        Saver(Checkpoints(live.folder), resume_from="latest", fingerprint={"a": 1})
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow
