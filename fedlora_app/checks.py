@@ -128,6 +128,13 @@ def _impossible_sampling(config: RunConfig) -> list[str]:
                 f"sampling.{key}: expected comma-separated numbers above 0 and up to 1"
                 f"{', two of them' if key != 'q' else ''}; {error}"
             )
+    pilots = 2 * sampling.pilot_rounds
+    if sampling.policy == "planned" and not sampling.alpha and config.rounds <= pilots:
+        problems.append(
+            f"sampling.pilot-rounds: two pilots take {pilots} of rounds = {config.rounds}, and "
+            "nothing would be planned; have more rounds or shorter pilots, or set sampling.alpha "
+            "and sampling.beta"
+        )
     if bool(sampling.alpha) != bool(sampling.beta):
         problems.append("sampling.alpha and sampling.beta: set both, or neither for pilots")
     if sampling.server_rate != 1 and sampling.estimator == "ratio":

@@ -72,15 +72,22 @@ def node(link: SuperLink, partition: int, *faults: str):
 
 
 def watch(
-    link: SuperLink, folder: Path, config: dict[str, Any], on_line: Callable[[str], None] = str
+    link: SuperLink,
+    folder: Path,
+    config: dict[str, Any],
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Run:
-    """Run the app to its end; ``on_line`` gets every line of the log as it comes."""
+    """Run the app to its end; ``meanwhile`` is called once it has been submitted."""
     run_id = link.run(FAULTY, {"output": str(folder), **config})
-    lines = []
-    for line in link.stream(run_id):
-        lines.append(line)
-        on_line(line)
-    return Run(folder, "\n".join(lines), link.status(run_id))
+    meanwhile()
+    return Run(folder, "\n".join(link.stream(run_id)), link.status(run_id))
+
+
+def begun(folder: Path, server_round: int) -> bool:
+    """Tell whether a round has begun."""
+    if not (folder / "metrics.jsonl").exists():
+        return False
+    return server_round in [r["round"] for r in records(folder, "round-start")]
 
 
 def wait_for(what: Callable[[], object], seconds: float = TIMEOUT) -> None:
@@ -116,19 +123,19 @@ REASONS = {
 @pytest.fixture(scope="module")
 def stormy(tmp_path_factory) -> Run:
     """Return four rounds of clients 0 (honest), 1, 2 and 3 (each bad) and 4 (from round 3)."""
-    late = []
-
-    def newcomer(line: str) -> None:
-        if "round 2/4" in line and not late:
-            late.append(node(link, 4))
-
+    folder = tmp_path_factory.mktemp("stormy") / "run"
     config = {"rounds": 4, "min-nodes": 4, "clip-norm": CLIP}
     config |= {"newcomer-round": 3, "full-disk-round": 2}
     with SuperLink(timeout=TIMEOUT) as link:
         node(link, 0)
         for partition, faults in FAULTS.items():
             node(link, partition, *faults)
-        run = watch(link, tmp_path_factory.mktemp("stormy") / "run", config, newcomer)
+
+        def add_one() -> None:
+            wait_for(lambda: begun(folder, 2))
+            node(link, 4)
+
+        run = watch(link, folder, config, add_one)
     assert run.status.completed, (run.status, run.log)
     return run
 
@@ -180,14 +187,11 @@ def test_a_supernode_killed_in_a_round_is_named_and_the_others_go_on(tmp_path):
     with SuperLink(timeout=TIMEOUT) as link:
         node(link, 0)
         victim = node(link, 1, "", "hang")
-        killed: list[float] = []
 
-        def kill(_: str) -> None:
-            begun = [r["round"] for r in records(folder, "round-start")] if folder.exists() else []
-            if begun == [1, 2] and not killed:
-                time.sleep(3)  # in the middle of it
-                victim.send_signal(signal.SIGKILL)
-                killed.append(time.monotonic())
+        def kill() -> None:
+            wait_for(lambda: begun(folder, 2))
+            time.sleep(3)  # in the middle of it
+            victim.send_signal(signal.SIGKILL)
 
         run = watch(link, folder, {"rounds": 4, "round-timeout": 2 * TIMEOUT}, kill)
     assert run.status.completed, (run.status, run.log)

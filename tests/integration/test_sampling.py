@@ -100,6 +100,7 @@ def test_a_message_cannot_ask_a_private_client_for_less():
     ("keys", "problem"),
     [
         ({"sampling.policy": "planned", "sampling.alpha": 1.0}, "set both"),
+        ({"sampling.policy": "planned", "rounds": 10}, "nothing would be planned"),
         ({"sampling.q": "0.5,2"}, "above 0 and up to 1"),
         ({"sampling.policy": "independent", "aggregation": "hetlora"}, "norms"),
         ({"clock.profile": "nowhere"}, "clock.profile: expected measured"),

@@ -33,8 +33,7 @@ def main(grid: Grid, context: Context) -> None:
         if record["kind"] == "round-start":
             limit_files(full=record["round"] == config["full-disk-round"])
         if record["kind"] == "round" and record["round"] + 1 == config["newcomer-round"]:
-            known = len(list(grid.get_node_ids()))
-            while len(list(grid.get_node_ids())) == known:
+            while len(list(grid.get_node_ids())) <= int(config["min-nodes"]):
                 time.sleep(0.2)
 
     strategy = FedLoRA(
