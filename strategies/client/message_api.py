@@ -20,6 +20,7 @@ from torch import nn
 from strategies.client.exchange import receive, send
 from strategies.client.profiling import Measure, profile_if_wanted, profile_wanted, profiled
 from strategies.messages import STEPS_KEY, TRAIN_SECONDS_KEY, from_record, to_record
+from strategies.privacy import Privacy
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord)
 
@@ -93,7 +94,8 @@ def make_reply(
 
     To a training message it holds the trained arrays, those that are asked for alone, in the
     order of the received ones where their names are the same: Flower's clipping mods compare
-    the two lists. To an evaluation message it holds the metrics alone.
+    the two lists. To an evaluation message it holds the metrics alone. Where the message asks
+    for a private update, the only metric is a weight of 1.
 
     Parameters
     ----------
@@ -130,14 +132,17 @@ def make_reply(
     evaluated = message.metadata.message_type.partition(".")[0] == MessageType.EVALUATE
     config = _record(message.content.config_records, config_key, "config")
     state = context.state if context is not None else None
+    node = context.node_config if context is not None else None
     found: dict[str, Any] = {weight_key: num_examples}
     if loss is not None:
         found["loss"] = float(loss)
     if not evaluated:
         found |= training_metrics(model, config, state, steps=steps)
-    content = RecordDict({metrics_key: MetricRecord({**found, **(metrics or {})})})
+    found |= metrics or {}
+    if Privacy.asked(config, node):  # none of these numbers has noise
+        found = {weight_key: 1}
+    content = RecordDict({metrics_key: MetricRecord(found)})
     if not evaluated:
-        node = context.node_config if context is not None else None
         record = to_record(send(model, config, state, adapter_name=adapter_name, node=node))
         content[arrays_key] = _in_received_order(record, message)
     return Message(content, reply_to=message)

@@ -265,3 +265,13 @@ def test_a_message_without_arrays():
     content = RecordDict({"config": settings(), "metrics": MetricRecord({"x": 1})})
     with pytest.raises(ValueError, match="one array record in the message, got none"):
         apply_adapter(make_model(2), message(content))
+
+
+def test_a_private_reply_tells_nothing_but_the_noised_update():
+    asked = {"dp-clip": 0.5, "dp-noise-multiplier": 1.0}
+    model, incoming = make_model(4), train_message(state(2, seed=1), **asked)
+    apply_adapter(model, incoming)
+    reply = make_reply(
+        model, incoming, num_examples=77, loss=0.3, metrics={"accuracy": 0.9}, steps=4
+    )
+    assert dict(reply.content["metrics"]) == {"num-examples": 1}
