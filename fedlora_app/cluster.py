@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a node that lacks their packages has to be able to say so
@@ -37,10 +38,8 @@ def with_code(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
 
     In the process of a run, that is the code of the submitted app.
     """
-    import strategies
-
-    folders = [os.path.dirname(file) for file in (__file__, strategies.__file__)]
-    return dict(runtime_env or {}) | {"py_modules": folders}
+    code = {"py_modules": [str(folder) for folder in _folders()], "excludes": ["__pycache__"]}
+    return dict(runtime_env or {}) | code
 
 
 def check(
@@ -82,11 +81,11 @@ def check(
                 f"{gpus:g} GPUs ({has}); lower --cpus-per-client or --gpus-per-client, or add nodes"
             )
         answers = _ask(ray, used, config.to_flat(), timeout)
-    here, data = versions(), digest(config)
+    here, data, code = versions(), digest(config), code_digest()
     problems = [
         f"{_name(node)}: {problem}"
         for node, answer in zip(used, answers, strict=True)
-        for problem in _compare(answer, here, data)
+        for problem in _compare(answer, here, data, code)
     ]
     if problems:
         raise ClusterError(
@@ -102,11 +101,12 @@ def examine(flat: Mapping[str, Scalar]) -> dict[str, Any]:
     -------
     dict
         ``versions`` as of ``versions()``; ``data``, a digest of the training rows, empty
-        without them; ``code``, the folder the app was imported from; ``problems``, texts.
+        without them; ``code``, one of the app's code, which lies in ``folder``;
+        ``problems``, texts.
     """
     found: dict[str, Any] = {"versions": versions(), "data": "", "problems": []}
-    found["code"] = os.path.dirname(__file__)
     try:
+        found |= {"code": code_digest(), "folder": str(Path(__file__).parents[1])}
         from fedlora_app import client_app  # noqa: F401  (and all that it imports)
         from fedlora_app.config import RunConfig
         from fedlora_app.models import build_model
@@ -148,6 +148,23 @@ def digest(config: RunConfig) -> str:
     for text in rows.texts:
         summary.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return summary.hexdigest()
+
+
+def code_digest() -> str:
+    """Return a digest of the app's code as it is imported here."""
+    summary = hashlib.sha256()
+    for folder in _folders():
+        for file in sorted(folder.rglob("*.py")):
+            summary.update(f"{file.relative_to(folder.parent).as_posix()}\0".encode())
+            summary.update(file.read_bytes())
+    return summary.hexdigest()
+
+
+def _folders() -> list[Path]:
+    """Return the folders of the packages that a client imports from this app."""
+    import strategies
+
+    return [Path(__file__).parent, Path(str(strategies.__file__)).parent]
 
 
 @contextmanager
@@ -215,7 +232,9 @@ def _ask(
     return answers
 
 
-def _compare(answer: Mapping[str, Any], here: Mapping[str, str], data: str) -> Iterator[str]:
+def _compare(
+    answer: Mapping[str, Any], here: Mapping[str, str], data: str, code: str
+) -> Iterator[str]:
     """Yield what a node lacks, or has otherwise than the machine that starts the run."""
     yield from answer["problems"]
     for name, version in answer.get("versions", {}).items():
@@ -226,6 +245,9 @@ def _compare(answer: Mapping[str, Any], here: Mapping[str, str], data: str) -> I
                 f"{name} {version} is installed, but {here[name]} on this machine; "
                 f"run `pip install {name}=={here[name]}`"
             )
+    # Ray looks in the folder where the run was started first, if a node has one of that name.
+    if answer.get("code", code) != code:
+        yield f"other code of this app is in the way in {answer['folder']}; update or remove it"
     if answer.get("data") and answer["data"] != data:
         yield "its training rows are not those of this machine; copy the data set anew"
 

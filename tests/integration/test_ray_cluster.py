@@ -38,7 +38,10 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets need short paths
     port = free_port()
     address = f"127.0.0.1:{port}"
-    roles = {"first": ["--head", f"--port={port}"], "second": [f"--address={address}"]}
+    roles = {
+        "first": ["--head", f"--port={port}", "--ray-client-server-port=0"],
+        "second": [f"--address={address}"],
+    }
     nodes = []
     try:
         for name, role in roles.items():
@@ -58,12 +61,11 @@ def start_node(name: str, role: list[str], home: Path) -> psutil.Popen:
     ray += [f"--node-name={name}", f"--temp-dir={home / 'ray'}", "--disable-usage-stats"]
     ray += ["--object-store-memory=100000000", "--include-dashboard=false"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    slow_machine = {"RAY_raylet_start_wait_time_s": "300"}
     with (home / "ray.log").open("wb") as log:
         return psutil.Popen(
             [*ray, *role],
             cwd=home,
-            env=environment | slow_machine | {"HOME": str(home)},
+            env=environment | {"HOME": str(home)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -107,6 +109,8 @@ def run(cluster: Cluster, output: Path) -> int:
     return main(["--clients", "4", *where, "--config", *config])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_uses_both_nodes_and_leaves_the_cluster_alone(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -156,6 +160,8 @@ def test_addresses_that_cannot_be_a_cluster() -> None:
         check(f"127.0.0.1:{port}", config)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_cluster_without_room_for_a_client(cluster: Cluster) -> None:
     with pytest.raises(ClusterError, match=r"room for a client of 2 CPUs.*node second.*1 CPUs"):
         check(cluster.address, RunConfig(), cpus=2)
@@ -173,10 +179,17 @@ def test_a_node_names_a_missing_model_and_data_together() -> None:
 
 def test_what_a_node_has_otherwise_is_said_with_what_to_do() -> None:
     here = {"torch": "2.6.0", "peft": "0.17.0"}
-    answer = {"versions": {"torch": "2.5.1", "peft": ""}, "data": "b", "problems": ["no model"]}
-    said = list(cluster_module._compare(answer, here, "a"))
+    answer = {
+        "problems": ["no model"],
+        "versions": {"torch": "2.5.1", "peft": ""},
+        "data": "b",
+        "code": "d",
+        "folder": "/opt",
+    }
+    said = list(cluster_module._compare(answer, here, "a", "c"))
     assert said[0] == "no model"
     assert said[1].startswith("torch 2.5.1 is installed, but 2.6.0 on this machine")
     assert said[2].startswith("peft is not installed; run `pip install peft==0.17.0`")
-    assert said[3].startswith("its training rows are not those of this machine")
-    assert len(said) == 4
+    assert said[3].startswith("other code of this app is in the way in /opt")
+    assert said[4].startswith("its training rows are not those of this machine")
+    assert len(said) == 5
