@@ -39,7 +39,7 @@ def cluster() -> Iterator[Cluster]:
     port = free_port()
     address = f"127.0.0.1:{port}"
     roles = {
-        "first": ["--head", f"--port={port}", "--ray-client-server-port=0"],
+        "first": ["--head", f"--port={port}", f"--ray-client-server-port={free_port()}"],
         "second": [f"--address={address}"],
     }
     nodes = []
@@ -47,7 +47,7 @@ def cluster() -> Iterator[Cluster]:
         for name, role in roles.items():
             (folder / name).mkdir()
             nodes.append(start_node(name, role, folder / name))
-            wait_for(folder / name / "ray.log")
+            wait_for(nodes[-1], folder / name / "ray.log")
         yield Cluster(address, {name: folder / name for name in roles})
     finally:
         # Not `ray stop`, which ends every Ray on the machine.
@@ -79,9 +79,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(log: Path) -> None:
+def wait_for(node: psutil.Popen, log: Path) -> None:
     deadline = time.monotonic() + 400
     while "Ray runtime started" not in log.read_text():
+        assert node.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
 

@@ -1,12 +1,12 @@
 """Runs that are cut off go on from their last checkpoint as if nothing had been."""
 
 import json
-import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -155,21 +155,31 @@ def test_a_simulation_killed_and_resumed_equals_one_that_was_not(simulated, tmp_
 
 
 def kill_all(pid: int) -> None:
-    """Kill a simulation with everything it started, at once."""
-    main = psutil.Process(pid)
-    family = {main, *main.children(recursive=True)}
-    marks = {p.environ().get(MARK) for p in family if p.is_running()} - {None}
-    for process in psutil.process_iter():  # what Flower put into sessions of its own
-        try:
-            if process.environ().get(MARK) in marks:
-                family |= {process, *process.children(recursive=True)}
-        except (psutil.Error, OSError):
-            continue
-    for process in family:
-        try:
-            os.kill(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    """Kill a simulation with everything it started, at once, and remove what it leaves in /tmp."""
+    children = psutil.Process(pid).children(recursive=True)
+    mine = {environment(child).get(MARK) for child in children} - {None}
+    # Flower puts some into sessions of their own, and Ray's workers hide their environment.
+    family = {p for p in psutil.process_iter() if environment(p).get(MARK) in mine}
+    homes = {environment(p).get("FLWR_HOME") for p in family} - {None}
+    for process in family | {c for p in family for c in descendants(p)} | {psutil.Process(pid)}:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    for home in homes:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except (psutil.Error, OSError):
+        return {}
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 def untimed(folder: Path, kind: str) -> list[dict]:
