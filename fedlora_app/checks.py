@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlora_app.samplers import make_run_sampler
 from strategies.aggregation import AGGREGATIONS, make_aggregator
 from strategies.naming import named
+from strategies.participation import Participation
 from strategies.ranks import RANK_POLICIES
 from strategies.sampling import SAMPLERS
-from strategies.wallclock import PROFILES
+from strategies.wallclock import PROFILES, MeasuredClock
 
 if TYPE_CHECKING:
     from fedlora_app.config import RanksConfig, RunConfig, SamplingConfig
@@ -56,11 +58,6 @@ def impossible(config: RunConfig) -> list[str]:
                     f"train.precision = {config.train.precision!r} would round every merge; "
                     "use float32"
                 )
-            if config.sampling.policy in OWN_KEYS["sampling"][1:] and rule.sampling_refusal:
-                problems.append(
-                    f"aggregation = {config.aggregation!r} cannot be used with sampling.policy = "
-                    f"{config.sampling.policy!r}: {rule.sampling_refusal}"
-                )
             if config.lora.dora and not rule.supports_dora:
                 problems.append(
                     f"aggregation = {config.aggregation!r} changes the factors that DoRA "
@@ -91,6 +88,12 @@ def impossible(config: RunConfig) -> list[str]:
     problems += _impossible_choice("sampling", config.sampling, SAMPLERS)
     problems += _impossible_ranks(config)
     problems += _impossible_sampling(config)
+    if not problems:  # what the strategy would refuse, before a run leaves a folder
+        rule = make_aggregator(config.aggregation, **config.aggregation_settings())
+        try:
+            Participation(make_run_sampler(config), MeasuredClock(), rule).check()
+        except (TypeError, ValueError) as error:
+            problems.append(f"sampling.policy = {config.sampling.policy!r}: {error}")
     return problems
 
 
@@ -137,11 +140,6 @@ def _impossible_sampling(config: RunConfig) -> list[str]:
         )
     if bool(sampling.alpha) != bool(sampling.beta):
         problems.append("sampling.alpha and sampling.beta: set both, or neither for pilots")
-    if sampling.server_rate != 1 and sampling.estimator == "ratio":
-        problems.append(
-            "sampling.server-rate: the ratio estimator has no displacement to scale; use "
-            "sampling.estimator = 'unbiased'"
-        )
     profile, simulated = config.clock.profile, config.clock.profile != "measured"
     if simulated and profile not in PROFILES and not Path(profile).expanduser().is_file():
         problems.append(

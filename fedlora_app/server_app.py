@@ -24,6 +24,7 @@ from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.data import TokenizedRows, load_test, tokenize
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.report import RunFolder
+from fedlora_app.samplers import make_run_sampler
 from fedlora_app.tensorboard import TensorBoardListener
 from fedlora_app.training import EvalResult, evaluate, per_sample_losses, torch_threads
 from strategies import FedLoRA
@@ -44,15 +45,6 @@ from strategies.ranks import (
     SelfPruningRank,
     UniformRank,
     make_rank_policy,
-)
-from strategies.sampling import (
-    FractionSampling,
-    IndependentSampling,
-    PlannedSampling,
-    Sampler,
-    StatisticalSampling,
-    WeightedSampling,
-    make_sampler,
 )
 from strategies.saving import Saver
 from strategies.wallclock import (
@@ -232,7 +224,11 @@ def make_ranks(config: RunConfig, score_fn: Callable[[Adapter], float] | None = 
 
 
 # Settings that a checkpoint's numbers depend on, and those that are nobody's business.
-FATAL = ("aggregation", "aggregation-options", "method", "seed", "model.", "lora.", "data.name")
+FATAL = (
+    *("aggregation", "aggregation-options", "method", "seed", "model.", "lora.", "data.name"),
+    *("ranks.policy", "sampling.policy", "sampling.pilot-", "sampling.alpha", "sampling.beta"),
+    "clock.profile",
+)
 IGNORED = ("output", "resume-from", "rounds", "checkpoint-", "stop-accuracy")
 
 
@@ -273,7 +269,11 @@ def stop_at(
 
     ``rounds`` are those of a run that is resumed.
     """
-    before = (r["server_accuracy"] for r in rounds if r.get("server_accuracy") is not None)
+    before = (
+        r["server_accuracy"]
+        for r in rounds
+        if r["round"] > 0 and r.get("server_accuracy") is not None
+    )
     last: deque[float] = deque(before, maxlen=3)
 
     def reached(scores: Mapping[str, float]) -> bool:
@@ -337,36 +337,6 @@ def make_privacy(config: RunConfig) -> PrivateRun | None:
     return PrivateRun(Privacy(p.clip, p.noise_multiplier), p.delta)
 
 
-def make_run_sampler(config: RunConfig) -> Sampler:
-    """Return the sampler of the run config."""
-    c = config.sampling
-    coins: dict[str, Any] = {"estimator": c.estimator, "server_rate": c.server_rate}
-    match c.policy:
-        case "fraction":
-            return FractionSampling(c.fraction, min_clients=c.min_clients, clients=c.clients)
-        case "independent":
-            return IndependentSampling(c.probabilities(), **coins)
-        case "weighted":
-            return WeightedSampling(c.fraction, q_min=c.q_min, **coins)
-        case "statistical":
-            return StatisticalSampling(c.fraction, q_min=c.q_min, **coins)
-        case "planned":
-            return PlannedSampling(
-                pilot_rounds=c.pilot_rounds,
-                pilot_fractions=c.pilots(),
-                alpha=c.alpha or None,
-                beta=c.beta or None,
-                replan_every=c.replan_every,
-                sketch_cost=c.sketch_cost,
-                q_min=c.q_min,
-                idle_seconds=config.clock.idle_seconds,
-                seed=config.seed,
-                **coins,
-            )
-        case own:
-            return make_sampler(own, **c.settings())
-
-
 def make_run_clock(config: RunConfig, model: PeftModel, test: TestSet) -> Clock:
     """Return the clock of the run config, with the FLOPs of a training step as counted."""
     measured = config.clock.profile == "measured"
@@ -374,6 +344,8 @@ def make_run_clock(config: RunConfig, model: PeftModel, test: TestSet) -> Clock:
         return MeasuredClock()
     ranks = (1, max(2, config.max_rank()))
     base, per_rank = rank_flops(lambda rank: training_step(model, test.all, config, rank), *ranks)
+    if config.method == "head":
+        per_rank = 0.0
     if measured:
         return MeasuredClock(rank_share=per_rank / base)
     return simulated_clock(config, base, per_rank, float(config.train.steps or 1))

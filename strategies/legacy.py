@@ -107,6 +107,8 @@ class LegacyFedLoRA(Strategy):
             initial_arrays = to_record(initial_arrays)
         self.result = Result(arrays=initial_arrays)
         self._parameters: Parameters | None = None  # result.arrays as the server knows them
+        # What the server goes on holding after a round that nobody joined, whatever we hold.
+        self._stale: Parameters | None = None
         self._done = 0  # rounds of an earlier run that this one goes on with
         self._over = False
         self._began = time.perf_counter()
@@ -153,6 +155,7 @@ class LegacyFedLoRA(Strategy):
             for message in messages
         ]
         if not chosen:  # the server will not call aggregate_fit
+            self._stale = parameters
             self.aggregate_fit(server_round, [], [])
         return chosen
 
@@ -249,7 +252,7 @@ class LegacyFedLoRA(Strategy):
 
     def _arrays(self, parameters: Parameters) -> ArrayRecord:
         """Return parameters under their names; the record they came from, if it is ours."""
-        if parameters is self._parameters:
+        if parameters is self._parameters or parameters is self._stale:
             return self.result.arrays
         names, tensors = list(self.result.arrays), parameters.tensors
         if len(names) != len(tensors):

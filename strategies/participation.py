@@ -71,6 +71,11 @@ class Participation:
                 f"server_rate = {self.sampler.server_rate:g} scales a displacement, but "
                 f"{self.rule.name!r} takes a mean over the participants; use estimator = 'unbiased'"
             )
+        if self.sampler.needs_cost and getattr(self.rule, "ratio", 1.0) != 1:
+            raise ValueError(
+                f"sampling {self.sampler.name!r} chooses itself how much of its adapter a client "
+                f"sends; leave the ratio of {self.rule.name!r} at 1"
+            )
         if self.sampler.wants_loss and set(self.rule.trained()) - set(self.rule.uploaded()):
             raise ValueError(
                 f"sampling {self.sampler.name!r} starts its pilots from one model, but aggregation "
@@ -105,10 +110,12 @@ class Participation:
         """
         sampler = self.sampler
         a = data_weights(clients)
-        fixed, per_rank = upload_cost()
         outlook = Outlook(
-            server_round, clients, a, ranks, self.clock, (fixed, per_rank),
-            sketches=self.rule.sketches, full_rank=full_rank,
+            server_round, clients, a, ranks, self.clock,
+            upload_cost() if sampler.needs_cost else (0.0, 0.0),
+            # Without LoRA modules (full_rank = 0) there is nothing to sketch.
+            sketches=self.rule.sketches and full_rank > 0,
+            full_rank=max(full_rank, *ranks, 1),
         )  # fmt: skip
         sampler.prepare(outlook)
         trained = dict(zip((c.index for c in clients), sampler.ranks(clients, ranks), strict=True))

@@ -224,7 +224,7 @@ class FedLoRA(StreamingStrategy):
     ) -> Iterable[Message]:
         """Return one message for each chosen client, with its own slice of the adapter."""
         clients = self.census.take(grid, self.ranks, config, server_round)
-        self.aggregation.server_round = server_round
+        self.aggregation.server_round = self.progress.rounds + 1  # of this model: pilots start anew
         packing = self._packing = self._pack(server_round, arrays)
         if self.ranks.counts_bytes:
             self.ranks.learn_cost(*packing.cost(self._rng(server_round, 3)))
@@ -315,7 +315,8 @@ class FedLoRA(StreamingStrategy):
             self.round.aggregate_seconds += time.perf_counter() - clock
             self.round.accept(assignment, reply)
             self.participation.answered(client)
-            self.roster.observe(client.node_id, round(reply.weight))
+            if self.weighted_by_key == "num-examples" and not self.privacy:
+                self.roster.observe(client.node_id, round(reply.weight))
             good.append(replace(reply, arrays={}))  # its numbers, without its arrays
             self._observe(assignment, adapter, reply)
             self.on_update(client, adapter)
@@ -465,6 +466,8 @@ class FedLoRA(StreamingStrategy):
         """Let the sampler learn the loss of the model that is there now."""
         if server_round:
             self.progress.rounds += 1
+        if not self.participation.sampler.wants_loss:
+            self.progress.aside = None  # the pilots are over, and nobody goes back
         loss = self.round.evaluation.get("loss", self.round.loss)
         if loss is not None:
             self.participation.sampler.learn_loss(server_round, loss)

@@ -65,6 +65,8 @@ class Sampler(ABC):
     name: ClassVar[str] = ""
     #: Whether data weights must be known before a client is ever asked to train.
     needs_weights: ClassVar[bool] = False
+    #: Whether ``Outlook.upload_bytes`` is needed; else it is (0, 0).
+    needs_cost: ClassVar[bool] = False
     #: How updates are summed, for samplers with ``probabilities``: "unbiased" (divided by the
     #: weight of everybody), "ratio" (by that of the participants), "auto" (what suits the rule).
     estimator: Estimator = "auto"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from logging import WARNING
 from typing import get_args
 
 import numpy as np
+from flwr.common import log
 
 from strategies.clients import Client
-from strategies.sampling.base import Array, Estimator, Sampler, register
+from strategies.sampling.base import Array, Estimator, Outlook, Sampler, register
 
 
 class BernoulliSampling(Sampler):
@@ -83,7 +85,9 @@ class IndependentSampling(BernoulliSampling):
     Parameters
     ----------
     q : float, Sequence[float] or Mapping[int, float] (default: 0.1)
-        Probability to join a round, in (0, 1]: for everyone, or by client index.
+        Probability to join a round, in (0, 1]: for everyone, or by client index, which is the
+        partition id where nodes name one. A client that appears later without one joins with
+        the mean of the others (this project's decision).
     estimator, server_rate
         As in `BernoulliSampling`.
 
@@ -104,6 +108,7 @@ class IndependentSampling(BernoulliSampling):
     ) -> None:
         super().__init__(estimator=estimator, server_rate=server_rate)
         self.q: float | None = None
+        self._began = False
         if isinstance(q, Mapping):
             self._q = {int(index): float(value) for index, value in q.items()}
         elif isinstance(q, int | float):
@@ -128,7 +133,16 @@ class IndependentSampling(BernoulliSampling):
         """
         if self.q is not None:
             return np.full(len(clients), self.q)
+        for client in clients:
+            if self._began and client.index not in self._q:
+                self._q[client.index] = float(np.mean(list(self._q.values())))
+                log(WARNING, "%s; it joins with the mean of those given, %.3g",
+                    self._unknown(client), self._q[client.index])  # fmt: skip
         return super().probabilities(clients)
+
+    def prepare(self, outlook: Outlook) -> None:
+        """Note that the run has begun: who appears from now on must not end it."""
+        self._began = self._began or outlook.server_round > 1
 
     def _unknown(self, client: Client) -> str:
         return (

@@ -81,8 +81,8 @@ class PlannedSampling(BernoulliSampling):
         when it must.
     q_min : float (default: 0.01)
         Least probability of a client, in (0, 1].
-    idle_seconds : float (default: 0.0)
-        Time of a round in which nobody joins.
+    idle_seconds : float, optional
+        Time of a round in which nobody joins (default: the clock's).
     ranks : Sequence[int], optional
         What a sketch may have; a client whose rank is below all of them sends its whole rank.
         (default: powers of two up to the client's rank, and that rank itself)
@@ -103,6 +103,7 @@ class PlannedSampling(BernoulliSampling):
 
     name = "planned"
     needs_weights = True
+    needs_cost = True
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class PlannedSampling(BernoulliSampling):
         beta: float | None = None,
         replan_every: int = 0,
         q_min: float = 0.01,
-        idle_seconds: float = 0.0,
+        idle_seconds: float | None = None,
         ranks: Sequence[int] | None = None,
         sketch_cost: float = 1.0,
         seed: int = 42,
@@ -130,7 +131,7 @@ class PlannedSampling(BernoulliSampling):
             raise ValueError(f"replan_every: expected 0 (never) or more, got {replan_every!r}")
         if not 0 < q_min <= 1:
             raise ValueError(f"q_min: expected a number in (0, 1], got {q_min!r}")
-        if not (math.isfinite(idle_seconds) and idle_seconds >= 0):
+        if idle_seconds is not None and not (math.isfinite(idle_seconds) and idle_seconds >= 0):
             raise ValueError(f"idle_seconds: expected 0 or more, got {idle_seconds!r}")
         if not (math.isfinite(sketch_cost) and sketch_cost >= 0):
             raise ValueError(f"sketch_cost: expected 0 or more, got {sketch_cost!r}")
@@ -245,7 +246,9 @@ class PlannedSampling(BernoulliSampling):
                 rng=np.random.default_rng([self.seed, basis.server_round]),
                 phi=self._phi(outlook),
                 q_min=self.q_min,
-                idle_seconds=self.idle_seconds,
+                idle_seconds=outlook.clock.idle_seconds
+                if self.idle_seconds is None
+                else self.idle_seconds,
                 warm_start=self._plan if same else None,
             )
         except ValueError as error:  # a running deployment goes on
@@ -359,8 +362,8 @@ class PlannedSampling(BernoulliSampling):
         if self.pilots and state["pilots"]:
             self.pilots.load_state_dict(state["pilots"])
         self._concluded = bool(state["concluded"])
-        found = state["convergence"]
-        self.convergence = None if found is None else (float(found[0]), float(found[1]))
+        if (found := state["convergence"]) is not None:
+            self.convergence = float(found[0]), float(found[1])
         self._basis = None if state["basis"] is None else _Basis(**state["basis"])
         self._plan = None
         if (made := state["plan"]) is not None:

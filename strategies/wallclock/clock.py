@@ -79,6 +79,8 @@ class Clock(ABC):
     name: ClassVar[str] = ""
     #: Seconds after which a round ends without those still busy; 0: it waits for everybody.
     deadline: float = 0.0
+    #: Seconds of a round in which nobody takes part.
+    idle_seconds: float = 0.0
 
     @abstractmethod
     def forecast(self, works: Sequence[Work], server_round: int) -> RoundTime:

@@ -272,7 +272,11 @@ class SimulatedClock(Clock):
 
     def _steps_of(self, work: Work) -> float:
         steps = reported(work.steps)
-        return self._steps.get(work.client, self.steps) if steps is None else steps
+        if steps is not None:
+            return steps
+        if work.client in self._steps or not self._steps:
+            return self._steps.get(work.client, self.steps)
+        return float(np.mean(list(self._steps.values())))  # as the others do
 
     def _table(self, clients: Sequence[int]) -> tuple[Array, Array, Mask]:
         """Return each client's mean SNR (dB), speed (FLOP/s), and whether its channel changes."""

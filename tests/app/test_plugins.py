@@ -87,7 +87,7 @@ def test_without_the_module_nothing_is_known(flat, message):
         ),
         (
             {"sampling.policy": "weighted", "sampling.options": ""},
-            "aggregation = 'median' cannot be used with sampling.policy = 'weighted'",
+            "aggregation 'median' cannot be used with sampling 'weighted'",
         ),
     ],
 )

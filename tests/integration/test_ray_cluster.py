@@ -39,7 +39,12 @@ def cluster() -> Iterator[Cluster]:
     port = free_port()
     address = f"127.0.0.1:{port}"
     roles = {
-        "first": ["--head", f"--port={port}", f"--ray-client-server-port={free_port()}"],
+        "first": [
+            "--head",
+            "--include-dashboard=false",
+            f"--port={port}",
+            f"--ray-client-server-port={free_port()}",
+        ],
         "second": [f"--address={address}"],
     }
     nodes = []
@@ -59,7 +64,7 @@ def cluster() -> Iterator[Cluster]:
 def start_node(name: str, role: list[str], home: Path) -> psutil.Popen:
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
     ray += [f"--node-name={name}", f"--temp-dir={home / 'ray'}", "--disable-usage-stats"]
-    ray += ["--object-store-memory=100000000", "--include-dashboard=false"]
+    ray += ["--object-store-memory=100000000"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     with (home / "ray.log").open("wb") as log:
         return psutil.Popen(
@@ -88,7 +93,9 @@ def wait_for(node: psutil.Popen, log: Path) -> None:
 
 
 def end(node: psutil.Process) -> None:
-    processes = [node, *node.children(recursive=True)]
+    processes = [node]
+    with suppress(psutil.NoSuchProcess):  # it may have failed to start
+        processes += node.children(recursive=True)
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()

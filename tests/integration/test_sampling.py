@@ -93,7 +93,8 @@ def test_a_message_cannot_ask_a_private_client_for_less():
     reasons = [r["reason"] for r in told if r.get("status") == "rejected"]
     assert len(reasons) == 3
     assert all("insists on dp-noise-multiplier" in reason for reason in reasons)
-    assert not app.replies  # and no scores on its rows either
+    told = {key for _, reply in app.replies for key in reply.content}
+    assert all(key.startswith("getproperties") for key in told)  # no scores on its rows either
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,27 @@ def test_a_message_cannot_ask_a_private_client_for_less():
         ({"sampling.policy": "independent", "aggregation": "hetlora"}, "norms"),
         ({"clock.profile": "nowhere"}, "clock.profile: expected measured"),
         ({"clock.deadline": 3.0}, "simulated clocks"),
-        ({"sampling.estimator": "ratio", "sampling.server-rate": 0.5}, "no displacement"),
+        (
+            {
+                "sampling.policy": "independent",
+                "sampling.estimator": "ratio",
+                "sampling.server-rate": 0.5,
+            },
+            "estimator = 'unbiased'",
+        ),
+        (
+            {"sampling.policy": "weighted", "sampling.fraction": 0.005},
+            "expected participants|q_min",
+        ),
+        (
+            {
+                "aggregation": "fslora",
+                "aggregation-options": "ratio=0.5",
+                "sampling.policy": "planned",
+                "rounds": 20,
+            },
+            "ratio of 'fslora' at 1",
+        ),
     ],
 )
 def test_impossible_samplings_are_refused_before_anything_starts(keys, problem):
