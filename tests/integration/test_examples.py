@@ -119,6 +119,7 @@ def test_vision_before_and_after(version, example, tmp_path):
     assert len(sizes) == (1 if version else 4)  # one rank for all, or four
 
 
+@pytest.mark.slow
 def test_vision_with_ray(example, tmp_path):
     example(VISION)
     task = importlib.import_module("visionexample.task")
@@ -161,6 +162,7 @@ def test_old_and_new_servers_give_the_same_adapter(example, tmp_path):
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
+@pytest.mark.slow
 def test_digits_with_ray(example, tmp_path):
     example(OLDSTYLE)
     task = importlib.import_module("digits.task")

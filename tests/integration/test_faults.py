@@ -139,6 +139,7 @@ def stormy(tmp_path_factory) -> Run:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", REASONS)
 def test_a_bad_reply_is_rejected_with_its_node_and_cause(stormy, fault):
     client = next(i for i, faults in FAULTS.items() if fault in faults)
@@ -146,6 +147,7 @@ def test_a_bad_reply_is_rejected_with_its_node_and_cause(stormy, fault):
     assert re.search(REASONS[fault], reason, re.DOTALL), reason
 
 
+@pytest.mark.slow
 def test_who_was_bad_is_asked_again_and_the_others_are_not_touched(stormy):
     assert stormy.part(0) == dict.fromkeys((1, 2, 3, 4), "ok")
     assert stormy.part(1) == dict.fromkeys((1, 2, 3, 4), "rejected")
@@ -153,16 +155,19 @@ def test_who_was_bad_is_asked_again_and_the_others_are_not_touched(stormy):
     assert stormy.part(3) == {1: "rejected", 2: "rejected", 3: "ok", 4: "ok"}
 
 
+@pytest.mark.slow
 def test_a_newcomer_works_from_the_round_it_came_in(stormy):
     assert stormy.part(4) == {3: "ok", 4: "ok"}
 
 
+@pytest.mark.slow
 def test_a_change_of_a_hundred_times_the_norm_is_scaled_down_and_named(stormy):
     said = re.search(r"round 1: client 2 \(node \d+\): its change of norm (\S+) was", stormy.log)
     assert said, stormy.log
     assert float(said[1]) == pytest.approx(300 * math.sqrt(NUMBERS), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_model_is_the_mean_of_the_good_replies(stormy):
     """Every number of client i's reply is i + 1 more than it was sent, or less after clipping."""
     clipped = CLIP / math.sqrt(NUMBERS)
@@ -170,6 +175,7 @@ def test_the_model_is_the_mean_of_the_good_replies(stormy):
     assert stormy.final() == pytest.approx(1 + sum(moves), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(stormy):
     assert re.search(r"no checkpoint of round 2: .*; the run goes on, and older", stormy.log)
     found = sorted(p.name for p in (stormy.folder / "checkpoints").glob("round-*"))
