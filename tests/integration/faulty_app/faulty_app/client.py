@@ -45,7 +45,9 @@ def train(message: Message, context: Context) -> Message:
             step = float("nan")
     arrays = {k: a.numpy() + np.float32(step) for k, a in message.content["arrays"].items()}
     if fault == "rank":
-        arrays = {k: a[:-1] if "lora_A" in k else a for k, a in arrays.items()}
+        one_less = {"lora_A": np.s_[:-1], "lora_B": np.s_[:, :-1]}
+        cuts = {k: next((c for part, c in one_less.items() if part in k), ...) for k in arrays}
+        arrays = {k: np.ascontiguousarray(a[cuts[k]]) for k, a in arrays.items()}
     record = ArrayRecord({k: Array(a) for k, a in arrays.items()})
     if fault == "truncated":
         array = record["head.bias"]
