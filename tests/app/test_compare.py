@@ -33,6 +33,8 @@ sampling.policy = "weighted"
 
 [arms.planned]
 sampling.policy = "planned"
+sampling.alpha = 1.0
+sampling.beta = 1.0
 """
 
 
@@ -138,7 +140,8 @@ def test_training_does_not_depend_on_a_clock_that_nobody_asks():
     assert lab == rural is not None
     assert training_of({"clock.profile": "lab", "seed": 7}) != lab
     assert training_of({"clock.profile": "lab", "clock.bandwidth": "equal"}) == lab
-    for acts in ({"sampling.policy": "planned"}, {"clock.deadline": 5.0}, {"method": "local"},
+    planned = {"sampling.policy": "planned", "sampling.alpha": 1.0, "sampling.beta": 1.0}
+    for acts in (planned, {"clock.deadline": 5.0}, {"method": "local"},
                  {"clock.profile": "measured"}):  # fmt: skip
         assert training_of({"clock.profile": "lab", **acts}) is None
 
