@@ -113,14 +113,15 @@ def test_no_arrays_at_all(tmp_path):
     assert Checkpoints(tmp_path).load().arrays == {}
 
 
+keys = st.text().filter(lambda key: key != "$float")  # stands for NaN and infinity, and is refused
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.lists(inner) | st.dictionaries(keys, inner),
 )
 
 
 @settings(max_examples=30, deadline=None)  # it waits for the disk
-@given(st.dictionaries(st.text(), values))
+@given(st.dictionaries(keys, values))
 def test_any_json_like_state_comes_back(state):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "round-000003"
