@@ -1,8 +1,9 @@
-"""Where the time of one training message goes on a SuperNode, which runs it in a fresh process.
+"""Where the time of one training message goes on a SuperNode, and what a warm start spares.
 
     python -m benchmarks.startup [--repeat 5] [--config key=value …]
 
-Each repetition starts a new interpreter that does what a message makes it do, and times the parts.
+First the parts: each repetition starts a new interpreter that does what a message makes it do.
+Then rounds of one training step on a real SuperLink with one SuperNode, Flower's and the warm one.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def one_message(flat: dict, site: str) -> dict[str, float]:
         seconds[part] = time.time() - began - sum(seconds.values())
 
     import flwr.client
-    import flwr.clientapp  # noqa: F401
+    import flwr.clientapp
+    import flwr.supernode.cli  # noqa: F401
 
     mark(PARTS[0])
     from flwr.app import RecordDict
@@ -82,6 +84,33 @@ def write_rows(file: Path, count: int = 500) -> None:
             writer.writerow([text, rows.label_names[label]])
 
 
+def rounds(site: Path, repeat: int, *, warm: bool) -> list[float]:
+    """Return the seconds of rounds in which one SuperNode trains for one step."""
+    from fedlora_app.superlink import SuperLink
+
+    folder = site.parent / ("warm" if warm else "cold")
+    config = {
+        "output": str(folder),
+        "rounds": repeat + 1,
+        "min-nodes": 1,
+        "train.steps": 1,
+        "data.max-length": 16,
+        "evaluate.every": repeat + 1,
+        "checkpoint-every": 0,
+    }
+    with SuperLink() as link:
+        link.start_supernode(f'data-path="{site}"', warm=warm)
+        run_id = link.run(Path(__file__).parents[1], config)
+        log = list(link.stream(run_id))
+        if not link.status(run_id).completed:
+            raise RuntimeError("\n".join(log))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    # Without the first one, in which the SuperNode may still have been starting.
+    return [
+        r["seconds"] for r in records if r["kind"] == "round" and r["round"] in range(2, repeat + 1)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--repeat", type=int, default=5)
@@ -102,11 +131,15 @@ def main() -> None:
                 [*command, "--config", *args.config], check=True, capture_output=True, text=True
             )
             runs.append(json.loads(done.stdout.splitlines()[-1]))
+        cold, warm = (rounds(site, args.repeat, warm=warm) for warm in (False, True))
     print(f"| part | seconds (median of {args.repeat}) |\n|---|---|")
     for part in PARTS:
         print(f"| {part} | {statistics.median(run[part] for run in runs):.2f} |")
     total = statistics.median(sum(run.values()) for run in runs)
     print(f"| all | {total:.2f} |")
+    print(f"\n| SuperNode | seconds a round of one step (median of {len(cold)}) |\n|---|---|")
+    for name, seconds in (("flower-supernode", cold), ("fedlora_app.supernode", warm)):
+        print(f"| {name} | {statistics.median(seconds):.2f} |")
 
 
 if __name__ == "__main__":

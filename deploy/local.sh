@@ -170,7 +170,7 @@ done
 
 declare -A running=()
 for i in "${!names[@]}"; do
-    start "${names[i]}" "${names[i]}" flower-supernode --superlink "$superlink" \
+    start "${names[i]}" "${names[i]}" "$python" -m fedlora_app.supernode --superlink "$superlink" \
         --root-certificates "$certificates/ca.crt" \
         --auth-supernode-private-key "$certificates/nodes/${names[i]}" \
         --host 127.0.0.1 --port "${ports[i + 1]}" \

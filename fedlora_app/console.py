@@ -23,7 +23,7 @@ NOISE = re.compile(
     r"|Since flwr 1\.32, default simulated SuperNodes|Federation `.*simulated SuperNodes\)$"
     r"|To change federation size, use|\tflwr federation simulation-config "
     r"|Successfully (installed|started run) "
-    r"|\(ClientAppActor pid=\d+\) +((INFO|DEBUG) +: |WARNING : +Manually terminating)"
+    r"|\(ClientAppActor pid=\d+(, ip=[^)]+)?\) +((INFO|DEBUG) +: |WARNING : +Manually terminating)"
     r"|.*\b\d+%\|.*\|"
     r"|.*FutureWarning: Tip: In future versions of Ray|  warnings\.warn\($"
 )

@@ -168,17 +168,22 @@ class SuperLink:
         run = self._flwr("list", "link", "--run-id", str(run_id))["runs"][0]
         return RunStatus(run["status"], run["status-details"])
 
-    def start_supernode(self, node_config: str = "") -> subprocess.Popen[bytes]:
+    def start_supernode(
+        self, node_config: str = "", *, warm: bool = False
+    ) -> subprocess.Popen[bytes]:
         """Start a real SuperNode that connects to this SuperLink.
 
         Parameters
         ----------
         node_config : str (default: "")
             What the node knows of itself, such as ``"partition-id=0 max-rank=8"``.
+        warm : bool (default: False)
+            Import what clients need once and not for every message (``fedlora_app.supernode``).
         """
         name = f"supernode-{len(self._children)}"
-        command = ["flower-supernode", "--insecure", "--superlink", self.address]
-        command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(_free_port())]
+        program = [sys.executable, "-m", "fedlora_app.supernode"] if warm else ["flower-supernode"]
+        command = [*program, "--insecure", "--superlink", self.address]
+        command += ["--host", "127.0.0.1", "--port", str(_free_port())]
         if node_config:
             command += ["--node-config", node_config]
         # A home each, as on machines of their own: they install the same app at the same time.

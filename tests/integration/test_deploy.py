@@ -448,7 +448,7 @@ def test_scripts_are_clean() -> None:
 def test_units_are_valid(tmp_path: Path) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name in ("flower-superlink", "flower-supernode"):
+    for name in ("flower-superlink", "python"):
         (commands / name).touch(mode=0o755)
     for unit in (DEPLOY / "systemd").iterdir():
         text = unit.read_text().replace("/opt/fedlora/.venv/bin", str(commands))

@@ -68,7 +68,8 @@ def _importable() -> Iterator[None]:
 
 def node(link: SuperLink, partition: int, *faults: str):
     words = f' faults="{",".join(faults)}"' if faults else ""
-    return link.start_supernode(f"partition-id={partition}{words}")
+    # One of them is the warm one, whose clients are copies of a process that has to live on.
+    return link.start_supernode(f"partition-id={partition}{words}", warm=partition == 2)
 
 
 def watch(

@@ -29,7 +29,7 @@ def test_two_supernodes_with_their_own_data_and_limits(rule, tmp_path):
         limits = (4, 16)
         for site, limit in enumerate(limits):
             path = tmp_path / f"site{site}.csv"
-            link.start_supernode(f'data-path="{path}" max-rank={limit}')
+            link.start_supernode(f'data-path="{path}" max-rank={limit}', warm=True)
         run = link.run(
             ROOT,
             {

@@ -1,0 +1,116 @@
+"""The SuperNode that starts its clients warm: what it does, and that it ends as Flower's does."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedlora_app.superlink import SuperLink
+from tests.integration.conftest import ROOT, records
+
+TINY = Path(__file__).parent / "tiny_app"
+BARE = "flwr.supernode.cli.flwr_clientapp"  # preloads what Flower itself needs
+
+
+def until(what: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+def test_warm_nodes_run_an_app_and_go_on_cold_without_the_process_they_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with SuperLink() as link:
+        nodes = [
+            link.start_supernode(f"partition-id={partition}", warm=True) for partition in (4, 7)
+        ]
+        # Each of them has an executor, and that the process that is copied.
+        until(lambda: all(len(descendants(node)) == 2 for node in nodes))
+        executor, copied = descendants(nodes[0])
+        assert copied.ppid() == executor.pid
+        run_id = link.run(TINY, {"rounds": 1, "output": str(tmp_path / "warm")})
+        warm = "\n".join(link.stream(run_id))
+        copied.kill()
+        run_id = link.run(TINY, {"rounds": 2, "output": str(tmp_path / "cold")})
+        cold = "\n".join(link.stream(run_id))
+
+        started = [process for node in nodes for process in descendants(node)]
+        nodes[0].kill()
+        nodes[0].wait()
+        nodes[1].terminate()
+        assert nodes[1].wait(30) == 0
+        until(lambda: not any(alive(process) for process in started))
+    assert "round 1: [4, 7]" in warm
+    assert "round 1: [4, 7]" in cold
+    assert "round 2: [4, 7]" in cold
+    assert len(records(tmp_path / "cold", "round")) == 2
+
+
+def descendants(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return the processes a node has started, without what ended and what Flower starts cold."""
+    found = psutil.Process(node.pid).children(recursive=True)
+    return sorted((p for p in found if alive(p)), key=lambda process: process.create_time())
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_every_copy_is_a_process_of_its_own_with_its_own_chance() -> None:
+    script = """
+import io, json, os, random, sys
+import numpy
+module = sys.modules["flwr.supernode.cli.flwr_clientapp"] = type(sys)("stub")
+def flwr_clientapp():
+    app = any(name.startswith(("fedlora_app", "strategies")) for name in sys.modules)
+    drawn = [random.random(), numpy.random.random()]
+    print(json.dumps([os.getpid(), sys.argv, drawn, app]), flush=True)
+module.flwr_clientapp = flwr_clientapp
+from fedlora_app.supernode import serve
+serve(io.StringIO('["a", "1"]\\n["a", "2"]\\n'), ["json", "no_such_module", "strategies"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=os.environ,
+    )
+    until(lambda: done.stdout.count("\n") == 2)
+    first, second = (json.loads(line) for line in sorted(done.stdout.splitlines(), key=last_word))
+    assert (first[1], second[1]) == (["a", "1"], ["a", "2"])
+    assert first[0] != second[0]
+    assert not set(first[2]) & set(second[2])
+    assert not first[3]  # the app comes with the message
+    assert "cannot preload no_such_module" in done.stderr
+
+
+def last_word(line: str) -> str:
+    return str(json.loads(line)[1][-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--isolation", "subprocess"], "--isolation is set by this command"),
+        (["--poll", "0"], "expected a number of seconds above 0, got 0.0"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(words, message) -> None:
+    command = [sys.executable, "-m", "fedlora_app.supernode", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert message in done.stderr
