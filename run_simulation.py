@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from flwr.common.config import flatten_dict
@@ -28,7 +25,7 @@ from fedlora_app import cluster
 from fedlora_app.config import ConfigError, RunConfig, Scalar
 from fedlora_app.console import Console
 from fedlora_app.report import refuse_used
-from fedlora_app.superlink import SuperLink, SuperLinkError
+from fedlora_app.superlink import SuperLink, SuperLinkError, exit_on_signals
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -132,31 +129,12 @@ def main(argv: Sequence[str] | None = None, project: Path = PROJECT) -> int:
     except (ConfigError, ValueError, FileNotFoundError, cluster.ClusterError) as error:
         print(error, file=sys.stderr)
         return 2
-    with _exit_on_signals():
+    with exit_on_signals():
         try:
             return 0 if simulate(project, args, config, changes) else 1
         except SuperLinkError as error:
             print(error, file=sys.stderr)
             return 1
-
-
-@contextmanager
-def _exit_on_signals() -> Iterator[None]:
-    """Have the first Ctrl-C or SIGTERM unwind the program, and no later one disturb that."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        os.write(sys.stderr.fileno(), b"\nstopping\n")  # print() may be what was interrupted
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _too_few_clients(config: RunConfig, clients: int) -> list[str]:

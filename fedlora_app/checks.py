@@ -131,6 +131,16 @@ def _impossible_sampling(config: RunConfig) -> list[str]:
                 f"sampling.{key}: expected comma-separated numbers above 0 and up to 1"
                 f"{', two of them' if key != 'q' else ''}; {error}"
             )
+    if sampling.policy == "fraction":
+        for key, value, default in (
+            ("estimator", sampling.estimator, "auto"),
+            ("server-rate", sampling.server_rate, 1.0),
+        ):
+            if value != default:
+                problems.append(
+                    f"sampling.{key} = {value!r} is for independent sampling, and sampling.policy "
+                    "= 'fraction' draws a fixed number; leave it out or use 'independent'"
+                )
     pilots = 2 * sampling.pilot_rounds
     if sampling.policy == "planned" and not sampling.alpha and config.rounds <= pilots:
         problems.append(

@@ -28,7 +28,7 @@ from fedlora_app.plots import megabytes
 from fedlora_app.records import of_kind, plan_periods, read_json, read_records
 from fedlora_app.retiming import retime_folder, training_of
 from fedlora_app.study_plots import plot_ranks, plot_study
-from fedlora_app.superlink import SuperLink
+from fedlora_app.superlink import SuperLink, exit_on_signals
 
 PROJECT = Path(__file__).resolve().parents[1]
 Flat = dict[str, Scalar]
@@ -231,7 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     folder = (args.output / study.name).expanduser().absolute()
-    failed = 0 if args.only_table else execute(study, folder)
+    failed = 0
+    if not args.only_table:
+        with exit_on_signals():
+            failed = execute(study, folder)
     print(tables(study, folder))
     explained: dict[tuple[str, str], Any] = {
         (run.setting, run.arm): run

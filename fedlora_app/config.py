@@ -470,7 +470,7 @@ def markdown_table() -> str:
     for key, f in options(RunConfig):
         default = f.default if f.default is not MISSING else ""
         shown = f'"{default}"' if isinstance(default, str) else str(default).lower()
-        rows.append(f"| `{key}` | `{shown}` | {f.metadata['help']} |")
+        rows.append(f"| `{key}` | `{shown}` | {f.metadata['help'].replace('<', '&lt;')} |")
     return "\n".join(rows)
 
 

@@ -20,11 +20,11 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import IO, Any, NamedTuple
 
 import psutil
@@ -322,6 +322,25 @@ class SuperLink:
         # Ray would attach to a cluster of this machine that it finds in either of them.
         environment.pop("RAY_ADDRESS", None)
         return environment | {"RAY_TMPDIR": str(self.home)}
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Have the first Ctrl-C or SIGTERM unwind the program, and no later one disturb that."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        os.write(sys.stderr.fileno(), b"\nstopping\n")  # print() may be what was interrupted
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _free_port() -> int:

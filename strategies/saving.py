@@ -49,6 +49,9 @@ class Saver:
     fatal, ignored : Iterable[str]
         Settings that must be as they were, and those that may differ. All others that
         differ are warned of by name.
+    patience : float (default: 60)
+        Seconds to wait for the run that is to be resumed: the ServerApp of a SuperLink that
+        died notices only when it next reaches one, up to half a minute after that is back.
 
     Raises
     ------
@@ -57,7 +60,7 @@ class Saver:
     ValueError
         If the checkpoint is damaged and no other is there, or a fatal setting differs.
     BlockingIOError
-        If the run that is to be resumed is still going on.
+        If the run that is to be resumed is still going on after that.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Saver:
         fingerprint: Mapping[str, bool | int | float | str],
         fatal: Iterable[str] = (),
         ignored: Iterable[str] = (),
+        patience: float = 60.0,
     ) -> None:
         self.checkpoints = checkpoints
         self.fingerprint = dict(fingerprint)
@@ -86,7 +90,7 @@ class Saver:
                     + "\n".join(f"  - {problem}" for problem in errors)
                 )
             # Before anyone touches what else is in the run's folder: the run may be going on.
-            checkpoints.claim(self.resumed)
+            checkpoints.claim(self.resumed, patience=patience)
             for warning in warnings:
                 log(WARNING, "resume: %s", warning)
 

@@ -167,7 +167,7 @@ class HolderProduct(Aggregator[RankOneState]):
 class RBLoRA(HolderProduct):
     """Weigh the rank-one terms by the clients that hold their entry, sum them, cut by SVD.
 
-    RB-LoRA, EACL 2026 (rule as published): entry j of client k weighs
+    RB-LoRA, Findings of EACL 2026 (rule as published): entry j of client k weighs
     ``p_k · Σn / Σ_{r_i ≥ j} n_i``. Counting a module's data over the clients that sent it, and what
     happens to spare entries (as in ``flexlora``), are this project's decisions.
     """

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from logging import WARNING
@@ -81,7 +82,7 @@ class Checkpoints:
         """Return the metric that decides which one is best, if it is among ``metrics``."""
         return metrics.get(self.best.removeprefix("-")) if self.best else None
 
-    def claim(self, resumed: Checkpoint | None = None) -> None:
+    def claim(self, resumed: Checkpoint | None = None, *, patience: float = 0.0) -> None:
         """Take the folder for this run; call it before the first round.
 
         Nothing is deleted here. What is damaged, and what comes after ``resumed`` (the run
@@ -91,17 +92,19 @@ class Checkpoints:
         ----------
         resumed : Checkpoint, optional
             What the run goes on from. One in another folder leaves that folder alone.
+        patience : float (default: 0)
+            Seconds to wait for another run that is writing there.
 
         Raises
         ------
         FileExistsError
             If the folder holds checkpoints that this run does not go on from.
         BlockingIOError
-            If another run is writing there.
+            If another run is writing there, and goes on to.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.close()
-        self._lock()
+        self._lock(patience)
         found = rounds_in(self.folder)
         here = resumed is not None and resumed.path.parent.resolve() == self.folder.resolve()
         if found and not here:
@@ -199,14 +202,20 @@ class Checkpoints:
     def _score(self, checkpoint: Checkpoint) -> float | None:
         return checkpoint.score if checkpoint.metric == self.best else None
 
-    def _lock(self) -> None:
+    def _lock(self, patience: float) -> None:
         """Keep other writers out for as long as this process lives; the system cleans up."""
         if sys.platform == "win32":
             self._unlock = lambda: None
             return
         lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         self._unlock = weakref.finalize(self, os.close, lock)
+        deadline = time.monotonic() + patience
         try:
+            if patience and not _locked(lock):
+                log(WARNING, "another run is writing checkpoints to %s; waiting up to %g s for it "
+                    "to end", self.folder, patience)  # fmt: skip
+            while not _locked(lock) and time.monotonic() < deadline:
+                time.sleep(0.2)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
@@ -319,3 +328,12 @@ def _set_aside(path: Path, reason: str) -> None:
         number, target = number + 1, shelf / f"{path.name}.{number + 1}"
     os.rename(path, target)
     log(WARNING, "moved the checkpoint %s to %s: %s", path.name, target, reason)
+
+
+def _locked(lock: int) -> bool:
+    """Take the lock if it is free, and tell whether it is ours."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import ArrayLike
 
+from strategies.privacy.mechanism import NOISE_KEY
 from strategies.profiling import METRICS, PROFILE_KEY, profile_metrics
 
 # Where a client keeps its answer to the profiling query.
@@ -52,7 +53,9 @@ def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabel
 
     ``register_profile(app, my_losses_and_labels)`` registers the app's ``@app.query()``
     handler. It answers ``partition-id`` and ``max-rank`` from the node config and, where a
-    profile is asked for, the three numbers of ``profile_metrics`` and ``num-examples``.
+    profile is asked for, the three numbers of ``profile_metrics`` and ``num-examples``. A node
+    that insists on privacy (``dp-noise-multiplier`` in its node config) says no number of
+    examples, and answers a request for a profile with an error.
 
     Parameters
     ----------
@@ -65,9 +68,18 @@ def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabel
 
     @app.query()
     def answer(message: Message, context: Context) -> Message:
-        known = {k: context.node_config[k] for k in IDENTITY_KEYS if k in context.node_config}
+        node = context.node_config
+        private = NOISE_KEY in node
+        known = {k: node[k] for k in IDENTITY_KEYS if k in node}
+        if private:
+            known.pop("num-examples", None)
         content = RecordDict({"properties": ConfigRecord(known)})  # type: ignore[arg-type]
         if any(config.get(PROFILE_KEY) for config in message.content.config_records.values()):
+            if private:
+                raise ValueError(
+                    "this node keeps its data private, but the message asks for a profile of its "
+                    "rows; use a rank policy that needs none"
+                )
             found = profile(context.state, lambda: measure(context))
             content["profile"] = MetricRecord(found)  # type: ignore[arg-type]
         return Message(content, reply_to=message)

@@ -76,7 +76,7 @@ def check(folder: Path, rounds: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pause", [0, 90])
 def test_the_superlink_killed_and_started_again_on_its_database(pause, tmp_path, monkeypatch):
-    """Back soon enough, Flower's own run goes on; else it is failed and is resumed."""
+    """The ServerApp ends with its SuperLink, however soon that is back; the run is resumed."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = tmp_path / "run"
     config: dict[str, Any] = {"output": str(folder), "rounds": 5}
@@ -89,11 +89,8 @@ def test_the_superlink_killed_and_started_again_on_its_database(pause, tmp_path,
         link.restart()
         wait_for(lambda: link.status(run).status.startswith("finished"))
         assert all(node.poll() is None for node in nodes)  # they wait for it by themselves
-        if not link.status(run).completed:
-            assert "No heartbeat" in link.status(run).details
-            assert "resumed after round" in resume(link, config)
-        else:
-            assert not pause
+        assert link.status(run).status == "finished:failed"
+        assert "resumed after round" in resume(link, config)
     check(folder, 5)
 
 
@@ -121,7 +118,7 @@ def test_a_run_that_is_going_on_is_not_resumed(tmp_path):
     live.save(1, {"x": torch.ones(2)}, {"history": {}}, {"a": 1})
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BlockingIOError, match="another run is writing"):
-        Saver(Checkpoints(live.folder), resume_from="latest", fingerprint={"a": 1})
+        Saver(Checkpoints(live.folder), resume_from="latest", fingerprint={"a": 1}, patience=0.5)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -495,6 +496,18 @@ def test_scores_in_another_metric_do_not_count(tmp_path):
     save(second, 2, 0.5)
     assert names(tmp_path) == [2]
     assert second.load("best").round == 2
+
+
+def test_a_writer_that_ends_in_time_is_waited_for(tmp_path, warnings):
+    first = Checkpoints(tmp_path)
+    save(first, 1)
+    second = Checkpoints(tmp_path)
+    ends = threading.Timer(0.5, first.close)
+    ends.start()
+    second.claim(second.load(), patience=30)
+    assert not ends.is_alive()
+    assert "waiting up to 30 s for it to end" in warnings()
+    save(second, 2)
 
 
 def test_when_one_is_due_and_what_scores_it():

@@ -639,3 +639,10 @@ def test_one_line_registers_a_message_apps_profile():
     assert set(context.state["fedlora.profile"]) == {*METRICS, "num-examples"}
     profile(context.state, lambda: ([1.0], [0]), again=True)
     assert ask(profile=True)["profile"]["num-examples"] == 1
+
+    node_config.update({"num-examples": 2})
+    assert ask()["properties"]["num-examples"] == 2
+    node_config.update({"dp-noise-multiplier": 4.0})  # from here on the node is private
+    assert dict(ask()["properties"]) == {"partition-id": 3, "max-rank": 8}
+    with pytest.raises(ValueError, match="keeps its data private"):
+        ask(profile=True)
