@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlora_app.rank_policies import make_ranks
 from fedlora_app.samplers import make_run_sampler
 from strategies.aggregation import AGGREGATIONS, make_aggregator
 from strategies.naming import named
 from strategies.participation import Participation
+from strategies.privacy import refuse_private
 from strategies.ranks import RANK_POLICIES
 from strategies.sampling import SAMPLERS
 from strategies.wallclock import PROFILES, MeasuredClock
@@ -94,7 +96,23 @@ def impossible(config: RunConfig) -> list[str]:
             Participation(make_run_sampler(config), MeasuredClock(), rule).check()
         except (TypeError, ValueError) as error:
             problems.append(f"sampling.policy = {config.sampling.policy!r}: {error}")
+    if not problems:
+        problems += _impossible_privacy(config)
     return problems
+
+
+def _impossible_privacy(config: RunConfig) -> list[str]:
+    """Return what would void the guarantee of private updates."""
+    if not config.privacy.noise_multiplier:
+        return []
+    on_server = config.ranks.policy == "quality" and config.ranks.validation_rows
+    reasons = refuse_private(
+        make_aggregator(config.aggregation, **config.aggregation_settings()),
+        make_ranks(config, (lambda adapter: 0.0) if on_server else None),
+        make_run_sampler(config),
+        evaluate_fraction=config.evaluate.clients,
+    )
+    return [f"privacy.noise-multiplier: {reason}" for reason in reasons]
 
 
 def _impossible_choice(

@@ -126,6 +126,9 @@ def headline(run: RunFiles) -> str:
     ]
     if run.timed:
         tiles.append(("time by the clock", seconds_text(last["clock_total"]), clock_name(config)))
+    if "epsilon_local" in last:
+        note = f"{last['epsilon_central']:.2f} against who sees only the models"
+        tiles.append(("ε against the server", f"{last['epsilon_local']:.2f}", note))
     tiles.append(("replies not used", str(lost), f"of {len(run.clients)}"))
     state = (
         "finished"

@@ -23,6 +23,7 @@ from fedlora_app.client_app import LABELS_KEY, TIMES_KEY
 from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.data import TokenizedRows, load_test, tokenize
 from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.rank_policies import make_ranks
 from fedlora_app.report import RunFolder
 from fedlora_app.samplers import make_run_sampler
 from fedlora_app.tensorboard import TensorBoardListener
@@ -36,16 +37,6 @@ from strategies.lora import Adapter
 from strategies.messages import from_record, to_record
 from strategies.model import GlobalModel
 from strategies.privacy import Privacy, PrivateRun
-from strategies.ranks import (
-    AutoRank,
-    ListRank,
-    QualityRank,
-    RankPolicy,
-    ReportedRank,
-    SelfPruningRank,
-    UniformRank,
-    make_rank_policy,
-)
 from strategies.saving import Saver
 from strategies.wallclock import (
     PROFILES,
@@ -191,36 +182,6 @@ def initial_adapter(config: RunConfig, num_labels: int) -> tuple[PeftModel, Adap
     state = {key: value.clone() for key, value in adapter_state(model).items()}
     adapter = Adapter.from_state_dict(state, config=model.peft_config["default"])
     return model, adapter.only_dense() if config.method == "head" else adapter
-
-
-def make_ranks(config: RunConfig, score_fn: Callable[[Adapter], float] | None = None) -> RankPolicy:
-    """Return the rank policy of the run config; ``score_fn`` is for ``quality``."""
-    r = config.ranks
-    match r.policy:
-        case "uniform":
-            return UniformRank(r.rank)
-        case "reported":
-            return ReportedRank(r.max, fallback=r.fallback_rank())
-        case "quality":
-            return QualityRank(r.low, r.high, r.best_fraction, score_fn=score_fn)
-        case "autorank":
-            return AutoRank(
-                r.min,
-                r.max,
-                budget=r.budget or None,
-                byte_budget=r.budget_mb * 1e6 or None,
-                reassign_every=r.reassign_every,
-                fallback=r.fallback or None,
-                profile_samples=r.profile_samples,
-                order=r.order,
-                seed=config.seed,
-            )
-        case "self-pruning":
-            return SelfPruningRank(r.max, gamma=r.gamma, penalty=r.penalty, min_rank=r.min)
-        case "list" | "cycle":
-            return ListRank(config.rank_list(), cycle=r.policy == "cycle")
-        case own:
-            return make_rank_policy(own, **r.settings())
 
 
 # Settings that a checkpoint's numbers depend on, and those that are nobody's business.

@@ -167,6 +167,7 @@ class Round:
             f"MB {self.bytes_down / 1e6:.2f} down {self.bytes_up / 1e6:.2f} up",
             f"train {self.train_seconds:.1f} s agg {self.aggregate_seconds:.2f} s",
             f"clock {self.clock_total:.1f} s" if simulated else "",
+            _guarantees(self.privacy),
             f"left {duration(seconds_left)}",
         ]
         return " | ".join(part for part in parts if part)
@@ -197,6 +198,15 @@ def _scores(metrics: Mapping[str, float]) -> str:
     )
     shown = [f"{label} {metrics[key]:.3f}" for key, label in short.items() if key in metrics]
     return " ".join(shown)
+
+
+def _guarantees(spent: Mapping[str, float]) -> str:
+    """Return ε so far: against the server, and against those who see only the models."""
+    return " ".join(
+        f"ε {spent[key]:.2f} {key.removeprefix('epsilon_')}"
+        for key in ("epsilon_local", "epsilon_central")
+        if key in spent
+    )
 
 
 def duration(seconds: float) -> str:

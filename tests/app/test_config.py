@@ -61,6 +61,13 @@ def test_defaults_are_valid_and_flat_is_the_inverse():
             "averages equal ranks only.*reported",
         ),
         ({"ranks.policy": "reported", "ranks.fallback": 64}, "ranks.fallback .64. must not exceed"),
+        ({"sampling.estimator": "ratio"}, "sampling.estimator = 'ratio' is for independent"),
+        ({"sampling.server-rate": 0.5}, "sampling.server-rate = 0.5 is for independent"),
+        ({"privacy.noise-multiplier": 8}, "privacy.noise-multiplier: .*evaluate.clients = 0"),
+        (
+            {"privacy.noise-multiplier": 8, "evaluate.clients": 0, "ranks.policy": "autorank"},
+            "asks clients for numbers on their rows",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(flat, message):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedlora_app.config import ConfigError, RunConfig
-from fedlora_app.server_app import make_ranks, make_run_sampler
+from fedlora_app.rank_policies import make_ranks
+from fedlora_app.samplers import make_run_sampler
 from strategies.aggregation import AGGREGATIONS, make_aggregator
 from strategies.ranks import RANK_POLICIES
 from strategies.sampling import SAMPLERS

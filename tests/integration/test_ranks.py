@@ -8,7 +8,8 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedlora_app import client_app
 from fedlora_app.config import ConfigError, RunConfig
-from fedlora_app.server_app import TestSet, initial_adapter, make_ranks
+from fedlora_app.rank_policies import make_ranks
+from fedlora_app.server_app import TestSet, initial_adapter
 from strategies import FedLoRA
 from strategies.messages import to_record
 from strategies.profiling import METRICS
