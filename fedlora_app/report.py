@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,16 +62,32 @@ class RunFolder:
         if resume_round is not None:
             self._keep(metrics, resume_round)
         write_json(self.path / "config.json", config.to_flat())
-        self._metrics = metrics.open("a", encoding="utf-8", buffering=1)  # a line at a time
+        # Without a buffer, so that it is known what is in the file.
+        self._metrics = metrics.open("ab", buffering=0)
+        self._written = metrics.stat().st_size
+        self._waiting: list[str] = []  # lines that a full disk has kept out so far
 
     def __call__(self, record: Record) -> None:
         """Append one record to ``metrics.jsonl``; a full disk does not end the run."""
         since = round(self._before + time.perf_counter() - self._began, 3)
-        try:
-            self._metrics.write(line_of({**record, "at": since}))
-        except OSError as error:  # the lines stay in the buffer, and go out with a later one
-            log(WARNING, "cannot write %s yet: %s", self.path / "metrics.jsonl", error)
+        self._waiting.append(line_of({**record, "at": since}))
+        self._write()
         self._note(record)
+
+    def _write(self) -> None:
+        """Append all lines that wait, or none of them."""
+        lines = "".join(self._waiting).encode()
+        try:
+            done = 0
+            while done < len(lines):
+                done += self._metrics.write(lines[done:])
+        except OSError as error:  # they go out with a later one
+            log(WARNING, "cannot write %s yet: %s", self.path / "metrics.jsonl", error)
+            with suppress(OSError):
+                self._metrics.truncate(self._written)
+        else:
+            self._written += len(lines)
+            self._waiting = []
 
     def finish(self, scores: Mapping[str, float], model: PeftModel, *, seconds: float) -> None:
         """Write adapter, plots and summary, and log the table.
@@ -84,6 +101,7 @@ class RunFolder:
         seconds : float
             Duration of the run, since it was resumed if it was.
         """
+        self._write()
         self._metrics.close()
         adapter = self.path / "adapter"
         model.save_pretrained(str(adapter), save_embedding_layers=False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +189,7 @@ def initial_adapter(config: RunConfig, num_labels: int) -> tuple[PeftModel, Adap
 FATAL = (
     *("aggregation", "aggregation-options", "method", "seed", "model.", "lora.", "data.name"),
     *("ranks.policy", "sampling.policy", "sampling.pilot-", "sampling.alpha", "sampling.beta"),
-    "clock.profile",
+    *("clock.profile", "privacy.noise-multiplier", "privacy.clip"),
 )
 IGNORED = ("output", "resume-from", "rounds", "checkpoint-", "stop-accuracy")
 
@@ -270,7 +271,7 @@ def make_strategy(
         "evaluate_every": config.evaluate.every,
         "saver": saver,
         "clip_norm": config.clip_norm,
-        "privacy": make_privacy(config),
+        "privacy": make_privacy(config, folder.path, saver),
         "stop_when": stop_at(config.stop_accuracy, folder.rounds),
         "listeners": [folder],
     }
@@ -290,12 +291,20 @@ def make_strategy(
     return FedLoRA(sampling=make_run_sampler(config), clock=clock, **settings)
 
 
-def make_privacy(config: RunConfig) -> PrivateRun | None:
+def make_privacy(config: RunConfig, path: Path, saver: Saver | None) -> PrivateRun | None:
     """Return what keeps the clients' data private; None where that is not asked for."""
     p = config.privacy
     if not p.noise_multiplier:
         return None
-    return PrivateRun(Privacy(p.clip, p.noise_multiplier), p.delta)
+    ledger = path / "privacy.json"
+    if saver is not None and saver.resumed is not None and not ledger.exists():
+        before = saver.resumed.path.parents[1] / ledger.name  # of the run that is gone on with
+        if before.exists():
+            shutil.copyfile(before, ledger)
+        else:
+            log(WARNING, "there is no %s: what clients gave away after round %s, in rounds that "
+                "are repeated now, is not counted", before, saver.round)  # fmt: skip
+    return PrivateRun(Privacy(p.clip, p.noise_multiplier), p.delta, ledger)
 
 
 def make_run_clock(config: RunConfig, model: PeftModel, test: TestSet) -> Clock:

@@ -23,6 +23,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -49,6 +50,9 @@ Nothing of the app itself: every message brings the version of it that it wants.
 
 POLL = 1.0
 """Seconds between two looks at the SuperLink for a message (Flower: 3)."""
+
+GRACE = 10.0
+"""Seconds a SuperNode may take to end after its executor has."""
 
 LOCAL_POLL = "0.1"
 """Seconds between two looks of the executor at the SuperNode beside it (Flower: 1)."""
@@ -80,17 +84,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--poll: expected a number of seconds above 0, got {ours.poll}")
     connect = _runtime_api(theirs, parser)
     node = os.getpid()
-    if os.fork() == 0:
+    executor = os.fork()
+    if executor == 0:
         run_executor([*connect, "--parent-pid", str(node)], ours.preload.split(","))
         return
+    threading.Thread(target=_need, args=(executor,), daemon=True).start()
     # From here on this process is the SuperNode: its signals and its exit code are Flower's.
     from flwr.supernode import start_client_internal as worker
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     # Flower has no setting for it: after each reply it would sleep for three seconds.
-    vars(worker)["time"] = SimpleNamespace(sleep=lambda s: time.sleep(min(s, ours.poll)))
+    sooner = {**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, ours.poll))}
+    vars(worker)["time"] = SimpleNamespace(**sooner)
     sys.argv = ["flower-supernode", *theirs, "--isolation", "process"]
     flower_supernode()
+
+
+def _need(executor: int) -> None:
+    """End this SuperNode if its executor ends, for it would take messages and start nothing."""
+    os.waitpid(executor, 0)
+    time.sleep(GRACE)  # a SuperNode that is being stopped ends by itself
+    print("the executor of this SuperNode is gone; so is the SuperNode", file=sys.stderr)
+    os._exit(1)
 
 
 def _runtime_api(arguments: list[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -147,7 +162,8 @@ def _executor(orders: IO[str]) -> Any:
 
     class WarmExecutor(SubprocessExecutor):
         def launch(self, spec: ExecutionSpec) -> LaunchResult:
-            if spec.task_type != TaskType.CLIENT_APP:
+            # What is installed for one run is imported by a new Python alone.
+            if spec.task_type != TaskType.CLIENT_APP or spec.runtime_dependency_install:
                 return super().launch(spec)
             try:
                 orders.write(json.dumps(_words(spec)) + "\n")
@@ -169,8 +185,6 @@ def _words(spec: ExecutionSpec) -> list[str]:
         words += ["--root-certificates", spec.root_certificates_path]
     if spec.parent_pid is not None:
         words += ["--parent-pid", str(spec.parent_pid)]
-    if spec.runtime_dependency_install:
-        words += ["--allow-runtime-dependency-installation"]
     return words
 
 
@@ -186,8 +200,8 @@ def serve(orders: IO[str], preload: Sequence[str]) -> None:
     for name in filter(None, preload):
         try:
             importlib.import_module(name)
-        except ImportError as error:  # then each message imports, or lacks, it
-            print(f"warm start: cannot preload {name}: {error}", file=sys.stderr)
+        except Exception as error:  # whatever a module raises; each message tries it again
+            print(f"warm start: cannot preload {name}: {error!r}", file=sys.stderr)
     for name in [m for m in sys.modules if m.partition(".")[0] in ("fedlora_app", "strategies")]:
         del sys.modules[name]  # the message's own app is to be imported
     gc.collect()

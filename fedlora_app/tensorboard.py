@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from logging import WARNING
 from pathlib import Path
 from typing import Any
+
+from flwr.common import log
 
 from fedlora_app.records import Record
 
@@ -53,15 +57,21 @@ class TensorBoardListener:
 
     def __call__(self, record: Record) -> None:
         """Write the scalars of a round; other records have none."""
-        if record["kind"] != "round":
+        if record["kind"] != "round" or self._writer is None:
             return
-        for tag, value in scalars(record).items():
-            self._writer.add_scalar(tag, value, record["round"])
-        self._writer.flush()
+        try:
+            for tag, value in scalars(record).items():
+                self._writer.add_scalar(tag, value, record["round"])
+            self._writer.flush()
+        except OSError as error:  # its writer is of no more use then
+            log(WARNING, "TensorBoard gets no more of this run: %s", error)
+            self._writer = None
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
 
 
 def scalars(record: Record) -> dict[str, float]:

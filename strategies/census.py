@@ -37,6 +37,8 @@ class Census:
         Whether to ask nodes who they are.
     counts : bool
         Whether that answer is to have their number of training examples.
+    told : Mapping[str, float], optional
+        What else a query tells a node, such as that the run is private.
     timeout, profile_timeout : float
         Seconds to wait for the answers; who does not answer takes part without.
     """
@@ -49,6 +51,7 @@ class Census:
         least: int = 1,
         introduce: bool,
         counts: bool = False,
+        told: Mapping[str, float] | None = None,
         timeout: float,
         profile_timeout: float,
     ) -> None:
@@ -57,6 +60,7 @@ class Census:
         self.least = min(least, min_nodes)
         self.introduce = introduce
         self.counts = counts
+        self.told = dict(told or {})
         self.timeout = timeout
         self.profile_timeout = profile_timeout
         self.roster = Roster()
@@ -80,7 +84,8 @@ class Census:
         if new := self.roster.unknown(node_ids):
             answers: dict[int, Answer] = {node_id: {} for node_id in new}
             if self.introduce:
-                settings = ConfigRecord({**config, COUNT_KEY: True} if self.counts else {})
+                more: Mapping[str, Any] = {**config, COUNT_KEY: True} if self.counts else {}
+                settings = ConfigRecord({**more, **self.told})
                 answers.update(self._ask(grid, new, settings, self.timeout))
             self.roster.join(answers, present=node_ids)
         clients = self.roster.present(node_ids)

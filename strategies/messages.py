@@ -301,6 +301,16 @@ def _weight(metrics: Mapping[str, Any], key: str) -> float:
     return float(weight)
 
 
+REASON_LENGTH = 500
+"""How much of a client's own error text is kept."""
+
+
 def reply_error(message: Message) -> str | None:
     """Return why a message holds no content, or None if it does."""
-    return f"error {message.error.code}: {message.error.reason}" if message.has_error() else None
+    if not message.has_error():
+        return None
+    # Its text is the client's: no line of its own in our log, and not a book.
+    said = " ".join(
+        "".join(c if c.isprintable() else " " for c in message.error.reason or "").split()
+    )
+    return f"error {message.error.code}: {said[:REASON_LENGTH]}"

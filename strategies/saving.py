@@ -104,6 +104,11 @@ class Saver:
         progress : Progress
         result : Result
             Gets the saved arrays and the history of metrics.
+
+        Raises
+        ------
+        ValueError
+            If the checkpoint is of a run with other parts, say a private one.
         """
         if self.resumed is None:
             self.checkpoints.claim()
@@ -114,6 +119,11 @@ class Saver:
         result.arrays = to_record(own)
         progress.aside = to_record(aside) if aside else None
         progress.rounds, progress.aside_rounds = saved.state["progress"]
+        if differ := parts.keys() ^ (saved.state.keys() - {"progress", "history"}):
+            raise ValueError(
+                f"{saved.path} and this run do not both have {', '.join(sorted(differ))}; resume "
+                "with the settings of the run that wrote it"
+            )
         for name, part in parts.items():
             part.load_state_dict(saved.state[name])
         for name in _HISTORY:

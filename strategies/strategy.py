@@ -191,6 +191,7 @@ class FedLoRA(StreamingStrategy):
             FractionSampling(evaluate_fraction) if evaluate_fraction > 0 else None
         )
         counts = self.participation.independent or self.participation.sampler.needs_weights
+        counts = counts and privacy is None  # numbers of rows stay with private clients
         asks = client_api == "numpy" or self.ranks.profiles or self.ranks.asks_identity or counts
         self.census = Census(
             self.protocol,
@@ -198,6 +199,7 @@ class FedLoRA(StreamingStrategy):
             least=min_replies,
             introduce=asks if query is None else query,
             counts=counts,
+            told=privacy.privacy.settings() if privacy else None,
             timeout=query_timeout,
             profile_timeout=query_timeout if profile_timeout is None else profile_timeout,
         )
@@ -224,6 +226,8 @@ class FedLoRA(StreamingStrategy):
     ) -> Iterable[Message]:
         """Return one message for each chosen client, with its own slice of the adapter."""
         clients = self.census.take(grid, self.ranks, config, server_round)
+        if self.privacy:  # weights must not come from the data, whatever a node says of itself
+            clients = [replace(client, num_examples=None) for client in clients]
         self.aggregation.server_round = self.progress.rounds + 1  # of this model: pilots start anew
         packing = self._packing = self._pack(server_round, arrays)
         if self.ranks.counts_bytes:
@@ -242,6 +246,7 @@ class FedLoRA(StreamingStrategy):
             self.privacy.begin(
                 clients, [client for client, _ in chosen],
                 self.participation.weights, self.participation.chances,
+                equal_ranks=len(set(ranks.values())) <= 1,
             )  # fmt: skip
         self._tell_plan()
         self.round = Round(
@@ -342,7 +347,8 @@ class FedLoRA(StreamingStrategy):
             result = self.aggregation.finish(state)
             if self.privacy:
                 answered = [a.client.index for a in self.round.answered()]
-                result = replace(result, adapter=self.privacy.finish(result.adapter, answered))
+                noised = self.privacy.finish(result.adapter, answered, self.aggregation.uploaded())
+                result = replace(result, adapter=noised)
                 self.round.privacy = self.privacy.spent()
             problems = result.adapter.non_finite()
         except (RuntimeError, ArithmeticError) as error:  # no decomposition, or an overflow

@@ -54,8 +54,8 @@ def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabel
     ``register_profile(app, my_losses_and_labels)`` registers the app's ``@app.query()``
     handler. It answers ``partition-id`` and ``max-rank`` from the node config and, where a
     profile is asked for, the three numbers of ``profile_metrics`` and ``num-examples``. A node
-    that insists on privacy (``dp-noise-multiplier`` in its node config) says no number of
-    examples, and answers a request for a profile with an error.
+    says no number of examples, and answers a request for a profile with an error, if the run
+    is private or its node config insists on it (``dp-noise-multiplier``).
 
     Parameters
     ----------
@@ -69,12 +69,13 @@ def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabel
     @app.query()
     def answer(message: Message, context: Context) -> Message:
         node = context.node_config
-        private = NOISE_KEY in node
+        asked = message.content.config_records.values()
+        private = NOISE_KEY in node or any(NOISE_KEY in config for config in asked)
         known = {k: node[k] for k in IDENTITY_KEYS if k in node}
         if private:
             known.pop("num-examples", None)
         content = RecordDict({"properties": ConfigRecord(known)})  # type: ignore[arg-type]
-        if any(config.get(PROFILE_KEY) for config in message.content.config_records.values()):
+        if any(config.get(PROFILE_KEY) for config in asked):
             if private:
                 raise ValueError(
                     "this node keeps its data private, but the message asks for a profile of its "

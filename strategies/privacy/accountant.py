@@ -25,7 +25,7 @@ class PrivacyAccountant:
     Parameters
     ----------
     noise_multiplier : float
-        ``z`` of the clients.
+        ``z`` of the clients from now on; what was spent before keeps its own.
     delta : float
         In (0, 1); well below one over the number of those to be protected.
 
@@ -40,13 +40,14 @@ class PrivacyAccountant:
         check_delta(delta)
         self.noise_multiplier = noise_multiplier
         self.delta = delta
-        self._asked: Counter[int] = Counter()
+        self._asked: dict[int, Counter[Release]] = {}
         self._shared: Counter[Release] = Counter()  # the same for every client
         self._own: dict[int, Counter[Release]] = {}
 
     def record(self, asked: Iterable[int]) -> None:
         """Note who was asked in a round; also if no good reply came, for one was sent."""
-        self._asked.update(asked)
+        for index in asked:
+            self._asked.setdefault(index, Counter())[Gaussian(self.noise_multiplier / 2)] += 1
 
     def record_fixed(
         self, clients: int, sample: int, answered: int, *, summed: bool, amplified: bool
@@ -89,10 +90,11 @@ class PrivacyAccountant:
             self._own.setdefault(index, Counter())[release] += 1
 
     def local_epsilon(self, client: int | None = None) -> float:
-        """Return ε against the server (default: of the client that was asked most often)."""
-        most = max(self._asked.values(), default=0)
-        count = most if client is None else self._asked[client]
-        return epsilon({Gaussian(self.noise_multiplier / 2): count}, self.delta)
+        """Return ε against the server (default: the worst client's)."""
+        none: Counter[Release] = Counter()
+        ledgers = self._asked.values() if client is None else [self._asked.get(client, none)]
+        distinct = {frozenset(ledger.items()) for ledger in ledgers}
+        return max((epsilon(dict(ledger), self.delta) for ledger in distinct), default=0.0)
 
     def central_epsilon(self, client: int | None = None) -> float:
         """Return ε against those who see the models only (default: the worst client's).
@@ -109,14 +111,14 @@ class PrivacyAccountant:
     def state_dict(self) -> dict[str, Any]:
         """Return what was spent, as JSON can hold it."""
         return {
-            "asked": {str(i): n for i, n in sorted(self._asked.items())},
+            "asked": {str(i): _listed(ledger) for i, ledger in sorted(self._asked.items())},
             "shared": _listed(self._shared),
             "own": {str(i): _listed(ledger) for i, ledger in sorted(self._own.items())},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned."""
-        self._asked = Counter({int(i): int(n) for i, n in state["asked"].items()})
+        self._asked = {int(i): _counted(ledger) for i, ledger in state["asked"].items()}
         self._shared = _counted(state["shared"])
         self._own = {int(i): _counted(ledger) for i, ledger in state["own"].items()}
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from logging import WARNING
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from flwr.common import log
 
 from strategies.lora import Adapter
 from strategies.privacy.accountant import PrivacyAccountant
-from strategies.privacy.accounting import top_up
+from strategies.privacy.accounting import central_epsilon, top_up
 from strategies.privacy.checks import LINEAR_RULES, refuse_amplification, refuse_private
+from strategies.privacy.ledger import read_ledger, write_ledger
 from strategies.privacy.mechanism import Privacy, add_noise
 
 if TYPE_CHECKING:
@@ -28,22 +33,34 @@ class PrivateRun:
     private run cannot be repeated. Under independent sampling the server adds the noise
     that those who stayed away would have brought (``top_up``), where that hides them.
 
+    A round that is lost and repeated, because the server was killed before it could save a
+    checkpoint, was given away twice. So what is spent is also written to ``ledger``, before
+    clients are asked, and a resumed run goes on from there instead of from its checkpoint.
+
     Parameters
     ----------
     privacy : Privacy
         What clients are asked for.
-    delta : float
+    delta : float (default: 1e-5)
         In (0, 1); well below one over the number of those to be protected.
+    ledger : Path, optional
+        File of what these clients have spent; one that is there is gone on with (default:
+        none, and only what is in a checkpoint survives the process).
 
     Raises
     ------
     ValueError
-        If an argument is out of range.
+        If an argument is out of range, or ``ledger`` cannot be read.
     """
 
-    def __init__(self, privacy: Privacy, delta: float = 1e-5) -> None:
+    def __init__(self, privacy: Privacy, delta: float = 1e-5, ledger: Path | None = None) -> None:
         self.privacy = privacy
         self.accountant = PrivacyAccountant(privacy.noise_multiplier, delta)
+        self.ledger = ledger
+        self._read = ledger is not None and ledger.exists()
+        if ledger is not None and self._read:
+            read_ledger(ledger, self.accountant)
+        self._equal_ranks = True
         self._amplified = False
         self._linear = False
         self._independent = False
@@ -76,6 +93,8 @@ class PrivateRun:
             topped_up=self._independent,
             server_clips=run.clip_norm > 0,
         )
+        if self._amplified:  # what is missing must be missed before anything is sent
+            central_epsilon(1.0, self.accountant.delta, 1, sampling="fixed", clients=2, sample=1)
 
     def rng(self) -> np.random.Generator:
         """Return a generator that nobody can repeat."""
@@ -84,7 +103,7 @@ class PrivateRun:
     @property
     def tops_up(self) -> bool:
         """Whether the server adds noise to every round, whoever joined, be it nobody."""
-        return self._amplified and self._independent
+        return self._amplified and self._independent and self._equal_ranks
 
     def begin(
         self,
@@ -92,14 +111,28 @@ class PrivateRun:
         asked: Sequence[Client],
         weights: Mapping[int, float],
         chances: Mapping[int, float],
+        *,
+        equal_ranks: bool,
     ) -> None:
-        """Note who is there and who is asked; of coins also everybody's ``a / q`` and ``q``."""
+        """Note who is there and who is asked, before they are.
+
+        Parameters
+        ----------
+        clients, asked : Sequence[Client]
+        weights, chances : Mapping[int, float]
+            Everybody's ``a / q`` and ``q`` by index, under independent sampling.
+        equal_ranks : bool
+            Whether all clients have one rank in this round. If device limits make them
+            differ, which entries changed tells who took part.
+        """
+        self._equal_ranks = equal_ranks
         self._present = len(clients)
         self._asked = [client.index for client in asked]
         self._weights, self._chances = dict(weights), dict(chances)
         self.accountant.record(self._asked)
+        self._save(open_round=True)
 
-    def finish(self, adapter: Adapter, answered: Sequence[int]) -> Adapter:
+    def finish(self, adapter: Adapter, answered: Sequence[int], uploaded: str = "AB") -> Adapter:
         """Return the new global adapter with the server's own noise, and note the round.
 
         Parameters
@@ -108,11 +141,19 @@ class PrivateRun:
             What the rule made of the updates.
         answered : Sequence[int]
             Indices of those whose updates are in it.
+        uploaded : str (default: "AB")
+            The factors that clients sent; others are the server's own and get no noise.
         """
+        noised = self._topped_up(adapter, answered, uploaded)
+        self._save(open_round=False)
+        return noised
+
+    def _topped_up(self, adapter: Adapter, answered: Sequence[int], uploaded: str) -> Adapter:
         if not self.tops_up:
             self.accountant.record_fixed(
                 self._present, len(self._asked), len(answered),
-                summed=self._linear, amplified=self._amplified and not self._independent,
+                summed=self._linear,
+                amplified=self._amplified and self._equal_ranks and not self._independent,
             )  # fmt: skip
             return adapter
         # As much as if everybody had joined: less could not hide a large draw.
@@ -124,9 +165,15 @@ class PrivateRun:
             return adapter
         noised = add_noise(adapter.to_state_dict(), missing)
         scales = {module: pair.scale for module, pair in adapter.pairs.items()}
-        return Adapter.from_state_dict(
+        found = Adapter.from_state_dict(
             {key: tensor.to(torch.float32) for key, tensor in noised.items()}, scales
         )
+        own = [factor for factor in "AB" if factor not in uploaded]
+        pairs = {
+            module: replace(pair, **{f: getattr(adapter.pairs[module], f) for f in own})
+            for module, pair in found.pairs.items()
+        }
+        return Adapter(pairs, found.dense)
 
     def spent(self) -> dict[str, float]:
         """Return ε so far: against the server, and against who sees the models alone."""
@@ -136,9 +183,19 @@ class PrivateRun:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger, as JSON can hold it."""
+        """Return what was spent, as JSON can hold it."""
         return self.accountant.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what ``state_dict`` returned."""
-        self.accountant.load_state_dict(state)
+        """Put back what ``state_dict`` returned, unless the ledger, which has all, was there."""
+        if not self._read:
+            self.accountant.load_state_dict(state)
+
+    def _save(self, *, open_round: bool) -> None:
+        if self.ledger is None:
+            return
+        try:
+            write_ledger(self.ledger, self.accountant, open_round=open_round)
+        except OSError as error:
+            log(WARNING, "cannot write %s: %s; should the run be killed now and resumed, it would "
+                "count too little", self.ledger, error)  # fmt: skip

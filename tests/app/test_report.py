@@ -1,5 +1,6 @@
 """A run's folder, its plots and its page, on small files written by hand."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -160,13 +161,37 @@ def test_numbers_that_json_lacks_become_null_at_any_depth(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_does_not_end_the_run(tmp_path):
+class Disk:
+    """A file that takes half of what it is given while the disk is full."""
+
+    def __init__(self, file):
+        self.file = file
+        self.full = True
+
+    def write(self, data):
+        if not self.full:
+            return self.file.write(data)
+        self.file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def truncate(self, size):
+        self.file.truncate(size)
+
+
+def test_a_full_disk_does_not_end_the_run_and_loses_no_line(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="flwr")
     folder = RunFolder(tmp_path / "run", RunConfig())
-    folder._metrics = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
     folder(round_record(1))
-    assert len(folder.rounds) == 1
-    with pytest.raises(OSError, match="No space"):
-        folder._metrics.close()
+    disk = folder._metrics = Disk(folder._metrics)
+    for number in range(2, 50):
+        folder(round_record(number))
+        kept = [r["round"] for r in read_records(tmp_path / "run" / "metrics.jsonl")]
+        assert kept == [1]
+    assert "No space left on device" in caplog.text
+    disk.full = False
+    folder(round_record(50))
+    kept = [r["round"] for r in read_records(tmp_path / "run" / "metrics.jsonl")]
+    assert kept == [r["round"] for r in folder.rounds] == list(range(1, 51))
 
 
 def test_finish_sums_up_with_the_time_before_the_interruption(tmp_path):
@@ -366,6 +391,24 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     got = [(e.step, e.value) for e in events.Scalars("time/clock_total")]
     assert got == [(0, 0), (1, 4), (2, 13), (3, 28), (4, 34)]
     assert [e.value for e in events.Scalars("bytes/up")] == [0, 500, 500, 500, 500]
+
+
+def test_a_full_disk_ends_the_board_and_not_the_run(tmp_path, caplog):
+    pytest.importorskip("tensorboard")
+    caplog.set_level("WARNING", logger="flwr")
+    listener = TensorBoardListener(tmp_path)
+    held = listener._writer
+
+    def flush():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    held.flush = flush
+    for number in (1, 2):
+        listener(round_record(number))
+    listener.close()
+    assert caplog.text.count("TensorBoard gets no more of this run") == 1
+    del held.flush
+    held.close()
 
 
 def test_without_tensorboard_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,11 +44,13 @@ def test_warm_nodes_run_an_app_and_go_on_cold_without_the_process_they_copy(
         run_id = link.run(TINY, {"rounds": 2, "output": str(tmp_path / "cold")})
         cold = "\n".join(link.stream(run_id))
 
+        nodes.append(link.start_supernode("partition-id=9", warm=True))
+        until(lambda: len(descendants(nodes[2])) == 2)
         started = [process for node in nodes for process in descendants(node)]
-        nodes[0].kill()
-        nodes[0].wait()
+        executor.kill()  # the SuperNode would stay, and do nothing
         nodes[1].terminate()
-        assert nodes[1].wait(30) == 0
+        nodes[2].kill()
+        assert [node.wait(30) for node in nodes] == [1, 0, -signal.SIGKILL]
         until(lambda: not any(alive(process) for process in started))
     assert "round 1: [4, 7]" in warm
     assert "round 1: [4, 7]" in cold

@@ -5,9 +5,10 @@ import io
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 
-from strategies.messages import ReplyError, from_record, record_bytes, to_record
+from strategies.messages import ReplyError, from_record, record_bytes, reply_error, to_record
+from tests.fakes import FakeGrid
 
 
 def record_of(**arrays):
@@ -52,3 +53,14 @@ def test_what_cannot_be_read_is_named():
         array = Array(dtype="float32", shape=(4,), stype="numpy.ndarray", data=data)
         with pytest.raises(ReplyError, match="array 'x' cannot be read"):
             from_record(ArrayRecord({"x": array}))
+
+
+def test_what_a_client_says_of_its_error_stays_on_one_line():
+    said = "<class 'ValueError'>:<'no\nINFO :  round 3/3 | acc 1.0 \x1b[2J\u2028'> " + 10_000 * "x"
+    FakeGrid([], None)  # messages need a run's identity
+    asked = Message(RecordDict(), 1, "train")
+    reason = reply_error(Message(Error(2, said), reply_to=asked))
+    assert reason.startswith("error 2: <class 'ValueError'>:<'no INFO : round 3/3")
+    assert reason.isprintable()
+    assert len(reason) < 600
+    assert reply_error(Message(Error(2), reply_to=asked)) == "error 2: "

@@ -642,6 +642,7 @@ def test_one_line_registers_a_message_apps_profile():
 
     node_config.update({"num-examples": 2})
     assert ask()["properties"]["num-examples"] == 2
+    assert "num-examples" not in ask(**{"dp-noise-multiplier": 1.0})["properties"]
     node_config.update({"dp-noise-multiplier": 4.0})  # from here on the node is private
     assert dict(ask()["properties"]) == {"partition-id": 3, "max-rank": 8}
     with pytest.raises(ValueError, match="keeps its data private"):
