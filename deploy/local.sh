@@ -147,12 +147,7 @@ if [[ -n $port ]]; then
     ports=()
     for ((i = 0; i <= nodes; i++)); do ports+=("$((port + i))"); done
 else
-    read -r -a ports < <("$python" -c '
-import socket, sys
-probes = [socket.socket() for _ in range(int(sys.argv[1]) + 1)]
-for probe in probes:
-    probe.bind(("127.0.0.1", 0))
-print(*(probe.getsockname()[1] for probe in probes))' "$nodes")
+    read -r -a ports < <(PYTHONPATH=$project "$python" -m fedlora_app.ports "$((nodes + 1))")
 fi
 superlink=127.0.0.1:${ports[0]}
 

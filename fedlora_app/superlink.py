@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from typing import IO, Any, NamedTuple
 import psutil
 
 from fedlora_app.cluster import HOOK
+from fedlora_app.ports import free_port
 
 Scalar = bool | int | float | str
 
@@ -84,7 +84,7 @@ class SuperLink:
         self.simulation = simulation
         self.ray_address = ray_address
         self.timeout = timeout
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         # Not below TMPDIR, which may be long: Ray keeps its sockets in here, and the path
         # of a socket ends at 107 characters.
         self.home = Path(tempfile.mkdtemp(prefix="fedlora-", dir="/tmp"))
@@ -183,7 +183,7 @@ class SuperLink:
         name = f"supernode-{len(self._children)}"
         program = [sys.executable, "-m", "fedlora_app.supernode"] if warm else ["flower-supernode"]
         command = [*program, "--insecure", "--superlink", self.address]
-        command += ["--host", "127.0.0.1", "--port", str(_free_port())]
+        command += ["--host", "127.0.0.1", "--port", str(free_port())]
         if node_config:
             command += ["--node-config", node_config]
         # A home each, as on machines of their own: they install the same app at the same time.
@@ -341,13 +341,6 @@ def exit_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _die_with_parent() -> None:

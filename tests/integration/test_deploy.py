@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedlora_app.config import DataConfig
 from fedlora_app.data import load_train
+from fedlora_app.ports import free_port
 from tests.integration.conftest import ROOT, records
 
 DEPLOY = ROOT / "deploy"
@@ -474,13 +475,6 @@ def test_services_are_pinned_and_use_options_that_exist(name: str) -> None:
         if word.startswith("--"):
             assert word.split("=")[0] in known.stdout
     assert ":latest" not in str(services)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def until(condition, seconds: float = 60) -> None:

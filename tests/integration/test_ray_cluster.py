@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import torch
 from fedlora_app import cluster as cluster_module
 from fedlora_app.cluster import ClusterError, check, examine
 from fedlora_app.config import RunConfig
+from fedlora_app.ports import free_port
 from run_simulation import main
 from tests.integration.conftest import SMALL, records
 
@@ -76,12 +76,6 @@ def start_node(name: str, role: list[str], home: Path) -> psutil.Popen:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(node: psutil.Popen, log: Path) -> None:
