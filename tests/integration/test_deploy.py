@@ -213,8 +213,9 @@ class Federation:
         self.children.append(child)
         return child
 
-    def node(self, name: str, *options: str) -> subprocess.Popen[bytes]:
-        command = ["flower-supernode", "--superlink", self.address, "--host", "127.0.0.1"]
+    def node(self, name: str, *options: str, warm: bool = False) -> subprocess.Popen[bytes]:
+        program = [sys.executable, "-m", "fedlora_app.supernode"] if warm else ["flower-supernode"]
+        command = [*program, "--superlink", self.address, "--host", "127.0.0.1"]
         return self.start(name, *command, "--port", str(free_port()), *options)
 
     def secure(self, key: str, ca: Path | None = None) -> list[str]:
@@ -290,7 +291,8 @@ def test_registered_nodes_run_an_app_and_others_are_refused(federation, tmp_path
     }
     for number, site in enumerate(("site-a", "site-b")):
         options = federation.secure(site)
-        federation.node(site, *options, "--node-config", f"partition-id={number}")
+        config = ["--node-config", f"partition-id={number}"]
+        federation.node(site, *options, *config, warm=bool(number))
     output = tmp_path / "run"
     config = ["--run-config", f'rounds=1 output="{output}"']
     federation.flwr(federation.trusted, "run", str(TINY), "link", "--stream", *config)
