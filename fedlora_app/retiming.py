@@ -47,14 +47,19 @@ class Time(Protocol):
 Timer = Callable[[Sequence[Record], RunConfig], Sequence[Time]]
 
 
+CLOCK_BLIND = ("fraction", "independent", "weighted", "statistical")
+"""Samplers that do not look at the clock."""
+
+
 def training_of(flat: Flat) -> dict[str, Scalar] | None:
     """Return the part of a config that training depends on; None if it depends on the clock.
 
-    It does where a planner or a deadline acts on the clock's seconds. A run on the real clock
-    cannot be timed again: what its machine did is not known to a simulated one.
+    It does where a planner or a deadline acts on the clock's seconds, and may with a sampler
+    of a plug-in. A run on the real clock cannot be timed again: what its machine did is not
+    known to a simulated one.
     """
     config = RunConfig.from_flat(flat)
-    acts = config.sampling.policy == "planned" or config.clock.deadline > 0
+    acts = config.sampling.policy not in CLOCK_BLIND or config.clock.deadline > 0
     if acts or config.clock.profile == "measured" or config.method == "local":
         return None
     return {

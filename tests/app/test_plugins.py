@@ -8,6 +8,7 @@ import pytest
 
 from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.rank_policies import make_ranks
+from fedlora_app.retiming import training_of
 from fedlora_app.samplers import make_run_sampler
 from strategies.aggregation import AGGREGATIONS, make_aggregator
 from strategies.ranks import RANK_POLICIES
@@ -51,6 +52,8 @@ def test_the_config_finds_them_by_name(plugins):
     assert (policy.name, policy.low, policy.high) == ("by-rows", 2, 16)
     assert (sampler.name, sampler.size) == ("turns", 4)
     assert config.max_rank() == 16
+    # It may look at the clock, so that no run is timed again on another network.
+    assert training_of({**OWN, "plugins": plugins, "clock.profile": "lab"}) is None
     assert RunConfig.from_flat(config.to_flat()) == config
 
 
