@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="pause between two looks at the SuperLink for a message (default: %(default)s)",
     )
     ours, theirs = parser.parse_known_args(argv)
+    if sys.platform != "linux":  # elsewhere a copy of a process is missing or not sound
+        parser.error(f"this needs Linux, and this is {sys.platform}; use flower-supernode")
     if not ours.poll > 0:
         parser.error(f"--poll: expected a number of seconds above 0, got {ours.poll}")
     connect = _runtime_api(theirs, parser)
