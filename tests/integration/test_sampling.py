@@ -64,7 +64,8 @@ def test_timing_a_run_again_on_its_own_network_gives_its_own_times(planned):
 
 
 def test_nothing_but_a_clipped_and_noised_update_leaves_a_private_client():
-    config = RunConfig.from_flat({**FLAT, "privacy.noise-multiplier": 0.01, "privacy.clip": 0.2})
+    settings = {"privacy.noise-multiplier": 0.01, "privacy.clip": 0.2, "evaluate.clients": 0.0}
+    config = RunConfig.from_flat({**FLAT, **settings})
     app = App(config)
     privacy = PrivateRun(Privacy(clip=0.2, noise_multiplier=0.01))
     _, told, _ = run(
@@ -88,7 +89,8 @@ def test_nothing_but_a_clipped_and_noised_update_leaves_a_private_client():
 
 
 def test_a_message_cannot_ask_a_private_client_for_less():
-    config = RunConfig.from_flat({**FLAT, "privacy.noise-multiplier": 1.0})
+    settings = {"privacy.noise-multiplier": 1.0, "evaluate.clients": 0.0}
+    config = RunConfig.from_flat({**FLAT, **settings})
     _, told, app = run("rbla", config=config, app=App(config), rounds=1)  # no noise asked for
     reasons = [r["reason"] for r in told if r.get("status") == "rejected"]
     assert len(reasons) == 3
