@@ -13,7 +13,7 @@ from tests.integration.conftest import ROOT, SMALL, records
 
 
 @pytest.mark.parametrize(
-    "rule", ["replication", "fedsa", pytest.param("flora", marks=pytest.mark.slow)]
+    "rule", ["fedsa", *(pytest.param(r, marks=pytest.mark.slow) for r in ("replication", "flora"))]
 )
 def test_two_supernodes_with_their_own_data_and_limits(rule, tmp_path):
     """Every message is a fresh process: fedsa's B lasts in the node's Flower state."""
