@@ -209,7 +209,12 @@ def serve(orders: IO[str], preload: Sequence[str]) -> None:
     gc.collect()
     gc.freeze()  # a collection in a copy would write to every page of it
     for line in orders:
-        if os.fork() == 0:
+        try:
+            copy = os.fork()
+        except OSError as error:  # no memory or no room for a process: Flower will ask again
+            print(f"warm start: cannot start a client: {error}", file=sys.stderr)
+            continue
+        if copy == 0:
             orders.close()  # an executor whose reader is gone has to notice
             _become_client(json.loads(line))
             return
