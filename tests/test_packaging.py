@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -202,3 +203,18 @@ def combine(current: Adapter, updates: list[tuple[Adapter, float]]) -> Adapter:
 
 strategy: FedLoRA = AutoRank(min_rank=2, budget=8)
 """
+
+
+def test_what_travels_to_the_sites_is_code_alone(tmp_path):
+    project = tmp_path / "project"
+    for name in ("fedlora_app", "strategies"):
+        shutil.copytree(ROOT / name, project / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    (project / "site-a.jsonl").write_text('{"text": "private"}\n')
+    (project / "strategies" / "rows.json").write_text("[]")
+    subprocess.run([str(Path(sys.executable).with_name("flwr")), "build"], cwd=project, check=True)
+    (bundle,) = project.glob("*.fab")
+    names = zipfile.ZipFile(bundle).namelist()
+    assert "fedlora_app/client_app.py" in names
+    assert {Path(n).suffix for n in names if not n.startswith(".info")} == {".py", ".toml"}
