@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora_app.rank_policies import make_ranks
 from fedlora_app.samplers import make_run_sampler
-from strategies.aggregation import AGGREGATIONS, make_aggregator
+from strategies.aggregation import AGGREGATIONS, Aggregator, make_aggregator
 from strategies.naming import named
 from strategies.participation import Participation
 from strategies.privacy import refuse_private
 from strategies.ranks import RANK_POLICIES
-from strategies.sampling import SAMPLERS
+from strategies.sampling import SAMPLERS, Sampler
 from strategies.wallclock import PROFILES, MeasuredClock
 
 if TYPE_CHECKING:
@@ -93,25 +93,22 @@ def impossible(config: RunConfig) -> list[str]:
     if not problems:  # what the strategy would refuse, before a run leaves a folder
         rule = make_aggregator(config.aggregation, **config.aggregation_settings())
         try:
-            Participation(make_run_sampler(config), MeasuredClock(), rule).check()
+            sampler = make_run_sampler(config)
+            Participation(sampler, MeasuredClock(), rule).check()
         except (TypeError, ValueError) as error:
             problems.append(f"sampling.policy = {config.sampling.policy!r}: {error}")
-    if not problems:
-        problems += _impossible_privacy(config)
+        else:
+            problems += _impossible_privacy(config, rule, sampler)
     return problems
 
 
-def _impossible_privacy(config: RunConfig) -> list[str]:
+def _impossible_privacy(config: RunConfig, rule: Aggregator[Any], sampler: Sampler) -> list[str]:
     """Return what would void the guarantee of private updates."""
     if not config.privacy.noise_multiplier:
         return []
     on_server = config.ranks.policy == "quality" and config.ranks.validation_rows
-    reasons = refuse_private(
-        make_aggregator(config.aggregation, **config.aggregation_settings()),
-        make_ranks(config, (lambda adapter: 0.0) if on_server else None),
-        make_run_sampler(config),
-        evaluate_fraction=config.evaluate.clients,
-    )
+    policy = make_ranks(config, (lambda adapter: 0.0) if on_server else None)
+    reasons = refuse_private(rule, policy, sampler, evaluate_fraction=config.evaluate.clients)
     return [f"privacy.noise-multiplier: {reason}" for reason in reasons]
 
 

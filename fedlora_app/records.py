@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,9 +85,6 @@ def _records(data: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _replace(file: Path, text: str) -> None:
-    new = file.with_name(file.name + ".new")
-    with new.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(file)
+    from strategies.files import replace_text  # torch comes with it, and readers need none
+
+    replace_text(file, text)

@@ -310,7 +310,5 @@ def reply_error(message: Message) -> str | None:
     if not message.has_error():
         return None
     # Its text is the client's: no line of its own in our log, and not a book.
-    said = " ".join(
-        "".join(c if c.isprintable() else " " for c in message.error.reason or "").split()
-    )
-    return f"error {message.error.code}: {said[:REASON_LENGTH]}"
+    said = "".join(c if c.isprintable() else " " for c in message.error.reason or "")
+    return f"error {message.error.code}: {' '.join(said.split())[:REASON_LENGTH]}"

@@ -13,6 +13,7 @@ import pytest
 import run_simulation
 from fedlora_app.config import ConfigError, RunConfig, Scalar
 from fedlora_app.console import Console
+from tests.integration.conftest import alive
 
 ROOT = Path(run_simulation.__file__).parent
 TINY = ROOT / "tests" / "integration" / "tiny_app"
@@ -176,10 +177,3 @@ def test_progress_of_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "round 3/6  █████░░░░░ 2/4 clients",
         "preparing",
     ]
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

@@ -211,21 +211,22 @@ class Checkpoints:
         self._unlock = weakref.finalize(self, os.close, lock)
         deadline = time.monotonic() + patience
         try:
-            if patience and not _locked(lock):
+            if not (taken := _take(lock)) and patience:
                 log(WARNING, "another run is writing checkpoints to %s; waiting up to %g s for it "
                     "to end", self.folder, patience)  # fmt: skip
-            while not _locked(lock) and time.monotonic() < deadline:
+            while not taken and time.monotonic() < deadline:
                 time.sleep(0.2)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+                taken = _take(lock)
+        except OSError as error:
+            log(WARNING, "%s cannot be locked (%s); see to it that only one run writes there",
+                self.folder, error)  # fmt: skip
+            return
+        if not taken:
             self.close()
             raise BlockingIOError(
                 f"another run is writing checkpoints to {self.folder}; give each run a folder "
                 "of its own"
-            ) from None
-        except OSError as error:
-            log(WARNING, "%s cannot be locked (%s); see to it that only one run writes there",
-                self.folder, error)  # fmt: skip
+            )
 
     # ----- reading -------------------------------------------------------------------
 
@@ -330,7 +331,7 @@ def _set_aside(path: Path, reason: str) -> None:
     log(WARNING, "moved the checkpoint %s to %s: %s", path.name, target, reason)
 
 
-def _locked(lock: int) -> bool:
+def _take(lock: int) -> bool:
     """Take the lock if it is free, and tell whether it is ours."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

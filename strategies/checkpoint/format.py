@@ -12,14 +12,12 @@ JSON has no NaN and no infinity; they are written as ``{"$float": "nan"}``.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 from torch import Tensor
+
+from strategies.files import sync_folder
 
 FORMAT = 1
 MODEL, STATE, SUMS = "model.safetensors", "state.json", "SHA256SUMS"
@@ -150,12 +150,12 @@ def write(target: Path, files: Mapping[str, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync(temporary)
+        sync_folder(temporary)
         os.rename(temporary, target)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync_folder(target.parent)
 
 
 def remove(path: Path) -> None:
@@ -248,17 +248,3 @@ def _plain(value: Any, where: str) -> Any:
 
 def _restore(mapping: dict[str, Any]) -> Any:
     return float(mapping[FLOAT]) if FLOAT in mapping else mapping
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in a folder on disk, too."""
-    if sys.platform == "win32":  # which cannot open folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have no such thing
-            raise
-    finally:
-        os.close(descriptor)

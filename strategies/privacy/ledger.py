@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from strategies.files import replace_text
 from strategies.privacy.accountant import PrivacyAccountant
 
 FORMAT = 1
@@ -28,12 +28,7 @@ def write_ledger(file: Path, accountant: PrivacyAccountant, *, open_round: bool)
     """
     spent = accountant.state_dict()
     text = json.dumps({"format": FORMAT, "open_round": open_round, "spent": spent})
-    new = file.with_name(file.name + ".new")
-    with new.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    new.replace(file)
+    replace_text(file, text)
 
 
 def read_ledger(file: Path, accountant: PrivacyAccountant) -> None:

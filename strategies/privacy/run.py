@@ -103,7 +103,12 @@ class PrivateRun:
     @property
     def tops_up(self) -> bool:
         """Whether the server adds noise to every round, whoever joined, be it nobody."""
-        return self._amplified and self._independent and self._equal_ranks
+        return self._hides and self._independent
+
+    @property
+    def _hides(self) -> bool:
+        """Whether sampling hides who takes part in this round."""
+        return self._amplified and self._equal_ranks
 
     def begin(
         self,
@@ -152,8 +157,7 @@ class PrivateRun:
         if not self.tops_up:
             self.accountant.record_fixed(
                 self._present, len(self._asked), len(answered),
-                summed=self._linear,
-                amplified=self._amplified and self._equal_ranks and not self._independent,
+                summed=self._linear, amplified=self._hides,
             )  # fmt: skip
             return adapter
         # As much as if everybody had joined: less could not hide a large draw.

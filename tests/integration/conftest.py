@@ -1,8 +1,11 @@
 """Real runs of the real app, kept small: few steps, short texts."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +19,20 @@ SMALL = {
     "sampling.fraction": 1.0,
     "ranks.list": "4,8,16,32",
 }
+
+
+def wait_for(what: Callable[[], object], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def records(folder: Path, kind: str) -> list[dict]:

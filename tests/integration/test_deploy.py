@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from fedlora_app.config import DataConfig
 from fedlora_app.data import load_train
 from fedlora_app.ports import free_port
-from tests.integration.conftest import ROOT, records
+from tests.integration.conftest import ROOT, records, wait_for
 
 DEPLOY = ROOT / "deploy"
 TINY = Path(__file__).parent / "tiny_app"
@@ -198,7 +197,7 @@ class Federation:
             "--disable-runtime-dependency-installation",
         )
         health = [sys.executable, str(DEPLOY / "health.py"), f"https://{self.address}/health"]
-        until(lambda: subprocess.call([*health, str(keys / "ca.crt")], stderr=-3) == 0)
+        wait_for(lambda: subprocess.call([*health, str(keys / "ca.crt")], stderr=-3) == 0)
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         with self.log(name).open("wb") as log:
@@ -271,7 +270,7 @@ def federation(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield federation
     finally:
         federation.close()
-    until(lambda: not processes_of(folder))
+    wait_for(lambda: not processes_of(folder))
 
 
 def test_registered_nodes_run_an_app_and_others_are_refused(federation, tmp_path) -> None:
@@ -344,11 +343,11 @@ def test_the_door_lets_nodes_in_and_operators_not(federation, tmp_path) -> None:
         f"http {{ access_log off; {temporary}\n{site}\n}}\n"
     )
     federation.start("door", "nginx", "-c", str(config), "-e", f"{tmp_path}/error.log")
-    until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+    wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
     # A key that is not registered gets as far as being refused for it.
     options = ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
     federation.start("through", "flower-supernode", *options, *federation.secure("stranger"))
-    until(lambda: "[code: 2004]" in federation.log("through").read_text())
+    wait_for(lambda: "[code: 2004]" in federation.log("through").read_text())
     before, federation.address = federation.address, f"127.0.0.1:{port}"
     done = federation.flwr(federation.trusted, "list", "link")
     federation.address = before
@@ -418,7 +417,7 @@ def test_local_takes_everything_down_when_interrupted(number, tmp_path) -> None:
     child.send_signal(number)
     child.communicate(timeout=60)
     if number == signal.SIGKILL:  # nobody is left to wait for them
-        until(lambda: not processes_of(tmp_path))
+        wait_for(lambda: not processes_of(tmp_path))
     else:
         assert child.returncode == 128 + number
         assert not processes_of(tmp_path)
@@ -477,10 +476,3 @@ def test_services_are_pinned_and_use_options_that_exist(name: str) -> None:
         if word.startswith("--"):
             assert word.split("=")[0] in known.stdout
     assert ":latest" not in str(services)
-
-
-def until(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.3)

@@ -20,7 +20,7 @@ from strategies.ranks import UniformRank
 from strategies.sampling import FractionSampling
 from strategies.strategy import COUNT_FACTOR
 from tests.fakes import FakeGrid, message_reply, query_reply, random_adapter
-from tests.integration.conftest import ROOT, records
+from tests.integration.conftest import ROOT, records, wait_for
 
 FAULTY = Path(__file__).parent / "faulty_app"
 TIMEOUT = 300.0  # seconds; for what takes a few where nothing else runs
@@ -89,13 +89,6 @@ def begun(folder: Path, server_round: int) -> bool:
     if not (folder / "metrics.jsonl").exists():
         return False
     return server_round in [r["round"] for r in records(folder, "round-start")]
-
-
-def wait_for(what: Callable[[], object], seconds: float = TIMEOUT) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
 
 
 # --- one run with every bad reply, a newcomer and a full disk

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from fedlora_app.superlink import MARK, SuperLink
 from strategies.checkpoint import Checkpoints
 from strategies.saving import Saver
-from tests.integration.conftest import ROOT, SMALL, records
+from tests.integration.conftest import ROOT, SMALL, records, wait_for
 
 FAULTY = Path(__file__).parent / "faulty_app"
 TIMEOUT = 300.0  # seconds; for what takes a few where nothing else runs
@@ -43,13 +42,6 @@ class Durable(SuperLink):
 
     def restart(self) -> None:
         self._start()
-
-
-def wait_for(what: Callable[[], object], seconds: float = TIMEOUT) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
 
 
 def rounds_done(folder: Path) -> list[int]:

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import psutil
 import pytest
 
 from fedlora_app.superlink import RunStatus, SuperLink, SuperLinkError
+from tests.integration.conftest import alive
 
 TINY = Path(__file__).parent / "tiny_app"
 
@@ -39,10 +39,3 @@ def test_a_superlink_that_cannot_start_says_why_and_cleans_up() -> None:
         pass
     assert not link.processes()
     assert not link.home.exists()
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

@@ -5,25 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from fedlora_app.superlink import SuperLink
-from tests.integration.conftest import ROOT, records
+from tests.integration.conftest import ROOT, alive, records, wait_for
 
 TINY = Path(__file__).parent / "tiny_app"
-BARE = "flwr.supernode.cli.flwr_clientapp"  # preloads what Flower itself needs
-
-
-def until(what: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
 
 
 def test_warm_nodes_run_an_app_and_go_on_cold_without_the_process_they_copy(
@@ -35,7 +25,7 @@ def test_warm_nodes_run_an_app_and_go_on_cold_without_the_process_they_copy(
             link.start_supernode(f"partition-id={partition}", warm=True) for partition in (4, 7)
         ]
         # Each of them has an executor, and that the process that is copied.
-        until(lambda: all(len(descendants(node)) == 2 for node in nodes))
+        wait_for(lambda: all(len(descendants(node)) == 2 for node in nodes))
         executor, copied = descendants(nodes[0])
         assert copied.ppid() == executor.pid
         run_id = link.run(TINY, {"rounds": 1, "output": str(tmp_path / "warm")})
@@ -45,13 +35,13 @@ def test_warm_nodes_run_an_app_and_go_on_cold_without_the_process_they_copy(
         cold = "\n".join(link.stream(run_id))
 
         nodes.append(link.start_supernode("partition-id=9", warm=True))
-        until(lambda: len(descendants(nodes[2])) == 2)
+        wait_for(lambda: len(descendants(nodes[2])) == 2)
         started = [process for node in nodes for process in descendants(node)]
         executor.kill()  # the SuperNode would stay, and do nothing
         nodes[1].terminate()
         nodes[2].kill()
         assert [node.wait(30) for node in nodes] == [1, 0, -signal.SIGKILL]
-        until(lambda: not any(alive(process) for process in started))
+        wait_for(lambda: not any(alive(process) for process in started))
     assert "round 1: [4, 7]" in warm
     assert "round 1: [4, 7]" in cold
     assert "round 2: [4, 7]" in cold
@@ -62,13 +52,6 @@ def descendants(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Return the processes a node has started, without what ended and what Flower starts cold."""
     found = psutil.Process(node.pid).children(recursive=True)
     return sorted((p for p in found if alive(p)), key=lambda process: process.create_time())
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_every_copy_is_a_process_of_its_own_with_its_own_chance() -> None:
@@ -92,7 +75,7 @@ serve(io.StringIO('["a", "1"]\\n["a", "2"]\\n'), ["json", "no_such_module", "str
         cwd=ROOT,
         env=os.environ,
     )
-    until(lambda: done.stdout.count("\n") == 2)
+    wait_for(lambda: done.stdout.count("\n") == 2)
     first, second = (json.loads(line) for line in sorted(done.stdout.splitlines(), key=last_word))
     assert (first[1], second[1]) == (["a", "1"], ["a", "2"])
     assert first[0] != second[0]
