@@ -54,11 +54,11 @@ def impossible(config: RunConfig) -> list[str]:
                         else " or ranks.validation-rows = 0"
                     )
                 )
-            if rule.merges_base and config.train.precision != "float32":
+            if rule.merges_base and config.train.precision == "bfloat16":
                 problems.append(
                     f"aggregation = {config.aggregation!r} merges into the frozen weights, and "
                     f"train.precision = {config.train.precision!r} would round every merge; "
-                    "use float32"
+                    "use auto or float32"
                 )
             if config.lora.dora and not rule.supports_dora:
                 problems.append(

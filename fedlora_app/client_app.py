@@ -30,6 +30,7 @@ from fedlora_app.data import (
     train_validation_split,
 )
 from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.precision import with_precision
 from fedlora_app.training import EvalResult, evaluate, per_sample_losses, train
 from strategies.client import (
     IDENTITY_KEYS,
@@ -63,6 +64,8 @@ if TYPE_CHECKING:
 
 LABELS_KEY = "label-names"
 TIMES_KEY = "steps-factor"
+BITS_KEY = "precision-bits"  # of the frozen weights, as each node chose
+PRECISION_BITS = {"float32": 32, "bfloat16": 16}
 
 Settings = dict[str, Scalar]
 Losses = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -155,6 +158,7 @@ class LoRAClient(NumPyClient):
             "loss": result.loss,
             TRAIN_SECONDS_KEY: result.seconds,
             STEPS_KEY: result.steps,
+            BITS_KEY: PRECISION_BITS[self.config.train.precision],
             **extra,
         }
         return [array.numpy() for array in arrays.values()], result.examples, metrics
@@ -291,7 +295,8 @@ _tokenizer = lru_cache(maxsize=1)(build_tokenizer)
 
 def client_fn(context: Context) -> Client:
     """Return the client of one node."""
-    config = RunConfig.from_flat(context.run_config, check=False)  # the server has
+    # The server has checked it. In what this node computes is for its own hardware to say.
+    config = with_precision(RunConfig.from_flat(context.run_config, check=False))
     return LoRAClient(config, dict(context.node_config), context.state).to_client()
 
 

@@ -110,8 +110,9 @@ def examine(flat: Mapping[str, Scalar]) -> dict[str, Any]:
         from fedlora_app import client_app  # noqa: F401  (and all that it imports)
         from fedlora_app.config import RunConfig
         from fedlora_app.models import build_model
+        from fedlora_app.precision import with_precision
 
-        config = RunConfig.from_flat(flat, check=False)
+        config = with_precision(RunConfig.from_flat(flat, check=False))
     except ImportError as error:
         found["problems"].append(_say(error))
         return found

@@ -103,9 +103,10 @@ class TrainConfig:
     )
     max_grad_norm: float = option(1.0, "gradient clipping; 0: none", low=0)
     precision: str = option(
-        "float32",
-        "float32 or bfloat16 (frozen weights and activations; trained weights stay float32)",
-        choices=("float32", "bfloat16"),
+        "auto",
+        "float32, bfloat16 (frozen weights and activations; trained weights stay float32) or auto: "
+        "on each node what its hardware multiplies fast, float32 for rules that merge",
+        choices=("auto", "float32", "bfloat16"),
     )
     threads: int = option(1, "torch CPU threads of a client", low=1)
 

@@ -112,7 +112,9 @@ def retime_folder(source: Path, target: Path, flat: Flat, timer: Timer = timed_b
     rounds = of_kind(retimed, "round")
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    write_json(target / "config.json", config.to_flat())
+    key = "train.precision"  # what "auto" became is a matter of then and there
+    made = {k: v for k, v in read_json(source / "config.json").items() if k == key}
+    write_json(target / "config.json", config.to_flat() | made)
     write_lines(target / "metrics.jsonl", retimed)
     plot_run(rounds, target)
     summary = {k: v for k, v in read_json(source / "summary.json").items() if k != "clock_seconds"}

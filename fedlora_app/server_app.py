@@ -24,6 +24,7 @@ from fedlora_app.client_app import LABELS_KEY, TIMES_KEY
 from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.data import TokenizedRows, load_test, tokenize
 from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.precision import with_precision
 from fedlora_app.rank_policies import make_ranks
 from fedlora_app.report import RunFolder
 from fedlora_app.samplers import make_run_sampler
@@ -58,7 +59,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run what the run config says."""
-    config = RunConfig.from_flat(context.run_config)
+    config = with_precision(RunConfig.from_flat(context.run_config))
     default = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
     began = time.perf_counter()
     test = TestSet(config)
@@ -68,7 +69,8 @@ def main(grid: Grid, context: Context) -> None:
     saver = make_saver(config, path)
     resumed = resumed_here(saver, path)
     folder = RunFolder(path, config, resume_round=resumed)
-    log(INFO, "%s: %s on %s, %s", config.method, config.model.name, config.data.name, adapter)
+    log(INFO, "%s: %s on %s in %s, %s", config.method, config.model.name, config.data.name,
+        config.train.precision, adapter)  # fmt: skip
 
     strategy = make_strategy(config, folder, test, model, saver)
     if strategy.aggregation.merges_base:
@@ -357,8 +359,11 @@ def training_step(
     shape = (config.train.batch_size, config.data.max_length)
     ids = torch.full(shape, int(rows.input_ids[0, 0]))
 
+    low = config.train.precision == "bfloat16"
+
     def step() -> None:
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=low):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         logits.float().sum().backward()
         model.zero_grad()
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from fedlora_app.config import RunConfig
+from fedlora_app.precision import with_precision
 from fedlora_app.server_app import TestSet, initial_adapter
 from strategies.client import load_adapter
 from strategies.lora import Adapter
 
 for run in map(Path, sys.argv[1:]):
-    config = RunConfig.from_flat(json.loads((run / "config.json").read_text()))
+    config = with_precision(RunConfig.from_flat(json.loads((run / "config.json").read_text())))
     test = TestSet(config)
     model, _ = initial_adapter(config, len(test.label_names))
     state = load_file(run / "adapter" / "adapter_model.safetensors")
