@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from strategies.client.peft_model import (
 )
 from strategies.lora import factor_of
 from strategies.lora.algebra import resize
-from strategies.messages import SCALE_KEY, SEND_KEY, TRAIN_KEY, from_record, to_record
+from strategies.messages import NAMES_KEY, SCALE_KEY, SEND_KEY, TRAIN_KEY, from_record, to_record
 from strategies.model import GlobalModel
 from strategies.privacy import Privacy
 from strategies.wire import WIRE_KEY, decode, encode
@@ -77,7 +78,7 @@ def send(
     adapter_name: str = "default",
     node: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the arrays of the reply, by name and in the order the server expects.
+    """Return the arrays of the reply, by name and in the order of the received ones.
 
     Clipped and noised if the message asks for it (``strategies.privacy``).
 
@@ -109,7 +110,19 @@ def send(
         state[KEPT_KEY] = to_record(kept)
     if privacy := Privacy.asked(config, node):
         out = privacy.apply(model.fedlora_received, out)  # type: ignore[arg-type]
+    out = _in_order_of(str(config.get(NAMES_KEY, "[]")), out)
     return encode(out, str(config.get(WIRE_KEY, "float32")))
+
+
+def _in_order_of(names: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in the order of a JSON list of names, what it does not name last.
+
+    A ``NumPyClient``'s arrays travel without names, and a model has an order of its own: DoRA
+    magnitudes and biases between the factors, layers by number where a file has them by
+    letter.
+    """
+    first = [name for name in json.loads(names) if name in tensors]
+    return {name: tensors[name] for name in (*first, *(n for n in tensors if n not in set(first)))}
 
 
 def _kept_factors(

@@ -30,9 +30,12 @@ _LORA_BIAS = re.compile(r"^(?P<module>.+)\.lora_B(?:\.(?P<name>[^.]+))?\.bias$")
 # Parts of a key that say: this is not an adapter, or not a LoRA one.
 _FOREIGN = re.compile(
     r"(^|\.)(base_layer\.weight|original_module\.weight|quant_state|absmax|prompt_embeddings"
-    r"|prompt_encoder|token_adapter|trainable_tokens)|\.(ia3_l|oft_|hada_|lokr_|vera_|vblora_|boft_"
+    r"|prompt_encoder)|\.(ia3_l|oft_|hada_|lokr_|vera_|vblora_|boft_"
     r"|lora_(?!A\b|B\b|embedding_[AB]\b|magnitude_vector\b))"
 )
+_TOKENS = re.compile(r"(^|\.)(token_adapter|trainable_tokens)")
+# The embeddings that peft.get_peft_model_state_dict adds as they are, if a target is one of them.
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head)\.base_layer\.weight$")
 
 
 class AdapterError(ValueError):
@@ -380,6 +383,8 @@ def _parse(
     problems: list[str] = []
     names: set[str] = set()
     for key, tensor in state_dict.items():
+        if _frozen_by_peft(key, state_dict):
+            continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             problems.append(f"{key!r} is {kind}, expected a floating-point tensor")
@@ -397,6 +402,11 @@ def _parse(
             dense[f"{match['module']}.lora_B.bias"] = tensor
         elif match := _SAVED.match(key):
             dense[f"{match['module']}.{match['rest']}"] = tensor
+        elif _TOKENS.search(key):
+            problems.append(
+                f"{key!r} belongs to trainable_token_indices, which is not supported; train the "
+                "embedding as a LoRA target or in full (modules_to_save)"
+            )
         elif _FOREIGN.search(key):
             problems.append(
                 f"{key!r} is not a LoRA tensor; pass what peft.get_peft_model_state_dict returns"
@@ -410,6 +420,20 @@ def _parse(
     if len(names) > 1:
         problems.append(f"several adapters are mixed: {', '.join(sorted(names))}; pass one")
     return factors, dense, problems
+
+
+def _frozen_by_peft(key: str, state_dict: Mapping[str, Tensor]) -> bool:
+    """Tell whether PEFT put a tensor beside an adapter that is no part of it.
+
+    With ``bias="all"`` the biases of saved modules are there twice, as the trained copy and as
+    the original; and embeddings that are targets come with their frozen weights.
+    """
+    twin = key.replace(".modules_to_save.", ".", 1)
+    original = key.replace(".original_module.", ".", 1)
+    return (
+        any(other != key and other in state_dict for other in (twin, original))
+        or _EMBEDDINGS.search(key) is not None
+    )
 
 
 def _pair_problems(module: str, A: Tensor, B: Tensor) -> list[str]:
