@@ -13,7 +13,8 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from strategies.rounds import Round, duration
+from strategies.durations import duration
+from strategies.rounds import Round
 from strategies.transport import exchange
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -125,10 +126,10 @@ class StreamingStrategy(Strategy):
         """Return whether the run can end before its last round."""
         return False
 
-    def _arrived(self, message: Message) -> None:
+    def _arrived(self, message: Message, just_now: bool) -> None:
         """Tell listeners that a reply is in, before its turn to be aggregated."""
         node_id = message.metadata.src_node_id
-        if node_id in self.round.assignments:
+        if just_now and node_id in self.round.assignments:
             sent = self.round.assignments[node_id]
             sent.elapsed_seconds = time.perf_counter() - self.round.started
         self._emit({"kind": "arrived", "round": self.round.number, "node": str(node_id)})

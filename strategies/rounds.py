@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from strategies.clients import Client
+from strategies.durations import duration
 from strategies.messages import STEPS_KEY, TRAIN_SECONDS_KEY, Reply
 from strategies.packing import Parcel
 from strategies.wallclock.clock import RoundTime, Work
@@ -207,10 +208,3 @@ def _guarantees(spent: Mapping[str, float]) -> str:
         for key in ("epsilon_local", "epsilon_central")
         if key in spent
     )
-
-
-def duration(seconds: float) -> str:
-    """Return ``m:ss``, or ``h:mm:ss`` from an hour on."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from logging import INFO
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
+from flwr.common import log
 from flwr.serverapp import Grid
+
+from strategies.durations import duration
+from strategies.flower import is_transport_error
 
 # Replies past this many unanswered messages stay on the SuperLink, not in this process.
 WINDOW = 32
+# Seconds between two looks at a message, above which nobody knows when its reply came.
+BLUR = 0.5
+# Seconds between two lines of the log that say whom a run waits for.
+PATIENCE = 60.0
+UNREADABLE = 0  # Flower's code of an unknown error
+
+OnArrival = Callable[[Message, bool], None]
 
 
 def exchange(
@@ -17,7 +29,8 @@ def exchange(
     messages: Iterable[Message],
     timeout: float,
     *,
-    on_arrival: Callable[[Message], None] | None = None,
+    on_arrival: OnArrival | None = None,
+    name: Callable[[int], str] = "node {}".format,
     window: int = WINDOW,
     poll_seconds: float = 0.1,
 ) -> Iterator[Message]:
@@ -26,8 +39,8 @@ def exchange(
     The order makes a sum over replies the same to the last bit, whoever answers first.
     At most ``window`` replies are held here while an earlier one is outstanding.
 
-    For a node that is gone, or whose reply was lost, the SuperLink answers with an error in
-    its own name; here it comes in the name of the node.
+    For a node that is gone, or whose reply was lost or cannot be decoded, there is a reply with
+    an error in the name of the node. Once a minute the log says whom it waits for.
 
     Parameters
     ----------
@@ -37,40 +50,86 @@ def exchange(
     timeout : float
         Seconds to wait for all replies; what is missing then is left out.
     on_arrival : callable, optional
-        Called with each reply when it comes in, before its turn.
+        Called with each reply when it comes in, before its turn, and whether it came just now:
+        false where nobody looked for a while, since it was outside the window or the caller
+        was busy, so that the time says nothing about the client.
+    name : callable
+        Returns how the log calls a node. (default: ``node 123``)
     window : int (default: 32)
     poll_seconds : float (default: 0.1)
         Pause between looks at the SuperLink.
     """
     pending: list[str] = []
     asked: dict[str, tuple[int, str]] = {}
+    looked: dict[str, float] = {}  # when a message was last looked at
     for message in messages:
         pushed = [str(i) for i in grid.push_messages([message]) if i]
         pending += pushed  # empty when the node is gone
         node = message.metadata.dst_node_id, message.metadata.message_type
         asked.update(dict.fromkeys(pushed, node))
+        looked.update(dict.fromkeys(pushed, time.monotonic()))
     early: dict[str, Message] = {}
     deadline = time.monotonic() + timeout
+    tell_at = time.monotonic() + PATIENCE
     while pending:
-        late = time.monotonic() >= deadline
+        now = time.monotonic()
+        late = now >= deadline
         # At the deadline, one last look at everything.
         wanted = [i for i in pending[: None if late else window] if i not in early]
-        for reply in grid.pull_messages(wanted) if wanted else ():
-            message_id = reply.metadata.reply_to_message_id
-            reply = _in_the_name_of(*asked[message_id], reply)
+        for message_id, reply in _pull(grid, wanted, asked):
             early[message_id] = reply
             if on_arrival is not None:
-                on_arrival(reply)
+                on_arrival(reply, now - looked[message_id] <= max(BLUR, 2 * poll_seconds))
+        looked.update(dict.fromkeys(wanted, now))
         while pending and (late or pending[0] in early):
             first = pending.pop(0)
             if first in early:
                 yield early.pop(first)
+        if pending and now >= tell_at:
+            tell_at = now + PATIENCE
+            silent = [name(asked[i][0]) for i in pending if i not in early]
+            log(INFO, "waiting for %s, up to %s more", _listed(silent), duration(deadline - now))
         if pending:
             time.sleep(poll_seconds)
 
 
-def _in_the_name_of(node_id: int, message_type: str, reply: Message) -> Message:
+def _pull(
+    grid: Grid, wanted: Sequence[str], asked: dict[str, tuple[int, str]]
+) -> Iterator[tuple[str, Message]]:
+    """Return the replies that are there by the id of their message; one by one after an error."""
+    if not wanted:
+        return
+    try:
+        replies = list(grid.pull_messages(wanted))
+    except Exception as error:  # whatever the bytes of a client make Flower's decoder raise
+        if is_transport_error(error):
+            raise
+        if len(wanted) > 1:
+            for message_id in wanted:
+                yield from _pull(grid, [message_id], asked)
+            return
+        (message_id,) = wanted
+        reason = f"the reply cannot be read ({type(error).__name__})"
+        yield message_id, _error(asked[message_id], Error(UNREADABLE, reason))
+        return
+    for reply in replies:
+        message_id = reply.metadata.reply_to_message_id
+        if message_id in asked:
+            yield message_id, _in_the_name_of(asked[message_id], reply)
+
+
+def _in_the_name_of(asked: tuple[int, str], reply: Message) -> Message:
     """Return a reply as it is, or the SuperLink's error as one of the node that was asked."""
-    if not reply.has_error() or reply.metadata.src_node_id == node_id:
+    if not reply.has_error() or reply.metadata.src_node_id == asked[0]:
         return reply
-    return Message(reply.error, reply_to=Message(RecordDict(), node_id, message_type))
+    return _error(asked, reply.error)
+
+
+def _error(asked: tuple[int, str], error: Error) -> Message:
+    node_id, message_type = asked
+    return Message(error, reply_to=Message(RecordDict(), node_id, message_type))
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -119,7 +119,9 @@ class MeasuredClock(Clock):
                 i = work.client
                 # On a shared line the transfer alone would have been this much faster.
                 alone = upload[i] / (len(compute) if self.shared_band else 1)
-                self._learn(work, compute[i], alone)
+                # Of who was not looked at when it answered, only the training is known.
+                timed = reported(work.elapsed_seconds) is not None
+                self._learn(work, compute[i], alone if timed else None)
         slowest = max(compute, key=lambda i: compute[i] + upload[i])
         seconds = compute[slowest] + upload[slowest]
         return RoundTime(seconds, slowest, compute, upload)
@@ -185,8 +187,11 @@ class MeasuredClock(Clock):
         lines = "one shared band" if self.shared_band else "lines of their own"
         return f"{self.name} ({lines}, smoothing {self.smoothing:g})"
 
-    def _learn(self, work: Work, compute: float, transfer: float) -> None:
+    def _learn(self, work: Work, compute: float, transfer: float | None) -> None:
         old = self._paces.get(work.client)
+        if transfer is None:
+            known = self._pace(work.client).byte_seconds if self._paces else 0.0
+            transfer = known * max(work.upload_bytes, 1)
         steps = reported(work.steps) or (old.steps if old else 1.0)
         step = compute / (steps * (1 + self.rank_share * work.rank))
         byte = transfer / max(work.upload_bytes, 1)
