@@ -352,6 +352,13 @@ class RunConfig:
         choices=("float32", "float16", "bfloat16", "int8"),
     )
     min_replies: int = option(1, "fewer good replies leave the model as it was", low=1)
+    min_answering: float = option(
+        0.5,
+        "the run ends, with a checkpoint, after five rounds in which a smaller share of the clients "
+        "asked sent a good reply; 0: never",
+        low=0,
+        high=1,
+    )
     min_nodes: int = option(2, "wait for this many nodes before the first round", low=1)
     round_timeout: float = option(3600.0, "seconds to wait for the replies of a round", above=0)
     clip_norm: float = option(

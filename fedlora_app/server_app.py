@@ -99,6 +99,8 @@ def main(grid: Grid, context: Context) -> None:
         raise RuntimeError(
             f"no client sent a good reply in any round; the last reason: {folder.last_reason}"
         )
+    if strategy.degradation.over:  # what was trained so far is in the checkpoints
+        raise RuntimeError(f"the run ended after round {strategy.round.number}: {strategy.ended}")
     load_adapter(model, effective_adapter(result.arrays, config))
     if isinstance(strategy, Alone):
         scores = strategy.scores()
@@ -269,6 +271,7 @@ def make_strategy(
         "seed": config.seed,
         "min_replies": config.min_replies,
         "min_available_nodes": config.min_nodes,
+        "min_answering": config.min_answering,
         "evaluate_fraction": 0.0 if config.method == "local" else config.evaluate.clients,
         "evaluate_every": config.evaluate.every,
         "saver": saver,

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from strategies.clients import Client, Roster
 from strategies.messages import COUNT_KEY, Protocol, reply_error
 from strategies.ranks import RankPolicy
-from strategies.transport import exchange
+from strategies.transport import PATIENCE, exchange
 
 Answer = Mapping[str, Any]
 
@@ -106,12 +106,15 @@ class Census:
             log(INFO, "%s is here now", self._here[node_id])
 
     def _wait(self, grid: Grid) -> list[int]:
-        told = False
+        """Return who is connected, once enough are; say every minute who is missing."""
+        tell_at = time.monotonic()
         wanted = self.min_nodes if self._here is None else self.least
         while len(node_ids := list(grid.get_node_ids())) < wanted:
-            if not told:
-                log(INFO, "waiting for nodes: %s of %s", len(node_ids), wanted)
-                told = True
+            if time.monotonic() >= tell_at:
+                tell_at = time.monotonic() + PATIENCE
+                gone = [name for node, name in (self._here or {}).items() if node not in node_ids]
+                log(INFO, "waiting for nodes: %s of %s%s", len(node_ids), wanted,
+                    f"; gone since the last round: {', '.join(gone)}" if gone else "")  # fmt: skip
             time.sleep(1)
         return node_ids
 

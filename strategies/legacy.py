@@ -129,6 +129,7 @@ class LegacyFedLoRA(Strategy):
         self.engine.summary()
         self.engine.check(self.result.arrays)
         self.engine.num_rounds = self.num_rounds or 0
+        self.engine.led = True
         self._done = self.engine.resume(self.result)
         self._over = self.num_rounds is not None and self._done >= self.num_rounds
         self._began = time.perf_counter()
@@ -143,12 +144,9 @@ class LegacyFedLoRA(Strategy):
         if self._over:
             return []
         number = self._done + server_round
-        arrays = self.engine.starting_arrays(number, self._arrays(parameters))
-        if arrays is not self.result.arrays:
-            self.result.arrays, self._parameters = arrays, None
         grid = ProxyGrid(client_manager)
         messages = self.engine.configure_train(
-            number, arrays, _config(self.on_fit_config_fn, number), grid
+            number, self._arrays(parameters), _config(self.on_fit_config_fn, number), grid
         )
         chosen = [
             (grid.proxy(message), compat.recorddict_to_fitins(message.content, keep_input=True))
@@ -274,8 +272,17 @@ class LegacyFedLoRA(Strategy):
             each = (time.perf_counter() - self._began) / (number - self._done)
             line = self.engine.round_line(self.num_rounds, each * (self.num_rounds - number))
             log(INFO, "%s", line)
+        ended = self.engine.reached(number)
+        if not ended and number == self.num_rounds:
+            ended = f"all {number} rounds are done"
+        self.engine.ended = ended
         self.engine.round_over(number, self.result)
-        self._over = self.engine.reached(number) or number == self.num_rounds
+        self._over = bool(ended)
+        if ended:
+            for listener in self.engine.listeners:
+                listener({"kind": "end", "round": number, "reason": ended})
+            log(INFO, "the run is over: %s", ended)
+            self.engine.look_back()
 
     def _tell(self) -> None:
         for listener in self.engine.listeners:

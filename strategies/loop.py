@@ -18,6 +18,7 @@ from strategies.rounds import Round
 from strategies.transport import exchange
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+StopFn = Callable[[int, Result], bool]
 Listener = Callable[[Mapping[str, Any]], None]
 
 
@@ -36,7 +37,12 @@ class StreamingStrategy(Strategy):
         self.evaluate_every = evaluate_every
         self.listeners = list(listeners)
         self.round = Round(0)
-        self.num_rounds = 0
+        self.num_rounds = 0  # 0: not known
+        #: Why the run ended; empty while it goes on.
+        self.ended = ""
+        #: Whether somebody calls ``round_over`` after every round, as ``start`` does. Flower's own
+        #: loop, which drives a strategy inside another, does not.
+        self.led = False
 
     @abstractmethod
     def check(self, arrays: ArrayRecord) -> None:
@@ -51,13 +57,16 @@ class StreamingStrategy(Strategy):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
+        should_stop: StopFn | None = None,
     ) -> Result:
         """Run ``num_rounds`` rounds; arguments and result as Flower's ``Strategy.start``.
 
         Unlike there, replies are folded in as they come instead of collected first, and
-        the log has one line a round.
+        the log has one line a round. ``should_stop(server_round, result)`` is asked after every
+        round, as in Flower from 1.43 on, whichever is installed.
         """
         self.num_rounds = num_rounds
+        self.led = True
         self.summary()
         self.check(initial_arrays)
         result = Result(arrays=initial_arrays)
@@ -71,12 +80,15 @@ class StreamingStrategy(Strategy):
                     log(INFO, "start: %s", scores)
                 self._emit(self.round.record())
             self.round_over(0, result)
-        for server_round in range(done + 1, num_rounds + 1):
-            arrays = result.arrays = self.starting_arrays(server_round, result.arrays)
+        self.ended = "" if done < num_rounds else f"all {num_rounds} rounds were done before"
+        server_round = done
+        while not self.ended:
+            server_round += 1
+            arrays = result.arrays
             messages = self.configure_train(
                 server_round, arrays, train_config or ConfigRecord(), grid
             )
-            replies = exchange(grid, messages, timeout, on_arrival=self._arrived)
+            replies = exchange(grid, messages, timeout, on_arrival=self._arrived, name=self.name_of)
             new_arrays, metrics = self.aggregate_train(server_round, replies)
             if new_arrays is not None:
                 arrays = result.arrays = new_arrays
@@ -86,7 +98,8 @@ class StreamingStrategy(Strategy):
                 messages = self.configure_evaluate(
                     server_round, arrays, evaluate_config or ConfigRecord(), grid
                 )
-                metrics = self.aggregate_evaluate(server_round, exchange(grid, messages, timeout))
+                replies = exchange(grid, messages, timeout, name=self.name_of)
+                metrics = self.aggregate_evaluate(server_round, replies)
                 if metrics is not None:
                     result.evaluate_metrics_clientapp[server_round] = metrics
                 if evaluate_fn is not None:
@@ -95,21 +108,21 @@ class StreamingStrategy(Strategy):
             elapsed = time.perf_counter() - began
             left = elapsed / (server_round - done) * (num_rounds - server_round)
             log(INFO, "%s", self.round_line(num_rounds, left))
+            self.ended = self.reached(server_round)
+            if not self.ended and should_stop is not None and should_stop(server_round, result):
+                self.ended = "should_stop said so"
+            if not self.ended and server_round == num_rounds:
+                self.ended = f"all {num_rounds} rounds are done"
             self.round_over(server_round, result)
-            if self.reached(server_round):
-                break
-        log(
-            INFO, "%s rounds in %s", self.round.number - done, duration(time.perf_counter() - began)
-        )
+        self._emit({"kind": "end", "round": server_round, "reason": self.ended})
+        took = duration(time.perf_counter() - began)
+        log(INFO, "%s rounds in %s: %s", server_round - done, took, self.ended)
+        self.look_back()
         return result
 
     def resume(self, result: Result) -> int:
         """Put back a saved state; return the round it was saved after, 0 without one."""
         return 0
-
-    def starting_arrays(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
-        """Return the arrays a round starts from: the last ones, unless a subclass says else."""
-        return arrays
 
     def evaluates(self, server_round: int) -> bool:
         """Return whether the model is evaluated after a round."""
@@ -120,11 +133,18 @@ class StreamingStrategy(Strategy):
         return self.round.line(num_rounds, seconds_left)
 
     def round_over(self, server_round: int, result: Result) -> None:
-        """Look back at a round that is over; 0 is before the first."""
+        """Look back at a round that is over, the last one if ``ended``; 0 is before the first."""
 
-    def reached(self, server_round: int) -> bool:
-        """Return whether the run can end before its last round."""
-        return False
+    def reached(self, server_round: int) -> str:
+        """Return why the run ends before its last round; empty if it goes on."""
+        return ""
+
+    def look_back(self) -> None:
+        """Say what is to be said of a run that is over."""
+
+    def name_of(self, node_id: int) -> str:
+        """Return how the log calls a node."""
+        return f"node {node_id}"
 
     def _arrived(self, message: Message, just_now: bool) -> None:
         """Tell listeners that a reply is in, before its turn to be aggregated."""

@@ -148,6 +148,15 @@ class Participation:
         """Note that a client asked in this round sent a good reply in time."""
         self._answered[client.index] = self._answered.get(client.index, 0) + 1
 
+    @property
+    def anyone_answered(self) -> bool:
+        """Whether there was ever a good reply."""
+        return bool(self._answered)
+
+    def never_answered(self) -> list[int]:
+        """Return the indices of those who were asked, and never sent a good reply in time."""
+        return sorted(self._asked.keys() - self._answered.keys())
+
     def finish(self, works: Sequence[Work], server_round: int) -> RoundTime:
         """Return the time of a round that is over and add it to ``seconds``."""
         time = self.clock.finish(works, server_round)

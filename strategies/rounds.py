@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class Round:
     accepted: int = 0
     rejected: int = 0
     late: int = 0
+    last_reason: str = ""
     bytes_up: int = 0
     loss_sum: float = 0.0
     weight_sum: float = 0.0
@@ -102,13 +104,16 @@ class Round:
         assignment.bytes_up = reply.nbytes
         self.accepted += 1
         self.bytes_up += reply.nbytes
-        if (loss := reply.metrics.get("loss")) is not None:
+        # Many apps call it by Hugging Face's name.
+        loss = reply.metrics.get("loss", reply.metrics.get("train_loss"))
+        if loss is not None:
             self.loss_sum += reply.weight * loss
             self.weight_sum += reply.weight
 
     def reject(self, assignment: Assignment, reason: str) -> None:
         """Note a reply that cannot be used, or that there was none."""
         assignment.status, assignment.reported = "rejected", {"reason": reason}
+        self.last_reason = f"{assignment.client.name}: {reason}"
         self.rejected += 1
 
     def miss(self, assignment: Assignment, reply: Reply) -> None:
@@ -161,15 +166,15 @@ class Round:
         span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0]) if ranks else "-"
         width = len(str(num_rounds))
         parts = [
-            f"round {self.number:>{width}}/{num_rounds}",
+            f"round {self.number:>{width}}" + (f"/{num_rounds}" if num_rounds else ""),
             f"{self.accepted}/{len(self.assignments)} clients, ranks {span}",
             f"loss {self.loss:.3f}" if self.loss is not None else "loss -",
-            _scores(self.evaluation),
+            _scores(self.evaluation) or _of_clients(self.clients_evaluation),
             f"MB {self.bytes_down / 1e6:.2f} down {self.bytes_up / 1e6:.2f} up",
             f"train {self.train_seconds:.1f} s agg {self.aggregate_seconds:.2f} s",
             f"clock {self.clock_total:.1f} s" if simulated else "",
             _guarantees(self.privacy),
-            f"left {duration(seconds_left)}",
+            "" if math.isnan(seconds_left) else f"left {duration(seconds_left)}",
         ]
         return " | ".join(part for part in parts if part)
 
@@ -185,6 +190,48 @@ def spread(replies: Sequence[Reply]) -> dict[str, float]:
             out[f"{key}_worst"] = float(worst(xs))
             out[f"{key}_spread"] = float(xs.std())
     return out
+
+
+@dataclass
+class Degradation:
+    """Sees when a run goes on as another experiment, since most clients fail.
+
+    Parameters
+    ----------
+    least : float
+        The share of the clients asked that must answer; 0: whatever they do.
+    patience : int (default: 5)
+        Rounds, one after the other, that may have fewer.
+    """
+
+    least: float
+    patience: int = 5
+    _rounds: int = field(default=0, init=False)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has gone on for too long."""
+        return self._rounds >= self.patience
+
+    def see(self, book: Round) -> str:
+        """Look at a round that is over; return why the run must end, or nothing."""
+        asked = len(book.assignments)
+        if not asked:  # nobody's coin fell so
+            return ""
+        alive = book.accepted + book.late  # late by a simulated deadline
+        self._rounds = self._rounds + 1 if alive < self.least * asked else 0
+        if not self.over:
+            return ""
+        return (
+            f"in {self.patience} rounds, one after the other, less than {self.least:.0%} of the "
+            f"clients asked sent a good reply; last reason: {book.last_reason}; see to the "
+            "clients, then resume, or lower min_answering"
+        )
+
+
+def _of_clients(metrics: Mapping[str, float]) -> str:
+    """Return the clients' own scores, where the server has none."""
+    return f"own data: {scores}" if (scores := _scores(metrics)) else ""
 
 
 def _rounded(seconds: float | None) -> float | None:

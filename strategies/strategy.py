@@ -9,6 +9,7 @@ clients' own evaluation.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -45,7 +46,7 @@ from strategies.privacy import PrivateRun, clip_update
 from strategies.progress import Progress
 from strategies.ranks import RankPolicy, make_rank_policy
 from strategies.ranks.report import rank_record, rank_table
-from strategies.rounds import Assignment, Round, spread
+from strategies.rounds import Assignment, Degradation, Round, spread
 from strategies.sampling import FractionSampling, Sampler, make_sampler
 from strategies.saving import Saver, Stateful
 from strategies.trained import Trained
@@ -86,6 +87,9 @@ class FedLoRA(StreamingStrategy):
     min_available_nodes : int (default: 1)
         Wait for this many nodes before the first round, and for ``min_replies`` of them
         before a later one.
+    min_answering : float (default: 0.5)
+        If in five rounds, one after the other, a smaller share of the clients that were asked sent
+        a good reply, the run ends, with a checkpoint where there is a saver; 0: never.
     evaluate_fraction : float (default: 1.0)
         Share of the clients that evaluate the new model on their own data; 0: none.
     evaluate_every : int (default: 1)
@@ -136,6 +140,7 @@ class FedLoRA(StreamingStrategy):
         seed: int = 42,
         min_replies: int = 1,
         min_available_nodes: int = 1,
+        min_answering: float = 0.5,
         evaluate_fraction: float = 1.0,
         evaluate_every: int = 1,
         query: bool | None = None,
@@ -158,8 +163,12 @@ class FedLoRA(StreamingStrategy):
             raise ValueError(f"scale: expected a number above 0, got {scale!r}")
         if not clip_norm >= 0:
             raise ValueError(f"clip_norm: expected 0 (none) or more, got {clip_norm!r}")
-        if not 0 <= evaluate_fraction <= 1:
-            raise ValueError(f"evaluate_fraction: expected 0 to 1, got {evaluate_fraction!r}")
+        for name, share in (
+            ("evaluate_fraction", evaluate_fraction),
+            ("min_answering", min_answering),
+        ):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {share!r}")
         for name, value in (
             ("min_replies", min_replies),
             ("min_available_nodes", min_available_nodes),
@@ -209,6 +218,7 @@ class FedLoRA(StreamingStrategy):
         self.saver = saver
         self.clip_norm = clip_norm
         self.privacy = privacy
+        self.degradation = Degradation(min_answering)
         self.weighted_by_key = weighted_by_key
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or aggregate_metricrecords
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or aggregate_metricrecords
@@ -218,6 +228,10 @@ class FedLoRA(StreamingStrategy):
         self._packing: Packing | None = None
         self._late: frozenset[int] = frozenset()  # indices of who will miss the deadline
         self._evaluating: dict[int, Client] = {}
+        self._restarted: ArrayRecord | None = None  # where this round's pilot started anew
+        # The round that another strategy's loop is at; 0: that is over, None: there was none yet.
+        self._following: int | None = None
+        self._followed = Result(arrays=ArrayRecord())
 
     # ----- one round -----------------------------------------------------------------
 
@@ -225,6 +239,12 @@ class FedLoRA(StreamingStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message for each chosen client, with its own slice of the adapter."""
+        if not self.led:
+            self._follow(server_round, arrays)
+        self._restarted = None
+        start = self.progress.go(self.participation.sampler.restart(server_round), arrays)
+        if start is not arrays:
+            arrays = self._restarted = start
         clients = self.census.take(grid, self.ranks, config, server_round)
         if self.privacy:  # weights must not come from the data, whatever a node says of itself
             clients = [replace(client, num_examples=None) for client in clients]
@@ -278,7 +298,8 @@ class FedLoRA(StreamingStrategy):
         Returns
         -------
         (ArrayRecord or None, MetricRecord or None)
-            None for the arrays when there were fewer than ``min_replies`` good replies.
+            None for the arrays when there were fewer than ``min_replies`` good replies, or, where a
+            sampler's pilot started from another model, that one.
         """
         if not isinstance(replies, Iterator):  # a stream comes in order, a collection may not
             replies = sorted(replies, key=self._place)
@@ -337,11 +358,11 @@ class FedLoRA(StreamingStrategy):
             aggregated = self.train_metrics_aggr_fn(self._metrics(good), self.weighted_by_key)
         hides = self.privacy is not None and self.privacy.tops_up  # also that nobody joined
         if not (self.round.assignments or hides) and self.participation.independent:
-            return None, None  # nobody's coin fell so: a legal round
+            return self._restarted, None  # nobody's coin fell so: a legal round
         if self.round.accepted < self.min_replies and not hides:
             log(WARNING, "round %s: %s good replies, fewer than min_replies = %s; the model "
                 "stays as it was", server_round, self.round.accepted, self.min_replies)  # fmt: skip
-            return None, aggregated
+            return self._restarted, aggregated
         clock = time.perf_counter()
         try:
             result = self.aggregation.finish(state)
@@ -357,7 +378,7 @@ class FedLoRA(StreamingStrategy):
         if problems:
             log(WARNING, "round %s: the aggregate is unusable (%s); the model stays as it was",
                 server_round, "; ".join(problems[:3]))  # fmt: skip
-            return None, aggregated
+            return self._restarted, aggregated
         model = replace(packing.model.merging(result.base_delta), adapter=result.adapter)
         arrays = to_record(model.to_tensors())
         self._door = (arrays, model)
@@ -367,14 +388,15 @@ class FedLoRA(StreamingStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message for each client that evaluates the model at its own rank."""
-        if self.evaluate_sampling is None:
+        self._evaluating = {}
+        self._followed.arrays = arrays
+        if self.evaluate_sampling is None or not (self.led or self.evaluates(server_round)):
             return []
         clients = self.census.take(grid, self.ranks, config, server_round)
         ranks = self._assign_ranks(clients, server_round)
         packing = self._pack(server_round, arrays)
         rng = self._rng(server_round, 1)
         messages = []
-        self._evaluating = {}
         for client in self.evaluate_sampling.sample(clients, server_round, rng):
             rank = ranks[client.node_id]
             parcel = packing.evaluate(rank)
@@ -408,10 +430,13 @@ class FedLoRA(StreamingStrategy):
         for client in self._evaluating.values():
             log(WARNING, "evaluation of %s left out: no answer", client.name)
         self.round.clients_evaluation = spread([reply for _, reply in found])
-        if not found:
-            return None
-        records = self._metrics([reply for _, reply in found])
-        return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key)
+        aggregated = None
+        if found:
+            records = self._metrics([reply for _, reply in found])
+            aggregated = self.evaluate_metrics_aggr_fn(records, self.weighted_by_key)
+        if not self.led:
+            self._followed_over()
+        return aggregated
 
     def summary(self) -> None:
         """Log the settings in effect as a small tree."""
@@ -455,10 +480,6 @@ class FedLoRA(StreamingStrategy):
 
     # ----- between rounds ------------------------------------------------------------
 
-    def starting_arrays(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
-        """Return the arrays a round starts from; a sampler's pilots may start anew."""
-        return self.progress.go(self.participation.sampler.restart(server_round), arrays)
-
     def evaluates(self, server_round: int) -> bool:
         """Return whether the model is evaluated after a round; after each while pilots run."""
         return self.participation.sampler.wants_loss or super().evaluates(server_round)
@@ -479,14 +500,60 @@ class FedLoRA(StreamingStrategy):
             self.participation.sampler.learn_loss(server_round, loss)
         if server_round and self.saver is not None:
             self.saver.save(
-                server_round, self.num_rounds, self._parts(), self.progress, result,
-                self.round.evaluation,
+                server_round, server_round if self.ended else 0, self._parts(), self.progress,
+                result, self.round.evaluation,
             )  # fmt: skip
 
-    def reached(self, server_round: int) -> bool:
-        """Return whether ``stop_when`` says so."""
+    def reached(self, server_round: int) -> str:
+        """Return why the run ends now: ``stop_when`` says so, or too few clients are left."""
         scores = self.round.evaluation
-        return bool(scores and self.stop_when is not None and self.stop_when(scores))
+        if scores and self.stop_when is not None and self.stop_when(scores):
+            return "stop_when said so"
+        return self.degradation.see(self.round)
+
+    def look_back(self) -> None:
+        """Say who never took part."""
+        silent = self.participation.never_answered()
+        known = {client.index: client.name for client in self.roster.clients.values()}
+        if silent:
+            names = ", ".join(known.get(i, f"client {i}") for i in silent[:20])
+            more = f" and {len(silent) - 20} more" if len(silent) > 20 else ""
+            log(WARNING, "asked, but never took part: %s%s", names, more)
+        if not self.participation.anyone_answered and self.progress.rounds:
+            log(WARNING, "no reply was ever accepted: the model is the initial one")
+
+    def name_of(self, node_id: int) -> str:
+        """Return how the log calls a node."""
+        client = self.roster.clients.get(node_id)
+        return client.name if client else super().name_of(node_id)
+
+    # ----- in another strategy's loop --------------------------------------------------
+
+    def _follow(self, server_round: int, arrays: ArrayRecord) -> None:
+        """Begin the run, or a round of it, that another strategy's loop drives."""
+        if self._following is None:
+            if self.saver is not None and self.saver.resumed is not None:
+                raise ValueError(
+                    "a run can be resumed by the start of FedLoRA itself alone; call it, instead "
+                    "of the one of a strategy around it"
+                )
+            self.check(arrays)
+            self._followed = Result(arrays=arrays)
+            self.resume(self._followed)
+            self.round_over(0, self._followed)
+        else:
+            self._followed_over()  # a loop that never evaluates
+        self._following = server_round
+        self._followed.arrays = arrays
+
+    def _followed_over(self) -> None:
+        """Look back at the round that another strategy's loop has driven, once."""
+        if not self._following:
+            return
+        self._emit(self.round.record())
+        log(INFO, "%s", self.round_line(0, math.nan))
+        self.round_over(self._following, self._followed)
+        self._following = 0
 
     def resume(self, result: Result) -> int:
         """Put back a saved state; return the round it was saved after, 0 without one."""

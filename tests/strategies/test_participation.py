@@ -18,16 +18,16 @@ from strategies import (
     Replication,
 )
 from strategies.checkpoint import Checkpoints
-from strategies.lora import Adapter
+from strategies.lora import Adapter, factor_of
 from strategies.messages import from_record, to_record
-from strategies.model import GlobalModel
+from strategies.model import MERGED, GlobalModel
 from strategies.privacy import Privacy, PrivateRun
 from strategies.ranks import AutoRank as AutoRankPolicy
 from strategies.ranks import ListRank, UniformRank
 from strategies.sampling import FractionSampling, IndependentSampling, PlannedSampling
 from strategies.saving import Saver
 from strategies.wallclock import SimulatedClock
-from tests.fakes import FakeGrid, message_reply, query_reply, random_adapter, same
+from tests.fakes import FakeGrid, query_reply, random_adapter, same
 
 NODES = [901, 17, 455, 230, 78, 333]
 PARTITION = {node: i for i, node in enumerate(NODES)}
@@ -49,8 +49,13 @@ def client(message, *, seed_round=True, partition=PARTITION):
     sent = read(message.content["arrays"], float(config["lora-scale"]))
     g = torch.Generator().manual_seed(index + 100 * int(config["server-round"]) * seed_round)
     state = {k: v + torch.randn(v.shape, generator=g) for k, v in sent.to_state_dict().items()}
-    moved = Adapter.from_state_dict(state, float(config["lora-scale"]))
-    return message_reply(moved, weight=COUNTS[index], steps=3, seconds=0.5)
+    asked = {
+        key: tensor
+        for key, tensor in state.items()
+        if not key.startswith(MERGED) and (factor_of(key) or "") in config["lora-send"]
+    }
+    metrics = {"num-examples": COUNTS[index], "loss": 0.5, "steps": 3, "seconds": 0.5}
+    return RecordDict({"arrays": to_record(asked), "metrics": MetricRecord(metrics)})
 
 
 def clock(**options):
