@@ -75,11 +75,6 @@ def impossible(config: RunConfig) -> list[str]:
                 "ranks.list: expected comma-separated whole numbers of at least 1, "
                 f"got {config.ranks.list!r}"
             )
-        elif config.aggregation == "fedit" and len(set(ranks)) > 1 and config.method == "lora":
-            problems.append(
-                "aggregation = 'fedit' averages equal ranks only, but ranks.list = "
-                f"{config.ranks.list!r}; use ranks.policy = 'uniform' or another aggregation"
-            )
     if config.resume_from in ("latest", "best") and not config.output:
         problems.append(
             f"resume-from = {config.resume_from!r} is about the run in output; name its folder"
@@ -98,18 +93,30 @@ def impossible(config: RunConfig) -> list[str]:
         except (TypeError, ValueError) as error:
             problems.append(f"sampling.policy = {config.sampling.policy!r}: {error}")
         else:
-            problems += _impossible_privacy(config, rule, sampler)
+            problems += _impossible_together(config, rule, sampler)
     return problems
 
 
-def _impossible_privacy(config: RunConfig, rule: Aggregator[Any], sampler: Sampler) -> list[str]:
-    """Return what would void the guarantee of private updates."""
-    if not config.privacy.noise_multiplier:
-        return []
+def _impossible_together(config: RunConfig, rule: Aggregator[Any], sampler: Sampler) -> list[str]:
+    """Return what rule, ranks and sampler do not do together."""
     on_server = config.ranks.policy == "quality" and config.ranks.validation_rows
-    policy = make_ranks(config, (lambda adapter: 0.0) if on_server else None)
-    reasons = refuse_private(rule, policy, sampler, evaluate_fraction=config.evaluate.clients)
-    return [f"privacy.noise-multiplier: {reason}" for reason in reasons]
+    try:
+        policy = make_ranks(config, (lambda adapter: 0.0) if on_server else None)
+    except (TypeError, ValueError) as error:
+        return [f"ranks.policy = {config.ranks.policy!r}: {error}"]
+    problems = []
+    if rule.equal_ranks and policy.may_differ and config.method == "lora":
+        key = "list" if config.ranks.policy in ("list", "cycle") else "policy"
+        problems.append(
+            f"aggregation = {config.aggregation!r} averages equal ranks only, and ranks.{key} = "
+            f"{getattr(config.ranks, key)!r} lets clients differ; use ranks.policy = 'uniform' or "
+            "another aggregation"
+        )
+    if config.privacy.noise_multiplier:  # what would void the guarantee of private updates
+        share = config.evaluate.clients
+        reasons = refuse_private(rule, policy, sampler, evaluate_fraction=share)
+        problems += [f"privacy.noise-multiplier: {reason}" for reason in reasons]
+    return problems
 
 
 def _impossible_choice(
@@ -198,14 +205,6 @@ def _impossible_ranks(config: RunConfig) -> list[str]:
         problems.append(
             f"ranks.fallback ({ranks.fallback}) must not exceed ranks.max ({ranks.max})"
         )
-    if least and config.aggregation == "fedit" and config.method == "lora":
-        same = ranks.policy != "reported" and least == most
-        if not same:
-            problems.append(
-                f"aggregation = 'fedit' averages equal ranks only, but ranks.policy = "
-                f"{ranks.policy!r} lets nodes differ; use ranks.policy = 'uniform' or another "
-                "aggregation"
-            )
     if ranks.budget and ranks.budget_mb:
         problems.append("ranks.budget and ranks.budget-mb: set one of them, the other to 0")
     if (ranks.budget or ranks.budget_mb) and ranks.policy != "autorank":

@@ -33,12 +33,14 @@ class ModelConfig:
     name: str = option(
         "packaged:minilm-l6",
         "packaged model (minilm-l6, minilm-l3), Hugging Face model id, or local folder",
+        on_resume="fatal",
     )
     head: str = option(
         "auto",
         "classification head: mean-pool (mean of token states), stock "
         "(AutoModelForSequenceClassification), auto (what suits the model)",
         choices=("auto", "mean-pool", "stock"),
+        on_resume="fatal",
     )
 
 
@@ -47,13 +49,18 @@ class LoraConfig:
     """How the LoRA modules are made."""
 
     scale: float = option(
-        2.0, "s in W0 + s*B*A, one for all ranks (alpha of a client = s * its rank)", above=0
+        2.0,
+        "s in W0 + s*B*A, one for all ranks (alpha of a client = s * its rank)",
+        above=0,
+        on_resume="fatal",
     )
     target_modules: str = option(
-        "auto", "comma-separated module names, or auto (query and value projections)"
+        "auto",
+        "comma-separated module names, or auto (query and value projections)",
+        on_resume="fatal",
     )
-    dropout: float = option(0.0, "dropout on the LoRA input", low=0, high=0.9)
-    dora: bool = option(False, "train DoRA magnitudes as well")
+    dropout: float = option(0.0, "dropout on the LoRA input", low=0, high=0.9, on_resume="fatal")
+    dora: bool = option(False, "train DoRA magnitudes as well", on_resume="fatal")
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class DataConfig:
     name: str = option(
         "packaged:reuters-r8",
         "packaged data set, Hugging Face data set id, or local csv, jsonl, parquet file or folder",
+        on_resume="fatal",
     )
     text_column: str = option("auto", "column with the text (auto: text, sentence, content, …)")
     label_column: str = option("auto", "column with the label (auto: label, labels, category, …)")
@@ -131,6 +139,7 @@ class RanksConfig:
         "uniform (rank), list (one per client), cycle (list repeated), reported (node's max-rank), "
         "quality (low, the best high), autorank (by each client's data, min to max), "
         "self-pruning (max, shrinking), or one of your own (see plugins)",
+        on_resume="fatal",
     )
     options: str = option("", "policy of your own: its options, as in 'low=2, high=16'")
     rank: int = option(8, "uniform: rank of every client", low=1)
@@ -213,6 +222,7 @@ class SamplingConfig:
         "probabilities), weighted (in proportion to its rows), statistical (rows times the size of "
         "its updates), planned (what reaches the target soonest on the clock, by two pilots); or "
         "one of your own (see plugins)",
+        on_resume="fatal",
     )
     options: str = option("", "sampler of your own: its options, as in 'size=4'")
     fraction: float = option(
@@ -236,15 +246,23 @@ class SamplingConfig:
         1.0, "with coins and unbiased: factor on the aggregated change", above=0
     )
     pilot_rounds: int = option(
-        5, "planned: rounds of each of the two pilots that estimate alpha and beta", low=2
+        5,
+        "planned: rounds of each of the two pilots that estimate alpha and beta",
+        low=2,
+        on_resume="fatal",
     )
     pilot_fractions: str = option(
-        "0.2,0.05", "planned: expected shares of the clients in the two pilots"
+        "0.2,0.05",
+        "planned: expected shares of the clients in the two pilots",
+        on_resume="fatal",
     )
     alpha: float = option(
-        0.0, "planned: with beta, instead of pilots: rounds = alpha / (beta - s); 0: pilots", low=0
+        0.0,
+        "planned: with beta, instead of pilots: rounds = alpha / (beta - s); 0: pilots",
+        low=0,
+        on_resume="fatal",
     )
-    beta: float = option(0.0, "planned: see alpha; 0: pilots", low=0)
+    beta: float = option(0.0, "planned: see alpha; 0: pilots", low=0, on_resume="fatal")
     sketch_cost: float = option(
         1.0,
         "planned with fslora: exponent of how much a sketch of k of R entries adds to the "
@@ -277,6 +295,7 @@ class ClockConfig:
         "measured",
         "measured (real seconds), or simulated devices on a shared uplink: lab, campus, rural, "
         "phones, or a csv file with the columns snr_db and flops",
+        on_resume="fatal",
     )
     surroundings: str = option(
         "campus",
@@ -308,8 +327,11 @@ class PrivacyConfig:
         0.0,
         "clients add Gaussian noise of so many times the clipping norm to what they send; 0: none",
         low=0,
+        on_resume="fatal",
     )
-    clip: float = option(1.0, "with noise: largest norm of a client's change", above=0)
+    clip: float = option(
+        1.0, "with noise: largest norm of a client's change", above=0, on_resume="fatal"
+    )
     delta: float = option(1e-5, "with noise: delta of the guarantee", above=0, high=0.5)
 
 
@@ -328,23 +350,30 @@ class EvaluateConfig:
 class RunConfig:
     """Everything a run needs, valid by construction."""
 
-    rounds: int = option(10, "federated rounds", low=1)
-    seed: int = option(42, "same seed, same result", low=0)
-    output: str = option("", "folder of the run's results; empty: runs/<time>-<aggregation>")
+    rounds: int = option(10, "federated rounds", low=1, on_resume="ignore")
+    seed: int = option(42, "same seed, same result", low=0, on_resume="fatal")
+    output: str = option(
+        "", "folder of the run's results; empty: runs/<time>-<aggregation>", on_resume="ignore"
+    )
     method: str = option(
         "lora",
         "lora (federated), head (baseline: only the head is trained) or "
         "local (baseline: every client alone, same number of steps)",
         choices=("lora", "head", "local"),
+        on_resume="fatal",
     )
     plugins: str = option(
         "",
         "comma-separated modules of your own that register rules, policies and samplers; imported "
         "where the server runs",
     )
-    aggregation: str = option("replication", "rule that combines the clients' adapters")
+    aggregation: str = option(
+        "replication", "rule that combines the clients' adapters", on_resume="fatal"
+    )
     aggregation_options: str = option(
-        "", "options of that rule, as in 'energy=0.9' (florist) or 'holder_weights=\"quality\"'"
+        "",
+        "options of that rule, as in 'energy=0.9' (florist) or 'holder_weights=\"quality\"'",
+        on_resume="fatal",
     )
     wire_dtype: str = option(
         "float32",
@@ -369,21 +398,30 @@ class RunConfig:
         "stop when the mean of the last three server accuracies reaches this; 0: run all rounds",
         low=0,
         high=1,
+        on_resume="ignore",
     )
     checkpoint_every: int = option(
-        1, "save the server's state after every Nth round, in output/checkpoints; 0: never", low=0
+        1,
+        "save the server's state after every Nth round, in output/checkpoints; 0: never",
+        low=0,
+        on_resume="ignore",
     )
-    checkpoint_keep: int = option(3, "how many of the last to keep, besides the best", low=1)
+    checkpoint_keep: int = option(
+        3, "how many of the last to keep, besides the best", low=1, on_resume="ignore"
+    )
     checkpoint_best: str = option(
         "accuracy",
         "which server score is the best's: accuracy, macro_f1 or -loss",
         choices=("accuracy", "macro_f1", "-loss"),
+        on_resume="ignore",
     )
     tensorboard: bool = option(
         False, "write scalars to output/tensorboard (needs the extra [tensorboard])"
     )
     resume_from: str = option(
-        "", "go on from a checkpoint: latest or best (of output), or a path; empty: a new run"
+        "",
+        "go on from a checkpoint: latest or best (of output), or a path; empty: a new run",
+        on_resume="ignore",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -431,6 +469,11 @@ class RunConfig:
     def to_flat(self) -> dict[str, Scalar]:
         """Return the inverse of ``from_flat``."""
         return dict(values_of(self))
+
+    @classmethod
+    def keys_on_resume(cls, kind: str) -> list[str]:
+        """Return the keys whose change on resuming is ``kind``: fatal, warn or ignore."""
+        return [key for key, f in options(cls) if f.metadata["on_resume"] == kind]
 
     def aggregation_settings(self) -> dict[str, Scalar]:
         """Return ``aggregation-options`` as keyword arguments of the rule."""

@@ -7,7 +7,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 Scalar = bool | int | float | str
 
@@ -28,10 +28,15 @@ def option(
     high: float | None = None,
     above: float | None = None,
     choices: tuple[str, ...] = (),
+    on_resume: Literal["fatal", "warn", "ignore"] = "warn",
 ) -> Any:
-    """Declare a config key: its default, its help and what values it may take."""
+    """Declare a config key: its default, its help and what values it may take.
+
+    ``on_resume`` says what it means that a resumed run has another value: a checkpoint's
+    numbers depend on it, it is worth a warning, or it is nobody's business.
+    """
     rules = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
-    return field(default=default, metadata=rules)
+    return field(default=default, metadata={**rules, "on_resume": on_resume})
 
 
 def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:

@@ -189,15 +189,6 @@ def initial_adapter(config: RunConfig, num_labels: int) -> tuple[PeftModel, Adap
     return model, adapter.only_dense() if config.method == "head" else adapter
 
 
-# Settings that a checkpoint's numbers depend on, and those that are nobody's business.
-FATAL = (
-    *("aggregation", "aggregation-options", "method", "seed", "model.", "lora.", "data.name"),
-    *("ranks.policy", "sampling.policy", "sampling.pilot-", "sampling.alpha", "sampling.beta"),
-    *("clock.profile", "privacy.noise-multiplier", "privacy.clip"),
-)
-IGNORED = ("output", "resume-from", "rounds", "checkpoint-", "stop-accuracy")
-
-
 def make_saver(config: RunConfig, path: Path) -> Saver | None:
     """Return what saves the run, with the checkpoint it goes on from; None if neither is asked."""
     if not (config.checkpoint_every or config.resume_from) or config.method == "local":
@@ -214,8 +205,8 @@ def make_saver(config: RunConfig, path: Path) -> Saver | None:
             checkpoints,
             resume_from=config.resume_from,
             fingerprint=flat,
-            fatal=[key for key in flat if key.startswith(FATAL)],
-            ignored=[key for key in flat if key.startswith(IGNORED)],
+            fatal=config.keys_on_resume("fatal"),
+            ignored=config.keys_on_resume("ignore"),
         )
     except (OSError, ValueError) as error:
         raise ConfigError([f"resume-from: {error}"]) from error

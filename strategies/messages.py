@@ -23,6 +23,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
+from strategies.errors import cause
+
 RANK_KEY = "lora-rank"
 SCALE_KEY = "lora-scale"
 NAMES_KEY = "array-names"
@@ -310,5 +312,5 @@ def reply_error(message: Message) -> str | None:
     if not message.has_error():
         return None
     # Its text is the client's: no line of its own in our log, and not a book.
-    said = "".join(c if c.isprintable() else " " for c in message.error.reason or "")
+    said = "".join(c if c.isprintable() else " " for c in cause(message.error.reason or ""))
     return f"error {message.error.code}: {' '.join(said.split())[:REASON_LENGTH]}"

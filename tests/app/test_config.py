@@ -100,3 +100,10 @@ def test_fedit_is_allowed_where_it_works():
 )
 def test_the_global_rank_follows_from_the_policy(flat, rank):
     assert RunConfig.from_flat(flat).max_rank() == rank
+
+
+def test_what_a_resumed_run_may_change_is_said_at_the_key():
+    fatal, free = (set(RunConfig.keys_on_resume(kind)) for kind in ("fatal", "ignore"))
+    assert {"seed", "model.name", "lora.dora", "aggregation", "privacy.clip"} <= fatal
+    assert {"output", "rounds", "checkpoint-every"} <= free
+    assert "train.steps" not in fatal | free
