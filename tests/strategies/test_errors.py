@@ -32,14 +32,16 @@ def ray(*raised, link=LINK):
             ),
             "ValueError: rows.csv, line 7: two lines\n  of 'text'",
         ),
-        (ray("KeyError: 1", "torch.OutOfMemoryError: full", link=DURING), "torch.OutOfMemoryError: full"),
+        (
+            ray("KeyError: 1", "torch.OutOfMemoryError: full", link=DURING),
+            "torch.OutOfMemoryError: full",
+        ),
         ("<class 'ZeroDivisionError'>:<'division by zero'>", "ZeroDivisionError: division by zero"),
         ("<class 'safetensors.SafetensorError'>:<'cut'>", "SafetensorError: cut"),
         ("Traceback (most recent call last):\n" + FRAMES + "OSError: gone", "OSError: gone"),
         ("the node is away", "the node is away"),
         ("", ""),
-        (f"{ACTOR}\n{FRAMES}", f"ray::ClientAppActor.run() (pid=1, ip=10.0.0.1, actor_id=0a, repr=<x>)\n{FRAMES}"),
     ],
-)  # fmt: skip
+)
 def test_the_exception_is_found_in_what_is_wrapped_around_it(text, expected):
     assert cause(text) == expected
