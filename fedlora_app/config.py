@@ -383,8 +383,8 @@ class RunConfig:
     min_replies: int = option(1, "fewer good replies leave the model as it was", low=1)
     min_answering: float = option(
         0.5,
-        "the run ends, with a checkpoint, after five rounds in which a smaller share of the clients "
-        "asked sent a good reply; 0: never",
+        "the run ends, with a checkpoint, after five rounds in which a smaller share of the "
+        "clients asked sent a good reply; 0: never",
         low=0,
         high=1,
     )
