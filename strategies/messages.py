@@ -13,10 +13,10 @@ import math
 import tokenize
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from strategies.errors import cause
+
+Record = TypeVar("Record")
 
 RANK_KEY = "lora-rank"
 SCALE_KEY = "lora-scale"
@@ -40,22 +42,42 @@ TRAIN_SECONDS_KEY = "seconds"
 STEPS_KEY = "steps"
 
 
+# What of a reply beside its arrays is kept: far more than any client of good will sends.
+MOST_METRICS = 256
+LONGEST_NAME = 128
+REASON_LENGTH = 500
+"""How much of a client's own text is kept."""
+# A reply may have this many times the bytes that were planned, and so many beside them.
+BYTES_FACTOR, BYTES_MORE = 2, 1 << 20
+
+
 class ReplyError(ValueError):
     """A reply cannot be used; the message says why."""
+
+
+def clean(text: str, length: int = REASON_LENGTH) -> str:
+    """Return a client's text as part of one line of ours: no line of its own, and not a book.
+
+    Whatever a client names, says or raises goes through here before it reaches a log, an error
+    or a record.
+    """
+    said = "".join(c if c.isprintable() else " " for c in text[: 4 * length])
+    return " ".join(said.split())[:length]
 
 
 @dataclass(frozen=True)
 class Reply:
     """What a client sent back.
 
-    ``weight`` is its aggregation weight, ``metrics`` every number it reported,
-    ``nbytes`` the size of its arrays on the wire.
+    ``weight`` is its aggregation weight, ``metrics`` every finite number it reported,
+    ``nbytes`` the size of its arrays on the wire, ``notes`` what was left out of it.
     """
 
     arrays: Mapping[str, Tensor]
     weight: float
     metrics: Mapping[str, float]
     nbytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -72,6 +94,34 @@ def from_record(record: ArrayRecord) -> dict[str, Tensor]:
         If an array cannot be read.
     """
     return {name: _tensor(name, array) for name, array in record.items()}
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Return the size of all arrays of a message on the wire in bytes, whatever they are."""
+    return sum(map(record_bytes, content.array_records.values()))
+
+
+def check_size(content: RecordDict, names: Sequence[str], planned: int) -> None:
+    """Refuse a training reply that is far larger than what was asked for, unread.
+
+    Raises
+    ------
+    ReplyError
+        If it has too many bytes, arrays, or names too long.
+    """
+    size, most = content_bytes(content), BYTES_FACTOR * planned + BYTES_MORE
+    if size > most:
+        raise ReplyError(
+            f"its arrays have {size} bytes, but {planned} were planned and {most} are the most"
+        )
+    keys = [key for record in content.array_records.values() for key in record]
+    if len(keys) > 2 * len(names) + 16:
+        raise ReplyError(f"{len(keys)} arrays came back, expected {len(names)}")
+    known = set(names)
+    longest = max((len(name) for name in names), default=0) + LONGEST_NAME
+    for key in keys:
+        if len(key) > longest or (key not in known and clean(key, len(key)) != key):
+            raise ReplyError(f"an array is named {clean(key, 60)!r} …, which nobody asked for")
 
 
 def record_bytes(record: ArrayRecord) -> int:
@@ -124,7 +174,7 @@ def _tensor(name: str, array: Array) -> Tensor:
     except (ValueError, TypeError, KeyError, EOFError, OSError, SyntaxError, MemoryError,
             RecursionError, tokenize.TokenError) as error:  # fmt: skip
         # numpy parses the header as Python source, with all that may go wrong there.
-        raise ReplyError(f"array {name!r} cannot be read ({error})") from error
+        raise ReplyError(f"array {name!r} cannot be read ({clean(str(error))})") from error
 
 
 class Protocol(ABC):
@@ -187,19 +237,20 @@ class MessageProtocol(Protocol):
     def read_train(self, content: RecordDict, names: list[str]) -> Reply:
         """Read the one array record and the metrics."""
         if len(content.array_records) != 1:
+            if "fitres.parameters" in content.array_records:
+                raise ReplyError("the reply is a NumPyClient's; set client_api = 'numpy'")
             raise ReplyError(
                 f"expected one array record, got {len(content.array_records)}: "
-                f"{', '.join(content.array_records) or 'none'}"
+                f"{clean(', '.join(content.array_records)) or 'none'}"
             )
         (record,) = content.array_records.values()
-        metrics = self._metrics(content)
-        weight = _weight(metrics, self.weight_key)
-        return Reply(from_record(record), weight, metrics, record_bytes(record))
+        metrics, weight, notes = self._metrics(content)
+        return Reply(from_record(record), weight, metrics, record_bytes(record), notes)
 
     def read_evaluate(self, content: RecordDict) -> Reply:
         """Read the metrics."""
-        metrics = self._metrics(content)
-        return Reply({}, _weight(metrics, self.weight_key), metrics)
+        metrics, weight, notes = self._metrics(content)
+        return Reply({}, weight, metrics, notes=notes)
 
     def read_query(self, content: RecordDict) -> dict[str, Any]:
         """Return everything in the reply's config and metric records."""
@@ -210,12 +261,9 @@ class MessageProtocol(Protocol):
             answer.update(metrics)
         return answer
 
-    def _metrics(self, content: RecordDict) -> dict[str, float]:
-        return _numbers(
-            (key, value)
-            for record in content.metric_records.values()
-            for key, value in record.items()
-        )
+    def _metrics(self, content: RecordDict) -> tuple[dict[str, float], float, tuple[str, ...]]:
+        found = {k: v for record in content.metric_records.values() for k, v in record.items()}
+        return _numbers(found, self.weight_key)
 
 
 class NumPyProtocol(Protocol):
@@ -238,28 +286,35 @@ class NumPyProtocol(Protocol):
     def read_train(self, content: RecordDict, names: list[str]) -> Reply:
         """Read what ``fit`` returned; its arrays have no names, so order and number must fit."""
         self._check_status(content, "fitres")
-        record = content.array_records["fitres.parameters"]
+        record = _part(content.array_records, "fitres.parameters")
         arrays = [array for key, array in record.items() if key != "_empty"]
         if len(arrays) != len(names):
             raise ReplyError(f"{len(arrays)} arrays came back, expected {len(names)}")
         if any(key not in (str(i), "_empty") for i, key in enumerate(record)):
-            raise ReplyError(f"arrays came as {', '.join(record)}; expected 0, 1, 2, …")
+            raise ReplyError(f"arrays came as {clean(', '.join(record))}; expected 0, 1, 2, …")
         named = {name: _tensor(name, a) for name, a in zip(names, arrays, strict=True)}
-        metrics = _numbers(content.config_records["fitres.metrics"].items())
-        examples = content.metric_records["fitres.num_examples"]["num_examples"]
-        weight = _weight({"num_examples": examples}, "num_examples")
-        metrics.setdefault("num-examples", weight)
-        return Reply(named, weight, metrics, record_bytes(record))
+        metrics, weight, notes = self._metrics(content, "fitres")
+        return Reply(named, weight, metrics, record_bytes(record), notes)
 
     def read_evaluate(self, content: RecordDict) -> Reply:
         """Read what ``evaluate`` returned."""
         self._check_status(content, "evaluateres")
-        metrics = _numbers(content.config_records["evaluateres.metrics"].items())
-        metrics["loss"] = float(content.metric_records["evaluateres.loss"]["loss"])  # type: ignore[arg-type]
-        examples = content.metric_records["evaluateres.num_examples"]["num_examples"]
-        weight = _weight({"num_examples": examples}, "num_examples")
+        loss = _part(content.metric_records, "evaluateres.loss").get("loss")
+        metrics, weight, notes = self._metrics(content, "evaluateres", loss=loss)
+        return Reply({}, weight, metrics, notes=notes)
+
+    @staticmethod
+    def _metrics(
+        content: RecordDict, kind: str, **more: Any
+    ) -> tuple[dict[str, float], float, tuple[str, ...]]:
+        """Return the numbers of a reply; its count goes by Flower's own name, whatever they say."""
+        found = {**_part(content.config_records, f"{kind}.metrics"), **more}
+        counted = _part(content.metric_records, f"{kind}.num_examples")
+        weight = _weight(counted, "num_examples")
+        metrics, _, notes = _numbers({**found, "num_examples": weight}, "num_examples")
+        del metrics["num_examples"]
         metrics.setdefault("num-examples", weight)
-        return Reply({}, weight, metrics)
+        return metrics, weight, notes
 
     def read_query(self, content: RecordDict) -> dict[str, Any]:
         """Read what ``get_properties`` returned; nothing where it is not implemented."""
@@ -279,17 +334,48 @@ class NumPyProtocol(Protocol):
                 f"the reply has no {kind!r} record; a Message API client needs "
                 "client_api = 'message'"
             )
-        if status["code"] != 0:
-            raise ReplyError(f"the client answered: {status['message']!s}")
+        if status.get("code") != 0:
+            raise ReplyError(f"the client answered: {clean(str(status.get('message')))}")
 
 
-def _numbers(items: Iterable[tuple[str, Any]]) -> dict[str, float]:
-    """Keep what is a number; a NumPyClient's metrics may hold text as well."""
-    return {
-        key: value
-        for key, value in items
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+def _part(records: Mapping[str, Record], name: str) -> Record:
+    if name not in records:
+        raise ReplyError(f"the reply has no {name!r} record")
+    return records[name]
+
+
+def _numbers(
+    items: Mapping[str, Any], weight_key: str
+) -> tuple[dict[str, float], float, tuple[str, ...]]:
+    """Return the finite numbers of a reply, its weight, and what was left out.
+
+    A NumPyClient's metrics may hold text as well. A number that is none would spread to every
+    mean it enters, so it is dropped here, once; what has a check of its own says so there.
+    """
+    weight = _weight(items, weight_key)
+    found: dict[str, float] = {}
+    notes: list[str] = []
+    for key, value in items.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if len(key) > LONGEST_NAME or clean(key, LONGEST_NAME) != key:
+            notes.append(f"a metric named {clean(key, 40)!r} …")
+        elif len(found) >= MOST_METRICS and key != weight_key:
+            notes.append(f"all metrics after the first {MOST_METRICS}")
+            break
+        elif _finite(value) or key == SCALE_KEY:
+            found[key] = value
+        else:
+            notes.append(f"{key} = {value}")
+    found[weight_key] = weight
+    return found, weight, tuple(notes[:8])
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _weight(metrics: Mapping[str, Any], key: str) -> float:
@@ -297,20 +383,14 @@ def _weight(metrics: Mapping[str, Any], key: str) -> float:
         raise ReplyError(f"the metric {key!r}, by which replies are weighted, is missing")
     weight = metrics[key]
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise ReplyError(f"{key} is {weight!r}, expected a number")
-    if not (math.isfinite(weight) and weight > 0):
-        raise ReplyError(f"{key} is {weight}, expected a number above 0")
+        raise ReplyError(f"{key} is {clean(repr(weight), 60)}, expected a number")
+    if not (_finite(weight) and weight > 0):
+        raise ReplyError(f"{key} is {clean(repr(weight), 60)}, expected a number above 0")
     return float(weight)
-
-
-REASON_LENGTH = 500
-"""How much of a client's own error text is kept."""
 
 
 def reply_error(message: Message) -> str | None:
     """Return why a message holds no content, or None if it does."""
     if not message.has_error():
         return None
-    # Its text is the client's: no line of its own in our log, and not a book.
-    said = "".join(c if c.isprintable() else " " for c in cause(message.error.reason or ""))
-    return f"error {message.error.code}: {' '.join(said.split())[:REASON_LENGTH]}"
+    return f"error {message.error.code}: {clean(cause(message.error.reason or ''))}"

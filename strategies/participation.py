@@ -9,6 +9,7 @@ import numpy as np
 
 from strategies.aggregation import Aggregator, Population
 from strategies.clients import Client
+from strategies.guard import Guard
 from strategies.sampling import Outlook, Sampler
 from strategies.sampling.base import Array
 from strategies.wallclock.clock import Clock, RoundTime, Work
@@ -35,6 +36,7 @@ class Participation:
         self.sampler = sampler
         self.clock = clock
         self.rule = rule
+        self.guard = Guard()
         self.seconds = 0.0  # of all rounds so far
         self.population: Population | None = None
         self.weights: dict[int, float] = {}  # of this round, by client index
@@ -167,6 +169,7 @@ class Participation:
         """Return what was learned, as JSON can hold it."""
         return {
             "seconds": self.seconds,
+            "guard": self.guard.state_dict(),
             "asked": {str(i): n for i, n in self._asked.items()},
             "answered": {str(i): n for i, n in self._answered.items()},
             "sampler": self.sampler.state_dict(),
@@ -176,6 +179,7 @@ class Participation:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned."""
         self.seconds = state["seconds"]
+        self.guard.load_state_dict(state.get("guard", {}))
         self._asked = {int(i): n for i, n in state["asked"].items()}
         self._answered = {int(i): n for i, n in state["answered"].items()}
         self.sampler.load_state_dict(state["sampler"])

@@ -82,6 +82,7 @@ class Round:
     late: int = 0
     last_reason: str = ""
     bytes_up: int = 0
+    bytes_rejected: int = 0
     loss_sum: float = 0.0
     weight_sum: float = 0.0
     train_seconds: float = 0.0
@@ -110,8 +111,10 @@ class Round:
             self.loss_sum += reply.weight * loss
             self.weight_sum += reply.weight
 
-    def reject(self, assignment: Assignment, reason: str) -> None:
-        """Note a reply that cannot be used, or that there was none."""
+    def reject(self, assignment: Assignment, reason: str, nbytes: int = 0) -> None:
+        """Note a reply that cannot be used, with the bytes it had, or that there was none."""
+        assignment.bytes_up = nbytes
+        self.bytes_rejected += nbytes
         assignment.status, assignment.reported = "rejected", {"reason": reason}
         self.last_reason = f"{assignment.client.name}: {reason}"
         self.rejected += 1
@@ -148,6 +151,7 @@ class Round:
             "train_loss": self.loss,
             "bytes_down": self.bytes_down,
             "bytes_up": self.bytes_up,
+            "bytes_rejected": self.bytes_rejected,
             "train_seconds": round(self.train_seconds, 3),
             "aggregate_seconds": round(self.aggregate_seconds, 4),
             "seconds": round(time.perf_counter() - self.started, 3),

@@ -30,11 +30,15 @@ from strategies.loop import Listener, StreamingStrategy
 from strategies.lora import Adapter
 from strategies.messages import (
     MODEL_ROUND_KEY,
+    REASON_LENGTH,
     MessageProtocol,
     NumPyProtocol,
     Protocol,
     Reply,
     ReplyError,
+    check_size,
+    clean,
+    content_bytes,
     from_record,
     reply_error,
     to_record,
@@ -54,9 +58,6 @@ from strategies.wallclock import Clock, MeasuredClock, SimulatedClock
 from strategies.wire import check_wire_dtype
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
-
-# A node whose number of examples changes by more than this from round to round is not believed.
-COUNT_FACTOR = 10
 
 
 class FedLoRA(StreamingStrategy):
@@ -318,31 +319,37 @@ class FedLoRA(StreamingStrategy):
                 continue
             clock = time.perf_counter()
             client, parcel = assignment.client, assignment.parcel
+            received = 0
             try:
                 if reason := reply_error(message):
                     raise ReplyError(reason)
+                received = content_bytes(message.content)
+                check_size(message.content, parcel.expected, parcel.upload_bytes)
                 reply = self.protocol.read_train(message.content, parcel.expected)
                 adapter = packing.read(reply, parcel, any_rank=self.ranks.accepts_other_ranks)
                 if client.index in self._late:
                     self.round.miss(assignment, reply)
                     continue
-                if self.clip_norm:
-                    adapter = self._clip(assignment, adapter)
+                adapter, norm = self._clip(assignment, adapter)
                 quality = reply.metrics.get("quality")
                 if self.privacy:  # numbers of rows stay with the clients
                     reply = replace(reply, weight=1.0)
-                else:
-                    self._check_count(client, reply.weight)
+                elif self.weighted_by_key == "num-examples":
+                    self.participation.guard.check_count(client.index, reply.weight)
                 weight = self.participation.weight(client, reply.weight)
                 self.aggregation.add(state, Update(adapter, weight, quality, parcel.download))
             except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-                self._reject(assignment, str(error))
+                self._reject(assignment, clean(str(error), 2 * REASON_LENGTH), received)
                 continue
+            self.participation.guard.accept(client.index, norm, reply.weight)
+            if reply.notes:
+                log(WARNING, "round %s: %s: left out of its reply: %s", server_round, client.name,
+                    "; ".join(reply.notes))  # fmt: skip
             self.round.aggregate_seconds += time.perf_counter() - clock
             self.round.accept(assignment, reply)
             self.participation.answered(client)
             if self.weighted_by_key == "num-examples" and not self.privacy:
-                self.roster.observe(client.node_id, round(reply.weight))
+                self.roster.observe(client.node_id, max(1, round(reply.weight)))
             good.append(replace(reply, arrays={}))  # its numbers, without its arrays
             self._observe(assignment, adapter, reply)
             self.on_update(client, adapter)
@@ -421,8 +428,10 @@ class FedLoRA(StreamingStrategy):
                 if reason := reply_error(message):
                     raise ReplyError(reason)
                 reply = self.protocol.read_evaluate(message.content)
+                if self.weighted_by_key == "num-examples":
+                    self.participation.guard.check_evaluation(client.index, reply.weight)
             except (ValueError, KeyError, TypeError) as error:
-                log(WARNING, "evaluation of %s left out: %s", client.name, error)
+                log(WARNING, "evaluation of %s left out: %s", client.name, clean(str(error)))
                 continue
             found.append((client, reply))
             own = {"kind": "client-evaluation", "round": server_round, "client": client.index}
@@ -647,35 +656,32 @@ class FedLoRA(StreamingStrategy):
             records.append(RecordDict({"metrics": MetricRecord(metrics)}))
         return records
 
-    def _check_count(self, client: Client, count: float) -> None:
-        """Refuse a number of examples that cannot be: it would outweigh everybody else.
+    def _clip(self, assignment: Assignment, adapter: Adapter) -> tuple[Adapter, float]:
+        """Return a client's adapter, its change scaled down to ``clip_norm``, and its norm.
 
-        More than ten times from what the node said before, or a tenth of it, cannot be
-        (this project's decision). Before a node has said anything, every number can.
+        Raises
+        ------
+        ReplyError
+            If the change cannot be training's.
         """
-        before = client.num_examples
-        if self.weighted_by_key != "num-examples" or not before:
-            return
-        if not before / COUNT_FACTOR <= count <= before * COUNT_FACTOR:
-            raise ReplyError(
-                f"num-examples is {count:g}, but this node reported {before} before; if its data "
-                "have really changed so much, let it join the next run instead"
-            )
-
-    def _clip(self, assignment: Assignment, adapter: Adapter) -> Adapter:
-        """Scale a client's change down to ``clip_norm``."""
         sent = assignment.parcel.download.adapter
-        clipped, norm = clip_update(sent, adapter, self.clip_norm)
-        if norm > self.clip_norm:
+        clipped, norm = clip_update(sent, adapter, self.clip_norm or math.inf)
+        if self.clip_norm and norm > self.clip_norm:
             log(WARNING, "round %s: %s: its change of norm %.4g was scaled down to clip_norm = %g",
                 self.round.number, assignment.client.name, norm, self.clip_norm)  # fmt: skip
-        return clipped
+            return clipped, min(norm, self.clip_norm)
+        noise = 0.0
+        if self.privacy:
+            noise = self.privacy.privacy.clip * self.privacy.privacy.noise_multiplier
+        if math.isfinite(norm):  # the rule names what is not
+            self.participation.guard.check_norm(norm, sent, noise)
+        return clipped, norm
 
     def _tell_plan(self) -> None:
         """Hand what the sampler decided to listeners."""
         while (record := self.participation.sampler.record()) is not None:
             self._emit(record)
 
-    def _reject(self, assignment: Assignment, reason: str) -> None:
-        self.round.reject(assignment, reason)
+    def _reject(self, assignment: Assignment, reason: str, nbytes: int = 0) -> None:
+        self.round.reject(assignment, reason, nbytes)
         log(WARNING, "round %s: rejected %s: %s", self.round.number, assignment.client.name, reason)

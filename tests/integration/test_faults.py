@@ -15,10 +15,10 @@ from flwr.server.superlink.linkstate.utils import create_message_error_unavailab
 
 from fedlora_app.superlink import RunStatus, SuperLink
 from strategies import FedLoRA
+from strategies.guard import COUNT_FACTOR
 from strategies.messages import to_record
 from strategies.ranks import UniformRank
 from strategies.sampling import FractionSampling
-from strategies.strategy import COUNT_FACTOR
 from tests.fakes import FakeGrid, message_reply, query_reply, random_adapter
 from tests.integration.conftest import ROOT, records, wait_for
 

@@ -1,0 +1,123 @@
+"""What one client may do to a model: how far a reply may move it, and how much it may count.
+
+Nobody has published such bounds for clients of different rank; all of this is this project's
+decision. They are wide, so that no client of good will meets them, whatever its data: they keep
+out what would ruin a model at a stroke. ``clip_norm`` bounds what is left more tightly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from strategies.lora import Adapter
+from strategies.messages import ReplyError
+
+#: A change may be so many times the median of the last ones.
+NORM_FACTOR = 100.0
+#: So many changes make that median; and it is none with fewer than the second.
+REMEMBERED, FEWEST = 64, 3
+#: A node's number of examples may be so many times its first, or that part of it.
+COUNT_FACTOR = 10.0
+#: And in an evaluation so many times what it trains on.
+EVALUATION_FACTOR = 100.0
+
+
+class Guard:
+    """Bounds on what a reply may be, learned from the replies before it.
+
+    A change is compared with the median norm of the last accepted ones. Before there are three,
+    it is compared with the adapter that was sent: nobody moves every number by a hundred times
+    its size, or by a hundred. Counts are compared with a node's own first count, which is
+    why a node cannot go up, or down, step by step.
+    """
+
+    def __init__(self) -> None:
+        self._norms: deque[float] = deque(maxlen=REMEMBERED)
+        self._first: dict[int, float] = {}  # count of the first good reply, by client index
+
+    def check_norm(self, norm: float, sent: Adapter, noise: float = 0.0) -> None:
+        """Refuse a change of a norm that cannot be training's.
+
+        Parameters
+        ----------
+        norm : float
+            L2 norm of everything that moved.
+        sent : Adapter
+            What the client started from.
+        noise : float (default: 0.0)
+            Standard deviation of the noise that a private client adds to every number.
+
+        Raises
+        ------
+        ReplyError
+            With the bound.
+        """
+        size = math.sqrt(sum(float(t.double().square().sum()) for t in sent.tensors()))
+        bound = NORM_FACTOR * (size + math.sqrt(sent.num_parameters) * (1 + noise))
+        if len(self._norms) >= FEWEST:
+            # Noise is no part of a bad will, and it may be all there is.
+            least = noise * math.sqrt(sent.num_parameters)
+            bound = min(bound, NORM_FACTOR * max(float(np.median(self._norms)), least))
+        if not norm <= bound:
+            raise ReplyError(
+                f"its change has the norm {norm:.3g}, {NORM_FACTOR:g} times what others send is "
+                f"{bound:.3g}; lower its learning rate, or see who it is"
+            )
+
+    def check_count(self, index: int, count: float) -> None:
+        """Refuse a number of examples far from the node's first: it would outweigh everybody.
+
+        Only replies are compared with replies: what a node says of itself in a query may be in
+        another unit, rows against batches.
+
+        Raises
+        ------
+        ReplyError
+            With both numbers.
+        """
+        first = self._first.get(index)
+        if first is not None and not first / COUNT_FACTOR <= count <= first * COUNT_FACTOR:
+            raise ReplyError(
+                f"num-examples is {count:g}, but this node's first reply said {first:g} (batches "
+                "in one, rows in the other?); if its data have really changed so much, let it "
+                "join the next run instead"
+            )
+
+    def check_evaluation(self, index: int, count: float) -> None:
+        """Refuse a number of evaluation examples that has nothing to do with those of training.
+
+        Raises
+        ------
+        ReplyError
+            With both numbers.
+        """
+        first = self._first.get(index)
+        most = EVALUATION_FACTOR * (first if first is not None else self._usual())
+        if count > most:
+            raise ReplyError(f"num-examples is {count:g}, more than {most:g} is not believed")
+
+    def accept(self, index: int, norm: float, count: float) -> None:
+        """Remember a reply that was good in every respect."""
+        if norm > 0:
+            self._norms.append(norm)
+        self._first.setdefault(index, count)
+
+    def _usual(self) -> float:
+        return float(np.median(list(self._first.values()))) if self._first else 1e9
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned, as JSON can hold it."""
+        return {
+            "norms": list(self._norms),
+            "first": {str(index): count for index, count in self._first.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned; nothing is known to an older checkpoint."""
+        self._norms = deque(state.get("norms", ()), maxlen=REMEMBERED)
+        self._first = {int(index): count for index, count in state.get("first", {}).items()}
