@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedlora_app import packaged
 from fedlora_app.config import LoraConfig, ModelConfig
-from fedlora_app.onnx_weights import read_bert
+from fedlora_app.pretrained import Loaded, load_pretrained, loading, locate
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -97,9 +97,18 @@ def build_tokenizer(config: ModelConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source, local = _source(packaged.tokenizer_name(config.name))
-    with _loading(config.name, local):
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    source, local = locate(packaged.tokenizer_name(config.name))
+    with loading(config.name, local):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, local_files_only=local
+        )
+    words = len(tokenizer.get_vocab()) - len(set(tokenizer.all_special_ids))
+    if words < 1:  # transformers makes up an empty one where it finds no files
+        raise ValueError(
+            f"model.name = {config.name!r}: its tokenizer knows no words, so the tokenizer's files "
+            "are missing; put those that the model was trained with beside config.json "
+            "(tokenizer.json, or vocab.txt and the like)"
+        )
     if tokenizer.pad_token_id is None:  # decoders
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -111,7 +120,12 @@ def build_tokenizer(config: ModelConfig) -> Any:
 
 
 def build_model(
-    config: ModelConfig, *, num_labels: int, seed: int, precision: str = "float32"
+    config: ModelConfig,
+    *,
+    num_labels: int,
+    seed: int,
+    precision: str = "float32",
+    shapes_only: bool = False,
 ) -> nn.Module:
     """Return a sequence classifier: ``model(input_ids, attention_mask, labels=None)``.
 
@@ -130,41 +144,46 @@ def build_model(
     precision : {"float32", "bfloat16"}
         Type of the pretrained weights; the head is float32 always. A bfloat16 model has
         to run under ``torch.autocast`` (default: "float32").
+    shapes_only : bool
+        Read no weights: a model on torch's device "meta", to check others against
+        (default: False).
 
     Returns
     -------
     nn.Module
         In evaluation mode; its output has ``.logits`` (batch, num_labels) and ``.loss``.
+        Its attribute ``loaded`` says which weights are pretrained and which new.
 
     Raises
     ------
     FileNotFoundError
         If the model cannot be found.
     ValueError
-        If ``num_labels``, ``precision`` or the name of a packaged model is wrong.
+        If ``num_labels``, ``precision`` or the name of a packaged model is wrong, or the model
+        is of a kind that cannot be used, or lacks weights.
     """
     if num_labels < 2:
         raise ValueError(f"num_labels: expected at least 2, got {num_labels}")
     if precision not in DTYPES:
         raise ValueError(f"precision: expected one of {', '.join(DTYPES)}; got {precision!r}")
-    source, local = _source(config.name)
-    # No pickled checkpoints: loading one can run code.
-    options = {
-        "dtype": DTYPES[precision],
-        "use_safetensors": True,
-        "local_files_only": local,
-    }
     model: nn.Module
-    with _loading(config.name, local), _untouched_rng():
-        if _head(config, source) == "mean-pool":
-            encoder, lacking = _pretrained(source, num_labels, head=False, **options)
-            model = MeanPoolClassifier(encoder, num_labels)
-            fresh = ["classifier.weight", "classifier.bias", *(f"encoder.{n}" for n in lacking)]
+    with _untouched_rng():
+        stock = _head(config, locate(config.name)[0]) == "stock"
+        found = load_pretrained(
+            config.name,
+            num_labels,
+            head=stock,
+            dtype=DTYPES[precision],
+            shapes_only=shapes_only,
+        )
+        if stock:
+            model = found.model
         else:
-            model, fresh = _pretrained(source, num_labels, head=True, **options)
-    for name in _head_names(model):
-        getattr(model, name).float()
-    _initialise(model, fresh, seed)
+            model, found = _mean_pool(found, num_labels)
+    model.loaded = found  # type: ignore[assignment]
+    for name in trained_parts(model):
+        model.get_submodule(name).float()
+    _initialise(model, found.fresh, seed)
     if hasattr(model, "score"):
         # Decoders classify at the last token that is not padding: agree on what padding is.
         settings: Any = model.config
@@ -201,8 +220,8 @@ def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> P
 
     if rank < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
-    heads = _head_names(model)
-    if not heads:
+    heads = trained_parts(model)
+    if not _head_names(model):
         raise ValueError(
             f"{type(model).__name__} has no classification head under any of the names "
             f"{', '.join(HEADS)}; set model.head = 'mean-pool' or name another model"
@@ -233,48 +252,6 @@ def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> P
     return peft_model
 
 
-def _source(name: str) -> tuple[str, bool]:
-    """Return the folder, packaged ONNX file or hub id to load, and whether it is local."""
-    if name.startswith(packaged.PREFIX):
-        return str(packaged.model_path(name)), True
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path), True
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"model.name: expected a folder with a model, but {path.absolute()} is none; "
-            "correct the path or name a Hugging Face model id"
-        )
-    return name, False
-
-
-def _pretrained(
-    source: str, num_labels: int, *, head: bool, **options: Any
-) -> tuple[Any, list[str]]:
-    """Return the model, with its stock head or none, and the weights the checkpoint lacks."""
-    import transformers
-
-    kind: Any
-    checkpoint: dict[str, Any]
-    if source.endswith(".onnx") and Path(source).is_file():
-        settings, weights = read_bert(Path(source))
-        settings.num_labels = num_labels
-        # The Auto classes insist on a path.
-        kind = transformers.BertForSequenceClassification if head else transformers.BertModel
-        path, checkpoint = None, {"config": settings, "state_dict": weights}
-    else:
-        kind = transformers.AutoModelForSequenceClassification if head else transformers.AutoModel
-        path, checkpoint = source, {"num_labels": num_labels}
-    model, info = kind.from_pretrained(
-        path,
-        ignore_mismatched_sizes=head,  # a head of another width is replaced
-        output_loading_info=True,
-        **checkpoint,
-        **options,
-    )
-    return model, [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
-
-
 def _head(config: ModelConfig, source: str) -> str:
     if config.head != "auto":
         return config.head
@@ -282,6 +259,21 @@ def _head(config: ModelConfig, source: str) -> str:
     pooled = (folder / "modules.json").exists() or (folder / "1_Pooling").exists()
     named = config.name.startswith("sentence-transformers/") or "minilm" in config.name.lower()
     return "mean-pool" if pooled or named else "stock"
+
+
+def _mean_pool(found: Loaded, num_labels: int) -> tuple[MeanPoolClassifier, Loaded]:
+    """Put the head on an encoder; a pooler, whether new or not, is not used by it."""
+    model = MeanPoolClassifier(found.model, num_labels)
+    fresh = ("classifier.bias", "classifier.weight", *(f"encoder.{n}" for n in found.fresh))
+    return model, replace(found, model=model, fresh=fresh, parts=("classifier",))
+
+
+def trained_parts(model: nn.Module) -> list[str]:
+    """Return the modules that are trained in full: the head, and whatever else is new."""
+    found: Loaded | None = getattr(model, "loaded", None)
+    heads = _head_names(model)
+    new = [part for part in (found.parts if found else ()) if part.split(".")[0] not in heads]
+    return [*heads, *new]
 
 
 def _head_names(model: nn.Module) -> list[str]:
@@ -317,7 +309,7 @@ def _projections(model: nn.Module, heads: list[str]) -> dict[str, nn.Module]:
         path.rsplit(".", 1)[-1]: module
         for path, module in model.named_modules()
         if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-        and path.split(".", 1)[0] not in heads
+        and not any(path == head or path.startswith(f"{head}.") for head in heads)
     }
 
 
@@ -344,38 +336,3 @@ def _untouched_rng() -> Iterator[None]:
     # draw is overwritten, and the caller's stream must not depend on how much it was.
     with torch.random.fork_rng(devices=[]):
         yield
-
-
-@contextmanager
-def _loading(name: str, local: bool) -> Iterator[None]:
-    """Load without progress bars, and say what to do when that fails."""
-    from transformers.utils import logging
-
-    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    # "Some weights are newly initialized" is the purpose here, not a warning.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        if local:
-            wanted = (
-                f"the files that `{packaged.INSTALL}` installs"
-                if name.startswith(packaged.PREFIX)
-                else "a folder with config.json, tokenizer files and *.safetensors"
-            )
-            raise FileNotFoundError(
-                f"model.name = {name!r}: expected {wanted}, but loading failed: {reason}"
-            ) from error
-        if isinstance(error, ValueError):  # reached, but of a kind that transformers refuses
-            raise
-        raise FileNotFoundError(
-            f"model.name = {name!r} is no local folder, and the Hugging Face Hub did not provide "
-            f"it: {reason} Name a local folder, use 'packaged:minilm-l6', or run `hf download "
-            f"{name}` where there is a network and set HF_HOME to that cache and HF_HUB_OFFLINE=1"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if progress:
-            logging.enable_progress_bar()
