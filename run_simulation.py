@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.common.config import flatten_dict
 
@@ -26,6 +26,9 @@ from fedlora_app.config import ConfigError, RunConfig, Scalar
 from fedlora_app.console import Console
 from fedlora_app.report import refuse_used
 from fedlora_app.superlink import SuperLink, SuperLinkError, exit_on_signals
+
+if TYPE_CHECKING:
+    from fedlora_app.inspection import Report
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -60,18 +63,17 @@ def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dic
     return config, changes
 
 
-def check_data(config: RunConfig, clients: int) -> None:
-    """Share the data out once, so that what cannot be shared stops the run before it starts.
+def check_data(config: RunConfig, clients: int) -> Report:
+    """Return what the run trains and tests on, so that what is wrong stops it before it starts.
 
     Raises
     ------
     ValueError or FileNotFoundError
         If there are no such data, or clients would get too few rows.
     """
-    from fedlora_app.data import load_train, partition_indices
+    from fedlora_app.inspection import inspect
 
-    rows = load_train(config.data)
-    partition_indices(rows.labels, config.data, num_clients=clients, seed=config.seed)
+    return inspect(config.data, clients=clients, seed=config.seed)
 
 
 def check_cluster(config: RunConfig, args: argparse.Namespace) -> None:
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None, project: Path = PROJECT) -> int:
     try:
         config, changes = read_config(project, args)
         if project == PROJECT:
-            check_data(config, args.clients)
+            print(check_data(config, args.clients), flush=True)
             if args.ray_address:
                 check_cluster(config, args)
     except (ConfigError, ValueError, FileNotFoundError, cluster.ClusterError) as error:

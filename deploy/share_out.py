@@ -43,7 +43,9 @@ def share_out(config: DataConfig, nodes: int, output: Path, seed: int = 42) -> l
         If one of the files is there already.
     """
     rows = load_train(config)
-    parts = partition_indices(rows.labels, config, num_clients=nodes, seed=seed)
+    parts = partition_indices(
+        rows.labels, config, num_clients=nodes, seed=seed, label_names=rows.label_names
+    )
     output.mkdir(parents=True, exist_ok=True)
     width = len(str(nodes))
     files = [output / f"node-{number:0{width}}.csv" for number in range(1, nodes + 1)]

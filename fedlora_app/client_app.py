@@ -29,6 +29,8 @@ from fedlora_app.data import (
     tokenize,
     train_validation_split,
 )
+from fedlora_app.discretion import LOG, SiteError, discreet
+from fedlora_app.inspection import NO_DATA, block, refuse_few
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.precision import with_precision
 from fedlora_app.training import EvalResult, evaluate, per_sample_losses, train
@@ -178,10 +180,11 @@ class LoRAClient(NumPyClient):
     @staticmethod
     def _refuse(asked: bool, what: str) -> None:
         if asked:
-            raise ValueError(
+            text = (
                 f"this node keeps its data private, but the message asks for {what}; see "
                 "docs/privacy.md for settings that need none"
             )
+            raise SiteError(text, text)
 
     def _evaluate(self, model: PeftModel, rows: TokenizedRows, num_labels: int) -> EvalResult:
         c = self.config
@@ -226,11 +229,7 @@ class LoRAClient(NumPyClient):
             path = str(self.node["data-path"])
             return _own_rows(path, c.data, c.model, label_names, c.seed)
         if "partition-id" not in self.node or "num-partitions" not in self.node:
-            raise ValueError(
-                "this node has no data: expected data-path, or partition-id and num-partitions, "
-                f"in its node config, got {self.node or 'nothing'}; start it with "
-                "flower-supernode --node-config 'data-path=\"/path/to/rows.csv\"'"
-            )
+            raise SiteError(NO_DATA, NO_DATA)
         share, shares = int(self.node["partition-id"]), int(self.node["num-partitions"])
         return _partition_rows(share, shares, c.data, c.model, label_names, c.seed)
 
@@ -260,7 +259,7 @@ def _penalty(model: PeftModel, config: Settings) -> Callable[[], Tensor] | None:
 @lru_cache(maxsize=1)
 def _shares(shares: int, data: DataConfig, labels: tuple[str, ...], seed: int) -> list[np.ndarray]:
     rows = load_train(data, labels)
-    return partition_indices(rows.labels, data, num_clients=shares, seed=seed)
+    return partition_indices(rows.labels, data, num_clients=shares, seed=seed, label_names=labels)
 
 
 @lru_cache(maxsize=1024)
@@ -281,7 +280,10 @@ def _partition_rows(
 def _own_rows(
     path: str, data: DataConfig, model: ModelConfig, labels: tuple[str, ...], seed: int
 ) -> tuple[TokenizedRows, TokenizedRows]:
-    rows = tokenize(load_own(path, data, labels), _tokenizer(model), data.max_length)
+    texts = load_own(path, data, labels)
+    refuse_few(texts, path)
+    LOG.info("%s", "\n".join(block("own rows", texts)))  # in this node's own log
+    rows = tokenize(texts, _tokenizer(model), data.max_length)
     return _split(rows, data, seed)
 
 
@@ -300,4 +302,4 @@ def client_fn(context: Context) -> Client:
     return LoRAClient(config, dict(context.node_config), context.state).to_client()
 
 
-app = ClientApp(client_fn=client_fn)
+app = ClientApp(client_fn=client_fn, mods=[discreet])

@@ -6,6 +6,7 @@ deployed node, which has rows of its own, never needs it.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -96,14 +97,19 @@ def double_imbalance(num_clients: int, classes: Sequence[int]) -> list[list[int]
 
 
 def partition(
-    labels: NDArray[np.int64], config: DataConfig, *, num_clients: int, seed: int
+    labels: NDArray[np.int64],
+    config: DataConfig,
+    *,
+    num_clients: int,
+    seed: int,
+    label_names: Sequence[str] = (),
 ) -> list[Indices]:
     """Share out the rows; see ``fedlora_app.data.partition_indices``."""
     rows = len(labels)
     if num_clients < 1:
         raise ValueError(f"number of clients: expected at least 1, got {num_clients}")
     if rows < num_clients * config.min_samples:
-        raise _too_small(config, num_clients, f"there are only {rows} rows")
+        raise _too_small(config, num_clients, f"there are only {rows} rows in all", at_all=True)
     # The order of the rows decides who gets them in the partitioners that do not shuffle.
     order = np.random.default_rng(seed).permutation(rows)
     dataset = Dataset.from_dict({"row": order, "label": labels[order]}).with_format("numpy")
@@ -115,7 +121,7 @@ def partition(
         try:
             parts = _apply(partitioner, dataset)
         except ValueError as error:  # flwr_datasets gave up on this seed
-            reason = str(error)
+            reason = _named(str(error), label_names)
             continue
         smallest = min(map(len, parts))
         if smallest >= config.min_samples:
@@ -196,11 +202,29 @@ def _derived_seed(seed: int, attempt: int) -> int:
     return int(np.random.SeedSequence([seed, attempt]).generate_state(1)[0])
 
 
-def _too_small(config: DataConfig, num_clients: int, reason: str) -> ValueError:
-    remedy = {
-        "dirichlet": "raise data.alpha, ",
-        "pathological": "change data.classes-per-client, ",
-    }.get(config.partition, "")
+def _named(reason: str, label_names: Sequence[str]) -> str:
+    """Give a class its name where flwr_datasets tells its number."""
+
+    def name(match: re.Match[str]) -> str:
+        number = int(match[1])
+        return f"Label: {label_names[number] if number < len(label_names) else number}"
+
+    return re.sub(r"Label: (\d+)", name, reason)
+
+
+def _too_small(
+    config: DataConfig, num_clients: int, reason: str, *, at_all: bool = False
+) -> ValueError:
+    """``at_all``: no way of sharing would do."""
+    remedies = (
+        {}
+        if at_all
+        else {
+            "dirichlet": "raise data.alpha, ",
+            "pathological": "change data.classes-per-client, ",
+        }
+    )
+    remedy = remedies.get(config.partition, "")
     return ValueError(
         f"data.partition = {config.partition!r}: expected at least {config.min_samples} rows "
         f"(data.min-samples) for each of {num_clients} clients, but {reason}; {remedy}"

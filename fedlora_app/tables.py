@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fedlora_app import packaged
+from fedlora_app.delimited import Delimited, read_jsonl, refuse_pointer
+from fedlora_app.discretion import DataError, NoDataError
 
 TEST_SPLITS = ("test", "validation", "valid", "dev")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+# train.csv, or a shard as the Hugging Face Hub names it: train-00000-of-00002.parquet
+FILE = re.compile(rf"({'|'.join(('train', *TEST_SPLITS))})(?:-(\d+)-of-(\d+)(?:-[0-9a-f]+)?)?")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file: where each begins."""
+
+    path: Path | str
+    unit: str  # line or row
+    numbers: Sequence[int]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns as they were read, and the class names of columns that declare them."""
+    """Columns as they were read, the class names of columns that declare them, and whence."""
 
     columns: Mapping[str, Sequence[Any]]
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def place(self, row: int | None) -> tuple[Path | str, str]:
+        """Return the file of a row and where in it, or of the table as a whole."""
+        if row is not None:
+            for part in self.parts:
+                if row < len(part.numbers):
+                    return part.path, f"{part.unit} {part.numbers[row]}"
+                row -= len(part.numbers)
+        paths = [part.path for part in self.parts]
+        return (paths[0] if paths else "the data"), ""
 
 
 def read_splits(name: str) -> dict[str, Table]:
@@ -38,12 +62,12 @@ def read_splits(name: str) -> dict[str, Table]:
     path = Path(name).expanduser()
     if name.startswith(packaged.PREFIX) or not path.exists():
         return _read_remote(name)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return _read_cached(path, max((f.stat().st_mtime_ns for f in files), default=0))
+    files = [*path.iterdir(), *(path / "data").glob("*")] if path.is_dir() else [path]
+    return _read_cached(path, tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)))
 
 
 @lru_cache(maxsize=4)
-def _read_cached(path: Path, modified: int) -> dict[str, Table]:
+def _read_cached(path: Path, modified: tuple[tuple[str, int], ...]) -> dict[str, Table]:
     """Read once per process; ``modified`` makes a changed file a new key."""
     return read_local(path)
 
@@ -53,14 +77,14 @@ def _read_remote(name: str) -> dict[str, Table]:
     if name.startswith(packaged.PREFIX):
         # Orange's format: names, types and roles of the columns before the rows.
         files = packaged.dataset_files(name)
-        return {split: _read_delimited(file, "\t", skip=2) for split, file in files.items()}
+        return {split: _delimited(file, "\t", skip=2) for split, file in files.items()}
     if name.startswith((".", "/", "~")) or Path(name).suffix in SUFFIXES:
-        raise FileNotFoundError(f"data.name: expected data at {Path(name).absolute()}: not there")
+        raise NoDataError(Path(name).absolute(), "data.name: expected data here: not there")
     import datasets
 
     repository, _, subset = name.partition(":")
     try:
-        return _tables(datasets.load_dataset(repository, subset or None))
+        return _tables(datasets.load_dataset(repository, subset or None), name)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"data.name = {name!r} is no local path, and loading it from the Hugging Face Hub "
@@ -76,103 +100,137 @@ def read_local(path: Path) -> dict[str, Table]:
     if path.is_file():
         return {"train": _read_file(path)}
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        import datasets
+        return _read_saved(path)
+    for folder in (path, path / "data"):  # a copy of a hub's data set keeps its files in data/
+        if folder.is_dir() and (found := _files(folder)):
+            return {
+                split: _joined([_read_file(f) for f in files]) for split, files in found.items()
+            }
+    held = sorted(f.name for f in path.iterdir())
+    raise NoDataError(
+        path.absolute(),
+        "expected train.csv, .tsv, .jsonl or .parquet, or a saved data set, here or in data/",
+        ", ".join(held[:8]) + (", …" if len(held) > 8 else "") or "an empty folder",
+        "rename the files, or name the file or folder with the rows itself",
+    )
 
-        return _tables(datasets.load_from_disk(str(path)))
-    files = [f for f in sorted(path.iterdir()) if f.suffix in SUFFIXES]
-    splits = {f.stem: _read_file(f) for f in files if f.stem in ("train", *TEST_SPLITS)}
-    if not splits:
-        raise FileNotFoundError(
-            f"expected train.csv, .tsv, .jsonl or .parquet or a saved data set in {path.absolute()}"
-        )
-    return splits
+
+def _files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of each split in a folder, shards in their order."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        match = FILE.fullmatch(file.stem)
+        if match and file.suffix in SUFFIXES and file.is_file():
+            found.setdefault(match[1], []).append(file)
+    for split, files in found.items():
+        matches = [FILE.fullmatch(file.stem) for file in files]
+        numbers = [(m[2], m[3]) for m in matches if m]
+        suffixes = {file.suffix for file in files}
+        whole = numbers == [(None, None)]
+        shards = [int(n) for n, _ in numbers if n]
+        complete = all(of and int(of) == len(files) for _, of in numbers)
+        if not whole and not (complete and len(suffixes) == 1 and shards == [*range(len(files))]):
+            names = ", ".join(file.name for file in files[:8])
+            raise DataError(
+                folder,
+                "expected one file, or all shards of one, for each split",
+                f"{names} for {split}",
+                "remove what is superfluous, or add the missing shards",
+            )
+    return found
+
+
+def _joined(tables: list[Table]) -> Table:
+    first = tables[0]
+    for other in tables[1:]:
+        if list(other.columns) != list(first.columns) or other.class_names != first.class_names:
+            raise DataError(
+                other.place(None)[0],
+                "expected the columns and class names of the first shard",
+                ", ".join(other.columns),
+                "write all shards alike",
+            )
+    if len(tables) == 1:
+        return first
+    columns = {name: [v for table in tables for v in table.columns[name]] for name in first.columns}
+    return Table(columns, first.class_names, tuple(p for t in tables for p in t.parts), first.notes)
 
 
 def _read_file(path: Path) -> Table:
     match path.suffix:
         case ".csv":
-            return _read_delimited(path, ",")
+            return _delimited(path, ",")
         case ".tsv":
-            return _read_delimited(path, "\t")
+            return _delimited(path, "\t")
         case ".jsonl":
-            return _read_jsonl(path)
+            columns, lines = read_jsonl(path)
+            return Table(columns, parts=(Part(path, "line", lines),))
         case ".parquet":
             return _read_parquet(path)
         case other:
-            raise ValueError(f"{path}: expected a file {', '.join(SUFFIXES)}; got {other!r}")
+            raise DataError(
+                path,
+                f"expected a file {', '.join(SUFFIXES)}",
+                repr(other),
+                "save it as one of these",
+            )
 
 
-def _read_delimited(path: Path, delimiter: str, skip: int = 0) -> Table:
-    """Read a header, pass over ``skip`` lines, and read the rows."""
-    with path.open(encoding="utf-8-sig", newline="") as file, _long_csv_fields():
-        reader = csv.reader(file, delimiter=delimiter)
-        header = next(reader, [])
-        rows = []
-        for number, row in enumerate(reader):
-            if number < skip or not row:
-                continue
-            if len(row) != len(header):
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: expected {len(header)} columns as in the "
-                    f"header, got {len(row)}; quote fields that contain the delimiter"
-                )
-            rows.append(row)
-    columns = zip(*rows, strict=True) if rows else [()] * len(header)
-    return Table(dict(zip(header, columns, strict=True)))
-
-
-@contextmanager
-def _long_csv_fields() -> Iterator[None]:
-    previous = csv.field_size_limit(2**31 - 1)  # the largest that every platform takes
-    try:
-        yield
-    finally:
-        csv.field_size_limit(previous)
-
-
-def _read_jsonl(path: Path) -> Table:
-    rows = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: expected JSON, got {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object, got {line[:60]!r}"
-                )
-            rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return Table({name: [row.get(name) for row in rows] for name in names})
+def _delimited(path: Path, delimiter: str, skip: int = 0) -> Table:
+    read = Delimited(path, delimiter, skip=skip, strict=not skip)
+    part = Part(path, "line", read.lines)
+    return Table(read.columns(), parts=(part,), notes=tuple(read.notes))
 
 
 def _read_parquet(path: Path) -> Table:
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
-    table = parquet.read_table(path)
+    refuse_pointer(path)
+    try:
+        table = parquet.read_table(path)
+    except (ArrowException, OSError, ValueError) as error:
+        raise DataError(
+            path, "expected a parquet file", str(error), "is it cut off? fetch it again"
+        ) from error
+    names = table.column_names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(path, "expected columns of different names", f"{twice!r} twice")
     # Where `datasets` wrote the file, it left the names of the classes.
     stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = stored.get("info", {}).get("features", {})
     return Table(
-        {name: table.column(name).to_pylist() for name in table.column_names},
+        {name: table.column(name).to_pylist() for name in names},
         {name: tuple(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel"},
+        (Part(path, "row", range(1, len(table) + 1)),),
     )
 
 
-def _tables(loaded: Any) -> dict[str, Table]:
+def _read_saved(path: Path) -> dict[str, Table]:
+    import datasets
+
+    for file in path.rglob("*.arrow"):
+        refuse_pointer(file)
+    try:
+        return _tables(datasets.load_from_disk(str(path)), str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            path, "expected a data set that Dataset.save_to_disk wrote", str(error), "save it again"
+        ) from error
+
+
+def _tables(loaded: Any, name: str) -> dict[str, Table]:
     """Take the columns out of a ``datasets.Dataset`` or ``DatasetDict``."""
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     return {
         split: Table(
-            {name: dataset[name] for name in dataset.column_names},
+            {column: dataset[column] for column in dataset.column_names},
             {
-                name: tuple(feature.names)
-                for name, feature in dataset.features.items()
+                column: tuple(feature.names)
+                for column, feature in dataset.features.items()
                 if hasattr(feature, "names")
             },
+            (Part(name, f"{split} row", range(1, len(dataset) + 1)),),
         )
         for split, dataset in splits.items()
     }

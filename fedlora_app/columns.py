@@ -1,0 +1,92 @@
+"""Which columns of a table are the texts and the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedlora_app.config import DataConfig
+from fedlora_app.discretion import DataError
+from fedlora_app.tables import Table
+
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question", "title")
+LABEL_COLUMNS = ("label", "labels", "category", "class", "target", "topic", "intent")
+# A title beside a text is left; whatever else reads like a text makes a pair of it.
+BESIDE = ("title", "headline", "subject", "url", "date")
+# The other half of a pair, also where its texts are short.
+PARTNERS = (*TEXT_COLUMNS, "answer", "context", "premise", "hypothesis", "passage", "query",
+            "response", "sentence1", "sentence2", "text1", "text2", "text_a", "text_b",
+            "text_pair", "question1", "question2")  # fmt: skip
+LOOKED_AT = 1000  # rows that decide whether a column reads like texts
+WORDS = 4  # on average, from which on a column of mostly different values reads like texts
+
+
+def has_column(table: Table, wanted: str, usual: Sequence[str]) -> bool:
+    """Tell whether there is such a column."""
+    if wanted == "auto":
+        return any(name.lower() in usual for name in table.columns)
+    return wanted in table.columns
+
+
+def label_column(table: Table, config: DataConfig) -> str:
+    """Return the column of the labels, or raise DataError."""
+    return _column(table, config.label_column, LABEL_COLUMNS, "data.label-column")
+
+
+def text_column(table: Table, config: DataConfig, label: str) -> str:
+    """Return the column of the texts; refuse to choose between two that read like texts."""
+    key = "data.text-column"
+    text = _column(table, config.text_column, TEXT_COLUMNS, key)
+    path, _ = table.place(None)
+    if text == label:
+        raise DataError(
+            path, "expected texts and labels in two columns", f"{text!r} for both", f"set {key}"
+        )
+    if config.text_column == "auto":
+        rivals = [name for name in table.columns if name not in (text, label)]
+        rivals = [name for name in rivals if _reads_like_text(name, table.columns[name])]
+        if rivals:
+            raise DataError(
+                path,
+                "expected one column of texts; which is meant of several is not to be guessed",
+                ", ".join(map(repr, [text, *rivals])),
+                f"set {key} (pairs of texts: join them in one column)",
+            )
+    return text
+
+
+def _reads_like_text(name: str, values: Sequence[Any]) -> bool:
+    if name.lower() in BESIDE:
+        return False
+    some = [v for v in values[:LOOKED_AT] if isinstance(v, str) and v.strip()]
+    if not some:
+        return False
+    words = [sum(map(str.isalpha, value.replace(",", " ").split())) for value in some]
+    if name.lower() in PARTNERS:
+        return sum(count > 1 for count in words) > len(some) / 2
+    return sum(words) >= WORDS * len(some) and len(set(some)) > len(some) / 2
+
+
+def _column(table: Table, wanted: str, usual: tuple[str, ...], key: str) -> str:
+    path, _ = table.place(None)
+    if wanted in table.columns:
+        return wanted
+    expected, named = f"a column {wanted!r}", "the column that is named"
+    if wanted == "auto":
+        for name in usual:
+            found = [column for column in table.columns if column.lower() == name]
+            if len(found) > 1:
+                raise DataError(
+                    path,
+                    "expected columns that differ in more than upper and lower case",
+                    ", ".join(map(repr, found)),
+                    f"set {key}",
+                )
+            if found:
+                return found[0]
+        expected = named = f"one of the columns {', '.join(usual)}"
+    got = ", ".join(table.columns)
+    error = DataError(path, f"expected {expected}", got, f"set {key}")
+    # What was asked for is the server's own word, but a site need not repeat it.
+    error.told = error.told.replace(expected, named)
+    raise error

@@ -1,0 +1,186 @@
+"""A look at the rows before anything starts: what was taken, what was left, what is wrong.
+
+``inspect`` is for the server's door, ``check_own_data`` for a SuperNode that starts. Neither
+needs torch, and both take seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora_app.columns import LABEL_COLUMNS, TEXT_COLUMNS, has_column
+from fedlora_app.config import DataConfig
+from fedlora_app.discretion import DataError, SiteError
+from fedlora_app.rows import TextRows, load_own, load_test, load_train, own_table
+
+SHOWN = 12  # classes, columns and files that a block names
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run trains and tests on; ``str`` of it is a block of text for the console.
+
+    Parameters
+    ----------
+    train, test : TextRows
+        All training rows, and the server's test rows.
+    shares : sequence of int
+        Rows of each simulated client (default: none were shared out).
+    """
+
+    train: TextRows
+    test: TextRows
+    shares: Sequence[int] = ()
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels in the order of their ids."""
+        return self.train.label_names
+
+    def __str__(self) -> str:
+        lines = [*block("train", self.train), *block("test", self.test)]
+        if self.shares:
+            low, high = min(self.shares), max(self.shares)
+            lines.append(f"shares: {len(self.shares)} clients with {low} to {high} rows each")
+        return "\n".join(lines)
+
+
+def inspect(config: DataConfig, *, clients: int | None = None, seed: int = 42) -> Report:
+    """Load all training and test rows and share them out once, as a run will.
+
+    Parameters
+    ----------
+    config : DataConfig
+        Which data.
+    clients : int, optional
+        Simulated clients that share the training rows (default: the rows are not shared out).
+    seed : int
+        The run's seed (default: 42).
+
+    Raises
+    ------
+    ValueError or FileNotFoundError
+        If there are no such data, something in them is certainly wrong, or clients would get
+        too few rows.
+    """
+    train, test = load_train(config), load_test(config)
+    if clients is None:
+        return Report(train, test)
+    from fedlora_app.partition import partition  # takes over a second
+
+    parts = partition(
+        train.labels, config, num_clients=clients, seed=seed, label_names=train.label_names
+    )
+    return Report(train, test, [len(part) for part in parts])
+
+
+def block(split: str, rows: TextRows) -> list[str]:
+    """Return lines about rows: files, columns, rows, classes, the first row, the longest text."""
+    o = rows.origin
+    left = f"; left: {_some(o.left)}" if o.left else ""
+    out = f" ({o.blank} left out: no text)" if o.blank else ""
+    lines = [
+        f"{split}: {_some([Path(f).name for f in o.files]) or 'no file'}, "
+        f"text from {o.text!r}, label from {o.label!r}{left}",
+        f"  {len(rows)} rows{out}",
+    ]
+    counts = np.bincount(rows.labels, minlength=len(rows.label_names))
+    lines[-1] += ": " + _some([f"{n} {c}" for n, c in zip(rows.label_names, counts, strict=True)])
+    if len(rows):
+        first = " ".join(rows.texts[0].split())
+        first = first[:60] + "…" if len(first) > 60 else first
+        longest = max(rows.texts, key=len)
+        lines.append(f"  first: {first!r} → {rows.label_names[rows.labels[0]]}")
+        lines.append(f"  longest text: {len(longest.split())} words, {len(longest)} characters")
+    return [*lines, *(f"  note: {note}" for note in o.notes)]
+
+
+def check_own_data(node: Mapping[str, Any], config: DataConfig | None = None) -> str:
+    """Return a block of text about a node's own rows and limits, or raise what is wrong.
+
+    For a SuperNode that starts, before it says that it is there; for its own log alone, since
+    the block quotes a row. Needs neither torch nor a server.
+
+    Parameters
+    ----------
+    node : mapping
+        The node config: ``data-path``, or ``partition-id`` and ``num-partitions``;
+        ``max-rank``, ``dp-noise-multiplier``, ``dp-clip``, ``num-examples`` if it has them.
+    config : DataConfig, optional
+        Which columns are read (default: detected, as a run does that names none; if none is
+        detected, the block says so, as a run may name them).
+
+    Raises
+    ------
+    ValueError or FileNotFoundError
+        If the data cannot be read, are too few, or a limit is none.
+    """
+    _check_limits(node)
+    if "data-path" not in node:
+        if "partition-id" in node and "num-partitions" in node:
+            share, shares = node["partition-id"], node["num-partitions"]
+            return f"data: share {share} of {shares} of what the run names"
+        raise SiteError(*[NO_DATA] * 2)
+    path, config = str(node["data-path"]), config or DataConfig()
+    table = own_table(path)
+    sought = ((config.text_column, TEXT_COLUMNS), (config.label_column, LABEL_COLUMNS))
+    if not all(has_column(table, wanted, usual) for wanted, usual in sought):
+        return (
+            f"{path}: columns {_some(list(table.columns))}; none of them is known as that of the "
+            "texts or the labels, so the run has to set data.text-column and data.label-column"
+        )
+    rows = load_own(path, config, None)
+    refuse_few(rows, path)
+    return "\n".join(block("own rows", rows))
+
+
+NO_DATA = (
+    "this node has no data: expected data-path, or partition-id and num-partitions, in its node "
+    "config; start it with flower-supernode --node-config 'data-path=\"/path/to/rows.csv\"'"
+)
+
+
+def refuse_few(rows: TextRows, path: str | Path) -> None:
+    """Raise DataError if a node has too few rows to train on one and validate on another."""
+    if len(rows) < 2:
+        raise DataError(
+            path,
+            "expected at least 2 rows with text, one to train on and one to validate on",
+            str(len(rows)),
+            "add rows, or leave this node out",
+        )
+
+
+def _check_limits(node: Mapping[str, Any]) -> None:
+    wholes = {"max-rank": 1, "num-examples": 1, "num-partitions": 1, "partition-id": 0}
+    for key, low in wholes.items():
+        value = node.get(key, low)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise SiteError(
+                f"node config: {key}: expected a whole number of at least {low}, got {value!r}",
+                f"node config: {key}: expected a whole number of at least {low}",
+            )
+    for key in ("dp-noise-multiplier", "dp-clip"):
+        value = node.get(key, 1)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            raise SiteError(
+                f"node config: {key}: expected a number above 0, got {value!r}",
+                f"node config: {key}: expected a number above 0",
+            )
+    share, shares = node.get("partition-id"), node.get("num-partitions")
+    if share is not None and shares is not None and share >= shares:
+        raise SiteError(
+            f"node config: partition-id: expected 0 to {shares - 1}, got {share}",
+            "node config: partition-id: expected less than num-partitions",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f", … ({len(names)})" if len(names) > SHOWN else "")
