@@ -17,7 +17,6 @@ from flwr.app import Context, RecordDict
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora_app.config import DataConfig, LoraConfig, ModelConfig, RunConfig
@@ -57,7 +56,7 @@ from strategies.messages import (
     TRAIN_SECONDS_KEY,
 )
 from strategies.privacy.mechanism import CLIP_KEY, NOISE_KEY
-from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, profile_rows
+from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, Profile, profile_rows
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
 from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
 
@@ -70,7 +69,6 @@ BITS_KEY = "precision-bits"  # of the frozen weights, as each node chose
 PRECISION_BITS = {"float32": 32, "bfloat16": 16}
 
 Settings = dict[str, Scalar]
-Losses = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 
 class LoRAClient(NumPyClient):
@@ -113,7 +111,7 @@ class LoRAClient(NumPyClient):
         if config.get(PROFILE_KEY):
             labels = json.loads(str(config[LABELS_KEY]))
 
-            def measure() -> Losses:
+            def measure() -> Profile:
                 model = self._model(len(labels))
                 merge_into_base(model, Adapter({}))
                 load_adapter(model, _start(model))
@@ -196,7 +194,7 @@ class LoRAClient(NumPyClient):
             precision=c.train.precision,
         )
 
-    def _losses(self, model: PeftModel, rows: TokenizedRows, config: Settings) -> Losses:
+    def _losses(self, model: PeftModel, rows: TokenizedRows, config: Settings) -> Profile:
         """Return the losses of the rows, or of a seeded choice of them, and all labels."""
         c = self.config
         chosen = profile_rows(len(rows), int(config.get(SAMPLES_KEY, 0)), c.seed)
@@ -206,7 +204,7 @@ class LoRAClient(NumPyClient):
             batch_size=c.evaluate.batch_size,
             precision=c.train.precision,
         )
-        return losses, rows.labels
+        return Profile(losses, rows.labels, len(rows))
 
     def _receive(self, parameters: NDArrays, config: Settings, num_labels: int) -> PeftModel:
         """Put the received arrays into the resident model."""

@@ -1,5 +1,6 @@
 """Flower strategies for federated LoRA fine-tuning when clients differ."""
 
+from strategies.checkpoint import save_adapter
 from strategies.presets import (
     AdaptiveSampling,
     AutoRank,
@@ -18,4 +19,5 @@ __all__ = [
     "FlexLoRA",
     "HetLoRA",
     "Replication",
+    "save_adapter",
 ]

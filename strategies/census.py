@@ -86,7 +86,12 @@ class Census:
             if self.introduce:
                 more: Mapping[str, Any] = {**config, COUNT_KEY: True} if self.counts else {}
                 settings = ConfigRecord({**more, **self.told})
-                answers.update(self._ask(grid, new, settings, self.timeout))
+                known = self._ask(grid, new, settings, self.timeout)
+                answers.update(known)
+                if len(known) < len(new):
+                    log(INFO, "%s of %s new nodes do not say who they are: no limit of theirs is "
+                        "known, and seeded choices go by their node ids; a Message API app answers "
+                        "with register_identity(app)", len(new) - len(known), len(new))  # fmt: skip
             self.roster.join(answers, present=node_ids)
         clients = self.roster.present(node_ids)
         if asked := policy.to_profile(clients, server_round):

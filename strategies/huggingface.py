@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from strategies.client.profiling import LossesAndLabels, profile, profile_wanted
-from strategies.profiling import SAMPLES_KEY, profile_rows
+from strategies.client.profiling import profile, profile_wanted
+from strategies.profiling import SAMPLES_KEY, Profile, profile_rows
 from strategies.training import (
     TrainOutcome,
     losses_and_labels,
@@ -107,7 +108,7 @@ class FedLoRACallback(TrainerCallback):  # type: ignore[misc]
         if self.state is not None and profile_wanted(self.config):
             model, limit = found["model"], int(self.config.get(SAMPLES_KEY, 0))
 
-            def measure() -> LossesAndLabels:
+            def measure() -> Profile:
                 return dataset_losses_and_labels(
                     model,
                     loader.dataset,
@@ -227,7 +228,7 @@ def dataset_losses_and_labels(
     batch_size: int = 8,
     limit: int = 0,
     seed: int = 42,
-) -> LossesAndLabels:
+) -> Profile:
     """Return what ``register_profile`` and ``profile`` measure, for a ``Trainer``'s data set.
 
     ``register_profile(app, lambda context: dataset_losses_and_labels(model, rows, collator))``.
@@ -249,7 +250,7 @@ def dataset_losses_and_labels(
         collate_fn=data_collator,
         generator=torch.Generator(),  # or it would draw from the global one
     )
-    return losses_and_labels(model, loader)
+    return replace(losses_and_labels(model, loader), rows=len(dataset))  # type: ignore[arg-type]
 
 
 @contextmanager

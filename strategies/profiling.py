@@ -6,7 +6,8 @@ The names are those of the metrics in a message; both sides and both client APIs
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,29 @@ METRICS = (LOSS_ENTROPY, LABEL_ENTROPY, GINI_SIMPSON)
 
 # e^50 samples or classes do not exist: what is above is not an entropy.
 _LIMITS = {LOSS_ENTROPY: 50.0, LABEL_ENTROPY: 50.0, GINI_SIMPSON: 1.0}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a client measures of its training samples; unpacks as ``losses, labels``.
+
+    Parameters
+    ----------
+    losses : array_like, shape (n,)
+        Of all of them, or of a seeded choice.
+    labels : array_like, shape (m,)
+        One a sample, or one a token.
+    rows : int
+        How many training samples there are, whatever was measured of them.
+    """
+
+    losses: ArrayLike
+    labels: ArrayLike
+    rows: int
+
+    def __iter__(self) -> Iterator[ArrayLike]:
+        yield self.losses
+        yield self.labels
 
 
 def profile_metrics(losses: ArrayLike, labels: ArrayLike) -> dict[str, float]:

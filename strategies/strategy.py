@@ -95,10 +95,11 @@ class FedLoRA(StreamingStrategy):
         Share of the clients that evaluate the new model on their own data; 0: none.
     evaluate_every : int (default: 1)
         Evaluate after every Nth round and after the last.
-    query : bool, optional
-        Ask each node once for ``partition-id`` and ``max-rank`` when it appears.
-        Default: with ``client_api="numpy"``, where a client that does not implement
-        ``get_properties`` just answers nothing, and with a policy that profiles clients.
+    query : bool (default: True)
+        Ask each node once for ``partition-id`` and ``max-rank`` when it appears. Without them
+        no limit of a device is known, and seeded choices go by Flower's random node ids, so
+        that the same seed does not give the same result. A Message API app answers with
+        ``strategies.client.register_identity(app)``; one that does not takes part all the same.
     query_timeout : float (default: 60.0)
         Seconds to wait for those answers; who does not answer takes part without.
     profile_timeout : float, optional
@@ -144,7 +145,7 @@ class FedLoRA(StreamingStrategy):
         min_answering: float = 0.5,
         evaluate_fraction: float = 1.0,
         evaluate_every: int = 1,
-        query: bool | None = None,
+        query: bool = True,
         query_timeout: float = 60.0,
         profile_timeout: float | None = None,
         weighted_by_key: str = "num-examples",
@@ -202,12 +203,11 @@ class FedLoRA(StreamingStrategy):
         )
         counts = self.participation.independent or self.participation.sampler.needs_weights
         counts = counts and privacy is None  # numbers of rows stay with private clients
-        asks = client_api == "numpy" or self.ranks.profiles or self.ranks.asks_identity or counts
         self.census = Census(
             self.protocol,
             min_nodes=min_available_nodes,
             least=min_replies,
-            introduce=asks if query is None else query,
+            introduce=query,
             counts=counts,
             told=privacy.privacy.settings() if privacy else None,
             timeout=query_timeout,

@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from logging import WARNING
 from typing import Any
 
 import numpy as np
 import torch
+from flwr.common import log
 from torch import Tensor, nn
 
 from strategies.client.peft_model import tail_penalty
-from strategies.client.profiling import LossesAndLabels
 from strategies.messages import CLIENT_KEY, ROUND_KEY, STEPS_KEY, TRAIN_SECONDS_KEY
+from strategies.profiling import Profile
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
 
 Batch = Mapping[str, Any]
@@ -126,16 +128,22 @@ def train_loop(
     made = optimizer or (lambda p: torch.optim.AdamW(p, lr=learning_rate, weight_decay=0.0))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # type: ignore[attr-defined]
     counted = _Rows(batches)
-    total, done = torch.zeros((), dtype=torch.float64, device=device), 0
+    total, done, empty = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     start = time.perf_counter()
     with _mode(model, training=True), _seeded(device, training_seed(config or {}, seed)):
         optimiser = made(trained)
         for group in islice(_groups(counted, accumulation, repeat=steps is not None), steps):
             weights = [_weight(model, batch, own_loss=loss_fn is None) for batch in group]
+            if not any(weights):  # not one label: no loss and no gradient
+                empty += len(group)
+                continue
             optimiser.zero_grad()
             if penalty is not None:
                 scaler.scale(penalty()).backward()  # type: ignore[no-untyped-call]
             for batch, weight in zip(group, weights, strict=True):
+                if not weight:  # the mean over nothing would be NaN
+                    empty += 1
+                    continue
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     loss = measured(model, _to(batch, device))
                 loss = loss.float() * (weight / max(1, sum(weights)))
@@ -148,6 +156,13 @@ def train_loop(
             scaler.update()
             done += 1
         optimiser.zero_grad()  # a resident model would otherwise keep the gradients' memory
+    if not done:
+        raise ValueError(
+            f"all labels of all {empty} batches are {IGNORED}, which means none: expected some to "
+            "train on; see how rows are cut and what of them is masked"
+        )
+    if empty:
+        log(WARNING, "%s batches have no label (all are %s) and were left out", empty, IGNORED)
     if num_examples is None:
         dataset = getattr(batches, "dataset", None)
         num_examples = len(dataset) if hasattr(dataset, "__len__") else counted.most  # type: ignore[arg-type]
@@ -157,7 +172,7 @@ def train_loop(
 @torch.no_grad()
 def losses_and_labels(
     model: nn.Module, batches: Iterable[Batch], *, precision: str = "float32"
-) -> LossesAndLabels:
+) -> Profile:
     """Return the loss of each sample and the labels, as AutoRank's profile needs them.
 
     For Hugging Face models that classify, or predict tokens: the loss of a text is the mean
@@ -176,8 +191,9 @@ def losses_and_labels(
 
     Returns
     -------
-    losses : ndarray, shape (rows,)
-    labels : ndarray, shape (rows,) or (predicted tokens,)
+    Profile
+        ``losses`` of shape (rows,), ``labels`` of shape (rows,) or (predicted tokens,), and the
+        number of rows; ``losses, labels = …`` unpacks it.
 
     Raises
     ------
@@ -208,7 +224,8 @@ def losses_and_labels(
             kept = (labels != IGNORED).view(len(labels), -1)
             losses.append((each.sum(1) / kept.sum(1).clamp(min=1)).cpu())
             found.append(labels[labels != IGNORED].cpu())
-    return torch.cat(losses).numpy(), torch.cat(found).numpy()
+    each_loss = torch.cat(losses).numpy()
+    return Profile(each_loss, torch.cat(found).numpy(), len(each_loss))
 
 
 def training_seed(config: Mapping[str, Any], seed: int) -> int:
@@ -292,8 +309,19 @@ def _row_count(batch: Batch) -> int:
 
 
 def _predicts_next(model: nn.Module) -> bool:
-    # Hugging Face models say so; these shift the labels by one themselves.
-    return getattr(model, "loss_type", None) == "ForCausalLM"
+    """Tell whether a model's own loss shifts the labels by one."""
+    kind = getattr(model, "loss_type", None)
+    if kind is not None:
+        return bool(kind == "ForCausalLM")
+    # GPT-2 and others shift without saying so; Hugging Face lists them as what they are.
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:  # then it is no model of theirs
+        return False
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # PEFT's
+        inner = inner.get_base_model()
+    return type(inner).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def _to(batch: Batch, device: torch.device) -> dict[str, Any]:

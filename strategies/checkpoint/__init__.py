@@ -10,7 +10,7 @@ were. Which one is the best follows from the scores inside them; no pointer can 
 from strategies.checkpoint.fingerprint import compare_fingerprints
 from strategies.checkpoint.folder import Checkpoints
 from strategies.checkpoint.format import Checkpoint, CheckpointError, DamagedError, read
-from strategies.checkpoint.peft_export import export_peft
+from strategies.checkpoint.peft_export import export_peft, save_adapter
 
 __all__ = [
     "Checkpoint",
@@ -20,4 +20,5 @@ __all__ = [
     "compare_fingerprints",
     "export_peft",
     "read",
+    "save_adapter",
 ]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flwr.app import ArrayRecord
 from safetensors.torch import save_file
+from torch import Tensor
 
 from strategies.lora import Adapter
+from strategies.messages import from_record
+from strategies.model import GlobalModel
 
 PREFIX = "base_model.model."
+# For these tasks PEFT itself saves such modules, whole: naming their parts would save them twice.
+HEADED, HEADS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -53,7 +59,7 @@ def export_peft(
         raise FileExistsError(f"{folder} already holds an adapter; name another folder")
     if not adapter.pairs:
         raise ValueError("expected an adapter with LoRA modules, got none")
-    config = _config(adapter, target_modules)
+    config = _config(adapter, target_modules, HEADS if task_type in HEADED else ())
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     tensors = {
         PREFIX + key.removeprefix(PREFIX): tensor.detach().cpu().contiguous().clone()
@@ -64,7 +70,43 @@ def export_peft(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _config(adapter: Adapter, target_modules: Iterable[str] | None) -> dict[str, Any]:
+def save_adapter(
+    arrays: ArrayRecord | Mapping[str, Tensor],
+    folder: Path | str,
+    *,
+    scale: float = 1.0,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write the global model of a run as an adapter that plain PEFT reads, whatever the rule.
+
+    With it ``PeftModel.from_pretrained(base, folder)`` computes what the server's model does. The
+    habit of loading the arrays into a model and calling ``save_pretrained`` loses what rules that
+    merge (``flora``, ``fedex``) have put into the base; here it becomes part of the adapter, whose
+    rank grows by it. Of ``fedsa`` it holds what is shared: B stays on the clients.
+
+    Parameters
+    ----------
+    arrays : ArrayRecord or Mapping[str, Tensor]
+        ``result.arrays`` of ``FedLoRA.start``.
+    folder, base_model, task_type
+        As in ``export_peft``.
+    scale : float (default: 1.0)
+        That of ``FedLoRA(scale=…)``.
+
+    Raises
+    ------
+    FileExistsError, ValueError
+        As ``export_peft``, and if the arrays are no global model.
+    """
+    tensors = from_record(arrays) if isinstance(arrays, ArrayRecord) else arrays
+    adapter = GlobalModel.from_tensors(tensors, scale).combined()
+    export_peft(adapter, folder, base_model=base_model, task_type=task_type)
+
+
+def _config(
+    adapter: Adapter, target_modules: Iterable[str] | None, heads: Sequence[str]
+) -> dict[str, Any]:
     """Return the fields of ``LoraConfig`` that are not as PEFT would set them."""
     pairs = {module.removeprefix(PREFIX): pair for module, pair in adapter.pairs.items()}
     rank = adapter.rank
@@ -78,6 +120,8 @@ def _config(adapter: Adapter, target_modules: Iterable[str] | None) -> dict[str,
     dora = lora_bias = False
     for key in adapter.dense:
         module, _, last = key.removeprefix(PREFIX).rpartition(".")
+        if (first := module.partition(".")[0]) in heads:
+            module = first
         if last == "lora_magnitude_vector":
             dora = True
         elif key.endswith(".lora_B.bias"):

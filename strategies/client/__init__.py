@@ -25,8 +25,10 @@ from strategies.client.profiling import (
     Measure,
     profile,
     profile_wanted,
+    register_identity,
     register_profile,
 )
+from strategies.profiling import Profile
 
 __all__ = [
     "IDENTITY_KEYS",
@@ -34,6 +36,7 @@ __all__ = [
     "PROFILED_KEY",
     "LossesAndLabels",
     "Measure",
+    "Profile",
     "adapter_state",
     "apply_adapter",
     "check_mergeable",
@@ -44,6 +47,7 @@ __all__ = [
     "profile_wanted",
     "receive",
     "receive_parameters",
+    "register_identity",
     "register_profile",
     "send",
     "send_parameters",

@@ -56,7 +56,10 @@ def receive(
         If the arrays do not fit the model, or a factor that was not sent cannot be found
         in ``state``.
     """
-    tensors = decode(arrays, str(config.get(WIRE_KEY, "float32")))
+    if WIRE_KEY in config:
+        tensors = decode(arrays, str(config[WIRE_KEY]))
+    else:  # the global arrays themselves, of whatever type the server's model is
+        tensors = {name: tensor.float() for name, tensor in arrays.items()}
     tensors.update(_kept_factors(model, tensors, state, adapter_name))
     received = GlobalModel.from_tensors(tensors, float(config.get(SCALE_KEY, 1.0)))
     merge_into_base(model, received.merged, adapter_name=adapter_name)
@@ -66,6 +69,7 @@ def receive(
         factor = factor_of(key)
         if factor is not None:
             parameter.requires_grad_(factor in trained)
+    model.fedlora_ready = True  # type: ignore[assignment]
     # A private update is clipped by how far it moved from here.
     model.fedlora_received = tensors if Privacy.asked(config) else None  # type: ignore[assignment]
 
@@ -93,8 +97,14 @@ def send(
     Raises
     ------
     ValueError
-        If ``state`` is needed and missing, or the message asks for less privacy than the node.
+        If ``receive`` was not called with this model, ``state`` is needed and missing, or the
+        message asks for less privacy than the node.
     """
+    if not getattr(model, "fedlora_ready", False):
+        raise ValueError(
+            "this model never got the global adapter: call apply_adapter(model, message) (a "
+            "NumPyClient: receive_parameters) before it is trained, and reply with the same model"
+        )
     sent, trained = str(config.get(SEND_KEY, "AB")), str(config.get(TRAIN_KEY, "AB"))
     out: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}

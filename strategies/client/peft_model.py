@@ -5,10 +5,14 @@ PEFT itself is not imported: its LoRA layers are found by their ``lora_A`` attri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from logging import INFO, WARNING
 from typing import Any
 
 import torch
+from flwr.common import log
 from torch import Tensor, nn
 
 from strategies.lora import Adapter, LoraPair
@@ -28,7 +32,10 @@ def merge_into_base(model: nn.Module, merged: Adapter, *, adapter_name: str = "d
     """
     if merged.pairs:
         check_mergeable(model, adapter_name=adapter_name)
+    _warn_of_saving(model, merged=bool(merged.pairs))
     for name, layer in _lora_layers(model, adapter_name):
+        if name not in merged.pairs and not hasattr(layer, "fedlora_pristine"):
+            continue  # whatever its base is: there is nothing to merge into it
         weight = layer.get_base_layer().weight
         pristine: Tensor | None = getattr(layer, "fedlora_pristine", None)
         if name not in merged.pairs:
@@ -43,16 +50,50 @@ def merge_into_base(model: nn.Module, merged: Adapter, *, adapter_name: str = "d
         weight.data.copy_(pristine.to(weight.device).float() + delta)
 
 
+def _warn_of_saving(model: nn.Module, *, merged: bool) -> None:
+    """Have ``save_pretrained`` say that it leaves out what is merged into the base."""
+    held = vars(model)
+    if not merged:
+        held.pop("save_pretrained", None)
+    elif hasattr(model, "save_pretrained") and "save_pretrained" not in held:
+        save: Any = model.save_pretrained
+
+        @functools.wraps(save)
+        def warn(*args: Any, **options: Any) -> Any:
+            log(WARNING, "this rule has merged a part of the model into its frozen weights, which "
+                "save_pretrained leaves out; strategies.save_adapter(result.arrays, folder, "
+                "scale=…) saves all of it")  # fmt: skip
+            return save(*args, **options)
+
+        held["save_pretrained"] = warn
+
+
 def check_mergeable(model: nn.Module, *, adapter_name: str = "default") -> None:
     """Refuse a model whose frozen weights nothing can be merged into.
 
     Raises
     ------
     ValueError
-        If the weight of a LoRA layer is quantised.
+        If the weight of a LoRA layer is quantised, tied to another, or not one weight.
     """
+    owners: dict[int, list[str]] = {}
+    for owner, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(owner)
     for name, layer in _lora_layers(model, adapter_name):
-        weight = layer.get_base_layer().weight
+        base = layer.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise ValueError(
+                f"{name!r} is a {type(base).__name__}, which has no single weight to merge into; "
+                "use a rule that does not merge"
+            )
+        tied = owners.get(id(weight), [])
+        if len(tied) > 1:
+            raise ValueError(
+                f"the weight of {name!r} is tied to another ({', '.join(tied)}), which a merge "
+                "would change as well; leave tied layers out of the LoRA targets, untie them, or "
+                "use a rule that does not merge"
+            )
         # Quantised weights are packed integers, or floats in a class that says what they are.
         if not weight.is_floating_point() or hasattr(weight, "quant_state"):
             raise ValueError(
@@ -82,15 +123,16 @@ def load_adapter(model: nn.Module, adapter: Adapter, *, adapter_name: str = "def
     ValueError
         If the adapter names a module or tensor that the model does not have.
     """
+    _refuse_changed_base(model, adapter_name)
     layers = dict(_lora_layers(model, adapter_name))
     parameters = dict(adapter_parameters(model, adapter_name, all_parameters=True))
     unknown = [m for m in adapter.pairs if m not in layers]
     unknown += [k for k in adapter.dense if k not in parameters]
     if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ValueError(
-            f"the model has no {', '.join(map(repr, unknown[:3]))}"
-            f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}; its LoRA modules are "
-            f"{', '.join(sorted(layers)[:3])}, …: server and client must build the same model"
+            f"the client's model has no {', '.join(map(repr, unknown[:3]))}{more}; "
+            + _what_it_has(model, layers, adapter_name)
         )
     with torch.no_grad():
         for module, pair in adapter.pairs.items():
@@ -98,6 +140,8 @@ def load_adapter(model: nn.Module, adapter: Adapter, *, adapter_name: str = "def
         for key, tensor in adapter.dense.items():
             parameters[key].copy_(tensor)
     config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is not None and adapter.pairs:
+        _tell_scale(model, config, next(iter(adapter.pairs.values())).scale)
     if config is not None and adapter.pairs:  # so that save_pretrained writes what is there
         config.r = adapter.rank
         config.lora_alpha = next(iter(adapter.pairs.values())).scale * adapter.rank
@@ -106,6 +150,57 @@ def load_adapter(model: nn.Module, adapter: Adapter, *, adapter_name: str = "def
         config.rank_pattern = {short[m]: p.rank for m, p in others.items()}
         config.alpha_pattern = {short[m]: p.scale * p.rank for m, p in others.items()}
         config.use_rslora = False
+
+
+def _tell_scale(model: nn.Module, config: Any, scale: float) -> None:
+    """Say once that the scale a model was made with is not the server's, which holds."""
+    if not hasattr(model, "fedlora_scale"):
+        own = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        if not math.isclose(own, scale, rel_tol=1e-6):
+            log(INFO, "this model was made with a LoRA scale (alpha / r) of %g; the server's, %g, "
+                "holds (FedLoRA(scale=…))", own, scale)  # fmt: skip
+    model.fedlora_scale = scale  # type: ignore[assignment]
+
+
+def _what_it_has(model: nn.Module, layers: Mapping[str, Any], adapter_name: str) -> str:
+    """Return what a model has instead of what it was sent, and what to do."""
+    names = [name for name, _ in model.named_modules()]
+    for wrapper, said in (("module", "DataParallel"), ("_orig_mod", "torch.compile")):
+        if any(wrapper in name.split(".") for name in names):
+            return f"it is wrapped by {said}: pass the unwrapped model"
+    if not layers:
+        others = sorted({a for m in model.modules() for a in getattr(m, "lora_A", {})})
+        if others:
+            return (
+                f"no LoRA layer has an adapter {adapter_name!r} (found "
+                f"{', '.join(map(repr, others))}); pass adapter_name"
+            )
+        return "it has no LoRA layers: pass what peft.get_peft_model returned"
+    return (
+        f"its LoRA modules are {', '.join(sorted(layers)[:3])}{', …' if len(layers) > 3 else ''}: "
+        "server and client must build the same model"
+    )
+
+
+# Ways of PEFT to start an adapter that also take something out of the frozen weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _refuse_changed_base(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a model whose base is no longer the one that everybody loaded.
+
+    Raises
+    ------
+    ValueError
+        If its adapter was initialised in a way that changes the frozen weights.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    how = getattr(config, "init_lora_weights", True)
+    if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"init_lora_weights = {how!r} changes the frozen weights, each node's in its own way, "
+            "so that what is trained here fits no other model; leave it out (server and clients)"
+        )
 
 
 def adapter_state(model: nn.Module, *, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +11,14 @@ from flwr.clientapp import ClientApp
 from numpy.typing import ArrayLike
 
 from strategies.privacy.mechanism import NOISE_KEY
-from strategies.profiling import METRICS, PROFILE_KEY, profile_metrics
+from strategies.profiling import METRICS, PROFILE_KEY, Profile, profile_metrics
 
 # Where a client keeps its answer to the profiling query.
 PROFILED_KEY = "fedlora.profile"
 # What a node says of itself in answer to a query, as far as its node config has it.
 IDENTITY_KEYS = ("partition-id", "max-rank", "num-examples")
 
-LossesAndLabels = tuple[ArrayLike, ArrayLike]
+LossesAndLabels = Profile | tuple[ArrayLike, ArrayLike]
 Measure = Callable[[], LossesAndLabels]
 
 
@@ -30,7 +31,8 @@ def profile(state: RecordDict, measure: Measure, *, again: bool = False) -> dict
         ``context.state``; the profile is kept there as ``fedlora.profile``.
     measure : callable
         Returns the losses of the training samples (or of ``profile_rows`` of them) and the
-        labels of all of them. Called only if nothing is kept, or ``again``.
+        labels of all of them, as a ``Profile`` where there is not one label for each sample. Called
+        only if nothing is kept, or ``again``.
     again : bool (default: False)
         Measure anew, e.g. after the received adapter was loaded because a training message
         says ``profile``.
@@ -38,13 +40,15 @@ def profile(state: RecordDict, measure: Measure, *, again: bool = False) -> dict
     Returns
     -------
     dict
-        The three numbers of ``profile_metrics``, and ``num-examples``, which every reply of
-        a Flower client holds anyway: a query reports it for the server's log.
+        The three numbers of ``profile_metrics``, and ``num-examples``, the rows, which every
+        reply of a Flower client holds anyway: a query reports it for the server's log.
     """
     if again or PROFILED_KEY not in state:
-        losses, labels = measure()
+        measured = measure()
+        losses, labels = measured
+        rows = measured.rows if isinstance(measured, Profile) else len(labels)  # type: ignore[arg-type]
         found = profile_metrics(losses, labels)
-        state[PROFILED_KEY] = MetricRecord({**found, "num-examples": len(labels)})  # type: ignore[arg-type]
+        state[PROFILED_KEY] = MetricRecord({**found, "num-examples": rows})
     return dict(state.metric_records[PROFILED_KEY])  # type: ignore[arg-type]
 
 
@@ -64,8 +68,54 @@ def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabel
     measure : callable
         ``measure(context)`` returns the losses of the training samples on the model as the
         run starts from it, and the labels. Called once a node and run.
-    """
 
+    Raises
+    ------
+    TypeError
+        If ``measure`` cannot be called with a context alone, as ``losses_and_labels`` itself
+        cannot.
+    """
+    if not callable(measure) or not _takes_one(measure):
+        name = getattr(measure, "__name__", repr(measure))
+        raise TypeError(
+            f"measure: expected a function of one argument, the context, got {name}; write "
+            f"register_profile(app, lambda context: {name}(…))"
+        )
+
+    def profiled_here(context: Context) -> dict[str, float | int]:
+        return profile(context.state, lambda: measure(context))
+
+    _answer_queries(app, profiled_here)
+
+
+def register_identity(app: ClientApp) -> None:
+    """Let a Message API app answer who it is: ``partition-id`` and ``max-rank`` of its node config.
+
+    With it the server gives each node the rank it can hold, and the same seed gives the same
+    bytes: without, clients are told apart by Flower's node ids, which are random. An app with
+    ``register_profile`` has it already.
+
+    Parameters
+    ----------
+    app : ClientApp
+        Without a query handler of its own.
+    """
+    _answer_queries(app, None)
+
+
+def _takes_one(measure: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(measure).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin that does not say
+        return True
+    return True
+
+
+def _answer_queries(
+    app: ClientApp, profile_of: Callable[[Context], dict[str, float | int]] | None
+) -> None:
     @app.query()
     def answer(message: Message, context: Context) -> Message:
         node = context.node_config
@@ -81,7 +131,11 @@ def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabel
                     "this node keeps its data private, but the message asks for a profile of its "
                     "rows; use a rank policy that needs none"
                 )
-            found = profile(context.state, lambda: measure(context))
+            if profile_of is None:
+                raise ValueError(
+                    "the server asks for a profile; register_profile(app, measure) gives one"
+                )
+            found = profile_of(context)
             content["profile"] = MetricRecord(found)  # type: ignore[arg-type]
         return Message(content, reply_to=message)
 

@@ -289,7 +289,7 @@ def test_a_round_with_clients_of_different_rank_around_one_resident_model():
 
     initial = values(causal(rank=4))
     strategy = FedLoRA(
-        aggregation="ffa", ranks=ListRank([2, 4]), scale=2.0, listeners=[seen.append]
+        query=False, aggregation="ffa", ranks=ListRank([2, 4]), scale=2.0, listeners=[seen.append]
     )
     result = strategy.start(FakeGrid([1, 2], client), to_record(initial), num_rounds=2)
     assert isinstance(result.arrays, ArrayRecord)

@@ -168,7 +168,12 @@ def sets_of_a_run(seed, rounds=3, nodes=6):
         return message_reply(got)  # untrained: nothing changes from round to round
 
     strategy = FedLoRA(
-        aggregation="fslora", ranks=UniformRank(3), scale=S, seed=seed, evaluate_fraction=0.0
+        query=False,
+        aggregation="fslora",
+        ranks=UniformRank(3),
+        scale=S,
+        seed=seed,
+        evaluate_fraction=0.0,
     )
     arrays = to_record(start.to_state_dict())
     result = strategy.start(FakeGrid(range(nodes), answer), arrays, num_rounds=rounds)
