@@ -516,7 +516,7 @@ def toml_section() -> str:
 
 
 def markdown_table() -> str:
-    """Return the table of all keys for the README."""
+    """Return the table of all keys for docs/configuration.md."""
     rows = ["| key | default | what it does |", "|---|---|---|"]
     for key, f in options(RunConfig):
         default = f.default if f.default is not MISSING else ""

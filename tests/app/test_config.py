@@ -25,8 +25,8 @@ def test_pyproject_holds_every_key_with_its_default_and_comment():
     assert toml_section() in text
 
 
-def test_readme_holds_the_table_of_keys():
-    assert markdown_table() in (ROOT / "README.md").read_text()
+def test_the_documentation_holds_the_table_of_keys():
+    assert markdown_table() in (ROOT / "docs" / "configuration.md").read_text()
 
 
 def test_defaults_are_valid_and_flat_is_the_inverse():
