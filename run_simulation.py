@@ -13,24 +13,23 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.common.config import flatten_dict
 
 from fedlora_app import cluster
 from fedlora_app.config import ConfigError, RunConfig, Scalar
 from fedlora_app.console import Console
-from fedlora_app.report import refuse_used
+from fedlora_app.folders import refuse_used
 from fedlora_app.superlink import SuperLink, SuperLinkError, exit_on_signals
 
-if TYPE_CHECKING:
-    from fedlora_app.inspection import Report
-
 PROJECT = Path(__file__).resolve().parent
+OPTIONS = {"rounds": "rounds", "output": "output", "resume-from": "resume"}  # keys with their own
 
 
 def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dict[str, Scalar]]:
@@ -42,6 +41,8 @@ def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dic
         If the app could not run with it.
     """
     kinds = RunConfig().to_flat()
+    if problems := _twice(args):
+        raise ConfigError(problems)
     changes = {key: _value(text, kinds.get(key)) for key, text in args.config}
     if args.rounds is not None:
         changes["rounds"] = args.rounds
@@ -57,23 +58,28 @@ def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dic
     # Decided here, so that we know where the app writes and where a relative path begins.
     output = config.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
     folder = Path(output).expanduser().absolute()
-    if not config.resume_from:
-        refuse_used(folder)
+    refuse_used(folder, resumed=bool(config.resume_from))
     changes["output"] = str(folder)
     return config, changes
 
 
-def check_data(config: RunConfig, clients: int) -> Report:
-    """Return what the run trains and tests on, so that what is wrong stops it before it starts.
+def check_start(config: RunConfig, args: argparse.Namespace, folder: Path) -> None:
+    """Look at resources, data and model, so that what cannot run stops before anything starts.
 
     Raises
     ------
     ValueError or FileNotFoundError
-        If there are no such data, or clients would get too few rows.
+        With what is wrong and what to do.
     """
+    from fedlora_app.door import check_run, resource_problems
     from fedlora_app.inspection import inspect
 
-    return inspect(config.data, clients=clients, seed=config.seed)
+    problems = resource_problems(args.cpus_per_client, args.gpus_per_client)
+    if problems and not args.ray_address:  # a cluster is asked itself
+        raise ConfigError(problems)
+    data = inspect(config.data, clients=args.clients, seed=config.seed)
+    print(data, flush=True)
+    print(f"{config.model.name}: {check_run(config, folder, data)}", flush=True)
 
 
 def check_cluster(config: RunConfig, args: argparse.Namespace) -> None:
@@ -108,12 +114,10 @@ def simulate(
             console.show(line)
         status = link.status(run_id)
         if not status.completed:
-            output.mkdir(parents=True, exist_ok=True)
-            shutil.copy(link.log_file, output / "superlink.log")
+            kept = _keep_log(link.log_file, output)
     if not status.completed:
         print(
-            f"the run failed ({status.status}): {status.details}\n"
-            f"the full log is in {output / 'superlink.log'}",
+            f"the run failed ({status.status}): {status.details}\nthe full log is in {kept}",
             file=sys.stderr,
         )
     return status.completed
@@ -125,7 +129,7 @@ def main(argv: Sequence[str] | None = None, project: Path = PROJECT) -> int:
     try:
         config, changes = read_config(project, args)
         if project == PROJECT:
-            print(check_data(config, args.clients), flush=True)
+            check_start(config, args, Path(str(changes["output"])))
             if args.ray_address:
                 check_cluster(config, args)
     except (ConfigError, ValueError, FileNotFoundError, cluster.ClusterError) as error:
@@ -137,6 +141,30 @@ def main(argv: Sequence[str] | None = None, project: Path = PROJECT) -> int:
         except SuperLinkError as error:
             print(error, file=sys.stderr)
             return 1
+
+
+def _keep_log(log_file: Path, output: Path) -> Path:
+    """Copy the SuperLink's log to the run, or aside if the run never began one; return where."""
+    if (output / "config.json").exists():
+        kept = output / "superlink.log"
+    else:
+        kept = Path(tempfile.mkdtemp(prefix="fedlora-failed-")) / "superlink.log"
+    shutil.copy(log_file, kept)
+    return kept
+
+
+def _twice(args: argparse.Namespace) -> list[str]:
+    """Return which keys were given more than one value; Flower calls that an invalid format."""
+    given = [key for key, _ in args.config]
+    given += ["rounds"] * (args.rounds is not None) + ["output"] * (args.output is not None)
+    given += ["resume-from"] * args.resume
+    return [
+        f"{key}: given {given.count(key)} times"
+        + (f" (--{option} is one of them)" if (option := OPTIONS.get(key)) else "")
+        + "; leave one of them"
+        for key in dict.fromkeys(given)
+        if given.count(key) > 1
+    ]
 
 
 def _too_few_clients(config: RunConfig, clients: int) -> list[str]:

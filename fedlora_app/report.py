@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from logging import INFO, WARNING
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.common import log
 
-from fedlora_app.config import ConfigError, RunConfig
+from fedlora_app.config import RunConfig
+from fedlora_app.folders import refuse_used
 from fedlora_app.plots import plot_run
 from fedlora_app.records import Record, line_of, read_records, write_json, write_lines
 
@@ -28,10 +31,12 @@ class RunFolder:
     Parameters
     ----------
     path : Path
-        Created if needed. Holds afterwards ``config.json``, ``metrics.jsonl``,
-        ``summary.json``, ``adapter/`` and the plots.
+        Created by ``begin``, and nothing before. Holds afterwards ``config.json``,
+        ``metrics.jsonl``, ``summary.json``, ``adapter/`` and the plots.
     config : RunConfig
-        Written at once, as it is in effect.
+        Written by ``begin``, as it is in effect.
+    label_names : sequence of str
+        The classes, in the order of their ids; for ``summary.json`` and the adapter.
     resume_round : int, optional
         Go on with the run in this folder after this round: its records are kept, later ones
         are dropped. (default: begin a new run)
@@ -48,24 +53,43 @@ class RunFolder:
         overwritten.
     """
 
-    def __init__(self, path: Path, config: RunConfig, *, resume_round: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: RunConfig,
+        label_names: Sequence[str] = (),
+        *,
+        resume_round: int | None = None,
+    ) -> None:
         self.path = path.expanduser().absolute()
         if resume_round is None:
             refuse_used(self.path)
         self.config = config
+        self.label_names = list(label_names)
         self.rounds: list[Record] = []
         self.last_reason = "nobody was asked"
+        self._resume_round = resume_round
         self._before = 0.0  # seconds of the run until it was interrupted
         self._began = time.perf_counter()
+        self._metrics: io.FileIO | None = None
+        self._written = 0
+        self._waiting: list[str] = []  # lines that are not in the file yet
+        self._kept: list[Record] = []
+        if resume_round is not None:
+            self._read(resume_round)
+
+    def begin(self) -> None:
+        """Make the folder, or cut what it holds to the round that is resumed from."""
         metrics = self.path / "metrics.jsonl"
         self.path.mkdir(parents=True, exist_ok=True)
-        if resume_round is not None:
-            self._keep(metrics, resume_round)
-        write_json(self.path / "config.json", config.to_flat())
+        if self._resume_round is not None:
+            write_lines(metrics, self._kept)
+            (self.path / "summary.json").unlink(missing_ok=True)
+        write_json(self.path / "config.json", self.config.to_flat())
         # Without a buffer, so that it is known what is in the file.
         self._metrics = metrics.open("ab", buffering=0)
         self._written = metrics.stat().st_size
-        self._waiting: list[str] = []  # lines that a full disk has kept out so far
+        self._write()
 
     def __call__(self, record: Record) -> None:
         """Append one record to ``metrics.jsonl``; a full disk does not end the run."""
@@ -76,6 +100,8 @@ class RunFolder:
 
     def _write(self) -> None:
         """Append all lines that wait, or none of them."""
+        if self._metrics is None:
+            return
         lines = "".join(self._waiting).encode()
         try:
             done = 0
@@ -102,9 +128,10 @@ class RunFolder:
             Duration of the run, since it was resumed if it was.
         """
         self._write()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         adapter = self.path / "adapter"
-        model.save_pretrained(str(adapter), save_embedding_layers=False)
+        save_adapter(model, adapter, self.config.model.name, self.label_names)
         summary = {
             "method": self.config.method,
             "aggregation": self.config.aggregation,
@@ -116,6 +143,7 @@ class RunFolder:
             "bytes_up": sum(r["bytes_up"] for r in self.rounds),
             "bytes_down": sum(r["bytes_down"] for r in self.rounds),
             "rejected": sum(r["rejected"] for r in self.rounds),
+            "labels": self.label_names,
             "adapter": str(adapter),
         }
         plots = plot_run(self.rounds, self.path)
@@ -132,18 +160,41 @@ class RunFolder:
         elif record.get("status") == "rejected":
             self.last_reason = record["reason"]
 
-    def _keep(self, metrics: Path, resume_round: int) -> None:
-        """Keep what ``metrics.jsonl`` has until the end of a round, as if it had ended there."""
-        kept = until(read_records(metrics), resume_round) if metrics.exists() else []
-        for record in kept:
+    def _read(self, resume_round: int) -> None:
+        """Read what ``metrics.jsonl`` has until the end of a round, as if it had ended there."""
+        metrics = self.path / "metrics.jsonl"
+        self._kept = until(read_records(metrics), resume_round) if metrics.exists() else []
+        for record in self._kept:
             self._note(record)
-        self._before = kept[-1].get("at", 0.0) if kept else 0.0
-        write_lines(metrics, kept)
-        (self.path / "summary.json").unlink(missing_ok=True)
+        self._before = self._kept[-1].get("at", 0.0) if self._kept else 0.0
         known = {r["round"] for r in self.rounds}
         if lost := sorted(set(range(1, resume_round + 1)) - known):
             log(WARNING, "%s has no record of round %s, which the resumed run does not repeat",
                 metrics, ", ".join(map(str, lost)))  # fmt: skip
+
+
+def save_adapter(
+    model: PeftModel, folder: Path, model_name: str, label_names: Sequence[str]
+) -> None:
+    """Write the adapter so that PEFT finds its base, with the classes in the order of their ids.
+
+    Parameters
+    ----------
+    model : PeftModel
+    folder : Path
+    model_name : str
+        The base model as the run config names it.
+    label_names : sequence of str
+        Written to ``labels.json``, since PEFT's own files have no place for them.
+    """
+    config = model.peft_config["default"]
+    path = Path(model_name).expanduser()
+    config.base_model_name_or_path = str(path.absolute()) if path.is_dir() else model_name
+    if hasattr(model.get_base_model(), "base_model_prefix"):  # transformers' own classifier
+        config.task_type = "SEQ_CLS"
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    text = json.dumps(list(label_names), ensure_ascii=False, indent=2)
+    (folder / "labels.json").write_text(text + "\n", encoding="utf-8")
 
 
 def until(records: Iterable[Record], last_round: int) -> list[Record]:
@@ -157,19 +208,6 @@ def until(records: Iterable[Record], last_round: int) -> list[Record]:
         if now <= last_round:
             kept.append(record)
     return kept
-
-
-def refuse_used(folder: Path) -> None:
-    """Refuse a folder that already holds a run.
-
-    Raises
-    ------
-    ConfigError
-    """
-    if (folder / "metrics.jsonl").exists():
-        raise ConfigError(
-            [f"output: {folder} already holds a run; name another folder or remove it"]
-        )
 
 
 def clock_total(rounds: Iterable[Record]) -> dict[str, float]:

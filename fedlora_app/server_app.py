@@ -21,19 +21,21 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.client_app import LABELS_KEY, TIMES_KEY
-from fedlora_app.config import ConfigError, RunConfig
-from fedlora_app.data import TokenizedRows, load_test, tokenize
+from fedlora_app.config import RunConfig
+from fedlora_app.data import TextRows, TokenizedRows, load_test, tokenize
+from fedlora_app.door import check_run
+from fedlora_app.inspection import inspect
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.precision import with_precision
 from fedlora_app.rank_policies import make_ranks
 from fedlora_app.report import RunFolder
+from fedlora_app.resuming import make_saver, resumed_here
 from fedlora_app.samplers import make_run_sampler
 from fedlora_app.tensorboard import TensorBoardListener
 from fedlora_app.training import EvalResult, evaluate, per_sample_losses, torch_threads
 from strategies import FedLoRA
 from strategies.aggregation import make_aggregator
-from strategies.checkpoint import Checkpoints
-from strategies.client import adapter_state, check_mergeable, load_adapter
+from strategies.client import adapter_state, load_adapter
 from strategies.clients import Client
 from strategies.lora import Adapter
 from strategies.messages import from_record, to_record
@@ -62,19 +64,23 @@ def main(grid: Grid, context: Context) -> None:
     config = with_precision(RunConfig.from_flat(context.run_config))
     default = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
     began = time.perf_counter()
-    test = TestSet(config)
-    model, adapter = initial_adapter(config, len(test.label_names))
-    # Only now: a run that finds no model or data leaves no folder behind.
     path = Path(config.output or default).expanduser().absolute()
-    saver = make_saver(config, path)
+    data = inspect(config.data)
+    log(INFO, "%s", data)
+    loaded = check_run(config, path, data)
+    test = TestSet(config, data.test)
+    model, adapter = initial_adapter(config, len(test.label_names))
+    saver = make_saver(config, path, test.label_names)
     resumed = resumed_here(saver, path)
-    folder = RunFolder(path, config, resume_round=resumed)
+    folder = RunFolder(path, config, test.label_names, resume_round=resumed)
     log(INFO, "%s: %s on %s in %s, %s", config.method, config.model.name, config.data.name,
         config.train.precision, adapter)  # fmt: skip
+    log(INFO, "%s: %s", config.model.name, loaded)
 
     strategy = make_strategy(config, folder, test, model, saver)
-    if strategy.aggregation.merges_base:
-        check_mergeable(model)
+    arrays = to_record(adapter.to_state_dict())
+    strategy.check(arrays)
+    folder.begin()  # only now: a run that cannot start leaves no folder, and none as it was not
     board = None
     if config.tensorboard:
         board = TensorBoardListener(path, resume_round=resumed)
@@ -85,7 +91,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     result = strategy.start(
         grid,
-        to_record(adapter.to_state_dict()),
+        arrays,
         num_rounds=1 if alone else config.rounds,
         timeout=config.round_timeout,
         train_config=train_config,
@@ -115,21 +121,14 @@ class TestSet:
 
     __test__ = False  # not a test, whatever pytest makes of its name
 
-    def __init__(self, config: RunConfig) -> None:
-        rows = load_test(config.data)
+    def __init__(self, config: RunConfig, rows: TextRows | None = None) -> None:
+        rows = load_test(config.data) if rows is None else rows
         self.label_names = rows.label_names
         self.config = config
         tokenizer = build_tokenizer(config.model)
         self.all: TokenizedRows = tokenize(rows, tokenizer, config.data.max_length)
         self.validation: TokenizedRows | None = None
         if config.ranks.policy == "quality" and (size := config.ranks.validation_rows):
-            if size >= len(self.all):
-                raise ConfigError(
-                    [
-                        f"ranks.validation-rows: the test set has {len(self.all)} rows, so {size} "
-                        "leave none to test on"
-                    ]
-                )
             order = np.random.default_rng([config.seed, 1]).permutation(len(self.all))
             self.validation = self.all.take(np.sort(order[:size]))
             self.all = self.all.take(np.sort(order[size:]))
@@ -187,36 +186,6 @@ def initial_adapter(config: RunConfig, num_labels: int) -> tuple[PeftModel, Adap
     state = {key: value.clone() for key, value in adapter_state(model).items()}
     adapter = Adapter.from_state_dict(state, config=model.peft_config["default"])
     return model, adapter.only_dense() if config.method == "head" else adapter
-
-
-def make_saver(config: RunConfig, path: Path) -> Saver | None:
-    """Return what saves the run, with the checkpoint it goes on from; None if neither is asked."""
-    if not (config.checkpoint_every or config.resume_from) or config.method == "local":
-        return None
-    flat = config.to_flat()
-    checkpoints = Checkpoints(
-        path / "checkpoints",
-        every=config.checkpoint_every or config.rounds,
-        keep=config.checkpoint_keep,
-        best=config.checkpoint_best,
-    )
-    try:
-        return Saver(
-            checkpoints,
-            resume_from=config.resume_from,
-            fingerprint=flat,
-            fatal=config.keys_on_resume("fatal"),
-            ignored=config.keys_on_resume("ignore"),
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"resume-from: {error}"]) from error
-
-
-def resumed_here(saver: Saver | None, path: Path) -> int | None:
-    """Return the round after which a run in this very folder goes on; None for a new folder."""
-    if saver is None or saver.resumed is None:
-        return None
-    return saver.round if path in saver.resumed.path.parents else None
 
 
 def stop_at(

@@ -79,16 +79,10 @@ class Saver:
         #: The round that is resumed from; None for a new run.
         self.round: int | None = None
         if resume_from:
-            self.resumed = checkpoints.load(resume_from)
-            self.round = self.resumed.round
-            warnings, errors = compare_fingerprints(
-                self.resumed.fingerprint, self.fingerprint, fatal=set(fatal), ignored=set(ignored)
+            self.resumed, warnings = matching(
+                checkpoints, resume_from, self.fingerprint, fatal=fatal, ignored=ignored
             )
-            if errors:
-                raise ValueError(
-                    f"cannot resume from {self.resumed.path}:\n"
-                    + "\n".join(f"  - {problem}" for problem in errors)
-                )
+            self.round = self.resumed.round
             # Before anyone touches what else is in the run's folder: the run may be going on.
             checkpoints.claim(self.resumed, patience=patience)
             for warning in warnings:
@@ -165,3 +159,26 @@ class Saver:
         }
         score = self.checkpoints.score_of(evaluation)
         self.checkpoints.save(server_round, arrays, state, self.fingerprint, score)
+
+
+def matching(
+    checkpoints: Checkpoints,
+    resume_from: str,
+    fingerprint: Mapping[str, bool | int | float | str],
+    *,
+    fatal: Iterable[str] = (),
+    ignored: Iterable[str] = (),
+) -> tuple[Checkpoint, list[str]]:
+    """Return the checkpoint to go on from, and how its settings differ; nothing is touched.
+
+    See ``Saver`` for the parameters and errors.
+    """
+    found = checkpoints.load(resume_from)
+    warnings, errors = compare_fingerprints(
+        found.fingerprint, fingerprint, fatal=set(fatal), ignored=set(ignored)
+    )
+    if errors:
+        raise ValueError(
+            f"cannot resume from {found.path}:\n" + "\n".join(f"  - {line}" for line in errors)
+        )
+    return found, warnings

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -99,6 +101,11 @@ def write_run(folder: Path, records, *, tail="", config=None, summary=None) -> P
 
 
 class FakeModel:
+    peft_config: ClassVar = {"default": SimpleNamespace()}
+
+    def get_base_model(self):
+        return None
+
     def save_pretrained(self, folder, **_):
         Path(folder).mkdir(parents=True)
 
@@ -114,6 +121,27 @@ def test_a_used_folder_is_refused_and_left_as_it_is(tmp_path):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_nothing_is_made_before_the_run_begins(tmp_path):
+    folder = RunFolder(tmp_path / "run", RunConfig(), ["no", "yes"])
+    folder({"kind": "clock"})
+    assert not (tmp_path / "run").exists()
+    folder.begin()
+    assert [r["kind"] for r in read_records(tmp_path / "run" / "metrics.jsonl")] == ["clock"]
+
+
+@pytest.mark.parametrize("there", ["checkpoints/round-00003", "file"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, there):
+    if there == "file":
+        (tmp_path / "run").write_text("")
+        expected = "is a file"
+    else:
+        (tmp_path / "run" / there).mkdir(parents=True)
+        expected = "already holds a run"
+    for name in ("run", "run/deeper") if there == "file" else ("run",):
+        with pytest.raises(ConfigError, match=expected):
+            RunFolder(tmp_path / name, RunConfig())
+
+
 def test_a_resumed_run_ends_with_the_records_of_an_uninterrupted_one(tmp_path):
     whole = [{k: v for k, v in r.items() if k != "at"} for r in clocked_run()]
     for after in range(5):
@@ -126,6 +154,8 @@ def test_a_resumed_run_ends_with_the_records_of_an_uninterrupted_one(tmp_path):
         )  # fmt: skip
         write_run(path, interrupted[: end + 1], tail='{"kind": "client", "rou', summary={"a": 1})
         folder = RunFolder(path, RunConfig(), resume_round=after)
+        assert (path / "summary.json").exists()  # until the run begins, nothing is touched
+        folder.begin()
         assert not (path / "summary.json").exists()
         assert [r["round"] for r in folder.rounds] == list(range(after + 1))
         rest = [r for r in whole if r.get("round", 0) > after]
@@ -140,6 +170,7 @@ def test_a_resumed_run_ends_with_the_records_of_an_uninterrupted_one(tmp_path):
 
 def test_resuming_where_there_is_no_run_begins_one(tmp_path):
     folder = RunFolder(tmp_path / "new", RunConfig(), resume_round=3)
+    folder.begin()
     assert folder.rounds == []
     folder(round_record(4))
     assert [r["round"] for r in read_records(tmp_path / "new" / "metrics.jsonl")] == [4]
@@ -152,6 +183,7 @@ def test_a_reason_from_before_the_interruption_is_known(tmp_path):
 
 def test_numbers_that_json_lacks_become_null_at_any_depth(tmp_path):
     folder = RunFolder(tmp_path / "run", RunConfig())
+    folder.begin()
     folder({"kind": "plan", "alternatives": {"full": float("inf")}, "losses": [[float("nan")]]})
     folder._metrics.close()
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -181,6 +213,7 @@ class Disk:
 def test_a_full_disk_does_not_end_the_run_and_loses_no_line(tmp_path, caplog):
     caplog.set_level("WARNING", logger="flwr")
     folder = RunFolder(tmp_path / "run", RunConfig())
+    folder.begin()
     folder(round_record(1))
     disk = folder._metrics = Disk(folder._metrics)
     for number in range(2, 50):
@@ -196,12 +229,15 @@ def test_a_full_disk_does_not_end_the_run_and_loses_no_line(tmp_path, caplog):
 
 def test_finish_sums_up_with_the_time_before_the_interruption(tmp_path):
     run = write_run(tmp_path / "run", clocked_run())
-    folder = RunFolder(run, RunConfig(), resume_round=4)
+    folder = RunFolder(run, RunConfig(), ["no", "ja: é"], resume_round=4)
+    folder.begin()
     folder.finish({"accuracy": 0.8, "macro_f1": 0.7, "loss": 0.3}, FakeModel(), seconds=10.0)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["clock_seconds"] == 34.0
     assert summary["seconds"] == 25.0  # the last record was 15 s after the start
     assert summary["bytes_up"] == 4 * 500
+    assert summary["labels"] == ["no", "ja: é"]
+    assert json.loads((run / "adapter" / "labels.json").read_text()) == ["no", "ja: é"]
     for name in ("accuracy", "loss", "bytes", "accuracy-over-time", "round-seconds"):
         assert (run / f"{name}.png").stat().st_size > 0
 

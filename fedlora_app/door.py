@@ -1,0 +1,163 @@
+"""What is checked in seconds, before anything starts or is written.
+
+At the command line, and again in the ServerApp, which ``flwr run`` reaches without us.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlora_app.config import ConfigError, RunConfig
+from fedlora_app.folders import output_problems
+from fedlora_app.inspection import Report
+from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.resuming import check_resume
+from strategies.aggregation import make_aggregator
+from strategies.client import check_mergeable
+from strategies.wallclock import PROFILES, devices_from_csv
+
+LOOKED_AT = 200  # texts that show whether the tokenizer knows their words
+UNKNOWN = 0.5  # of their tokens: more, and it is the tokenizer of another model
+
+
+def check_run(config: RunConfig, folder: Path, data: Report) -> str:
+    """Refuse what could not end well, without reading weights or writing anything.
+
+    Parameters
+    ----------
+    config : RunConfig
+    folder : Path
+        Where the run is to write.
+    data : Report
+        The rows, as ``inspect`` read them; a few texts are tokenized.
+
+    Returns
+    -------
+    str
+        What of the model was loaded and what made new.
+
+    Raises
+    ------
+    FileNotFoundError or ValueError
+        With file or key, what is wrong and what to do.
+    """
+    problems = output_problems(folder, resumed=bool(config.resume_from)) + _optional(config)
+    size = config.ranks.validation_rows
+    if config.ranks.policy == "quality" and size >= len(data.test):
+        problems.append(
+            f"ranks.validation-rows: the test set has {len(data.test)} rows, so {size} leave none "
+            "to test on"
+        )
+    if problems:
+        raise ConfigError(problems)
+    check_resume(config, folder, data.label_names)
+    return check_model(config, len(data.label_names), data.train.texts)
+
+
+def check_model(config: RunConfig, num_labels: int, texts: Sequence[str]) -> str:
+    """Refuse a model, tokenizer, targets or lengths that do not go together; see ``check_run``."""
+    tokenizer = build_tokenizer(config.model)
+    base: Any = build_model(config.model, num_labels=num_labels, seed=0, shapes_only=True)
+    line: str = base.loaded.line()
+    name = config.model.name
+    problems = _tokens(name, tokenizer, base, texts[:LOOKED_AT])
+    if (most := positions(base)) is not None and config.data.max_length > most:
+        problems.append(
+            f"data.max-length: {config.data.max_length} tokens, but model.name = {name!r} has "
+            f"{most} positions; set data.max-length={most}"
+        )
+    if problems:
+        raise ConfigError(problems)
+    model = add_lora(base, config.lora, rank=1, seed=0)
+    if make_aggregator(config.aggregation, **config.aggregation_settings()).merges_base:
+        check_mergeable(model)
+    return line
+
+
+def positions(model: nn.Module) -> int | None:
+    """Return how many tokens a model with a table of positions takes; None without a table."""
+    settings: Any = model.config
+    most = getattr(settings, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
+            rows = module.num_embeddings if most is None else min(module.num_embeddings, most)
+            # RoBERTa counts from after the padding.
+            return rows if module.padding_idx is None else rows - module.padding_idx - 1
+    return None
+
+
+def resource_problems(cpus: int, gpus: float) -> list[str]:
+    """Return what one simulated client asks for that this machine does not have."""
+    problems = []
+    have = os.cpu_count() or 1
+    if cpus > have:
+        problems.append(
+            f"--cpus-per-client: a client would need {cpus} CPUs, and this machine has {have}; "
+            f"give at most {have}"
+        )
+    if not (math.isfinite(gpus) and gpus >= 0) or (gpus > 1 and gpus != int(gpus)):
+        problems.append(
+            f"--gpus-per-client: expected a share between 0 and 1 or a whole number, got {gpus:g}"
+        )
+    elif gpus and gpus > (found := torch.cuda.device_count()):
+        problems.append(
+            f"--gpus-per-client: a client would need {gpus:g} GPUs, and this machine has {found}; "
+            + (f"give at most {found}" if found else "leave it out")
+        )
+    return problems
+
+
+def _tokens(name: str, tokenizer: Any, model: nn.Module, texts: Sequence[str]) -> list[str]:
+    """Return how the tokenizer does not fit the model or the texts."""
+    embedding: Any = getattr(model, "encoder", model)
+    rows = embedding.get_input_embeddings().num_embeddings
+    words = tokenizer.get_vocab()
+    last = max(words, key=words.__getitem__)
+    if words[last] >= rows:
+        more = sum(number >= rows for number in words.values())
+        return [
+            f"model.name = {name!r}: the tokenizer knows {more} tokens more than the model, whose "
+            f"embedding has {rows} rows (such as {last!r}, number {words[last]}); take the "
+            "tokenizer the model was trained with, or resize its embedding and save it"
+        ]
+    unknown = tokenizer.unk_token_id
+    if not texts or unknown is None:
+        return []
+    ids = [
+        token
+        for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        for token in row
+    ]
+    share = ids.count(unknown) / len(ids) if ids else 1.0
+    if share > UNKNOWN:
+        return [
+            f"model.name = {name!r}: {share:.0%} of the tokens of the first {len(texts)} texts are "
+            "unknown to its tokenizer; take the tokenizer's files that the model was trained with, "
+            "and a model for the language of the texts"
+        ]
+    return []
+
+
+def _optional(config: RunConfig) -> list[str]:
+    """Return what else the run would need and does not find."""
+    problems = []
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        problems.append(
+            "tensorboard: TensorBoard is not installed; run: pip install 'fedlora[tensorboard]'"
+        )
+    profile = config.clock.profile
+    if profile != "measured" and profile not in PROFILES:
+        try:
+            devices_from_csv(Path(profile).expanduser(), config.clock.surroundings)
+        except (OSError, ValueError) as error:
+            problems.append(f"clock.profile: {error}")
+    return problems
