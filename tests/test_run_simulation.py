@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,7 +54,10 @@ def test_two_runs_at_once_one_completes_and_one_fails(tmp_path: Path) -> None:
     assert "ValueError: thirteen brings bad luck" in bad_out
     assert "Simulation failed with exception: thirteen brings bad luck" in bad_err
     assert "finished:failed" in bad_err
-    assert (tmp_path / "bad" / "superlink.log").exists()
+    kept = Path(bad_err.rpartition("the full log is in ")[2].strip())
+    assert kept.name == "superlink.log" and kept.exists()
+    assert not (tmp_path / "bad").exists()  # it never began
+    shutil.rmtree(kept.parent)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
