@@ -55,7 +55,7 @@ def test_two_runs_at_once_one_completes_and_one_fails(tmp_path: Path) -> None:
     assert "Simulation failed with exception: thirteen brings bad luck" in bad_err
     assert "finished:failed" in bad_err
     kept = Path(bad_err.rpartition("the full log is in ")[2].strip())
-    assert kept.name == "superlink.log" and kept.exists()
+    assert kept.exists()
     assert not (tmp_path / "bad").exists()  # it never began
     shutil.rmtree(kept.parent)
 
