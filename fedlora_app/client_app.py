@@ -135,9 +135,8 @@ class LoRAClient(NumPyClient):
             found = profile(self.state, lambda: self._losses(model, rows, config), again=True)
             extra.update({key: found[key] for key in METRICS})
         server_round = int(config[ROUND_KEY])
-        settings = self.config.train.in_round(
-            int(config[MODEL_ROUND_KEY]), times=int(config.get(TIMES_KEY, 1))
-        )
+        times = int(config.get(TIMES_KEY, 1))
+        settings = self.config.train.in_round(int(config[MODEL_ROUND_KEY]), times=times)
         seed = np.random.SeedSequence([self.config.seed, server_round, int(config[CLIENT_KEY])])
         result = train(
             model,
@@ -145,6 +144,7 @@ class LoRAClient(NumPyClient):
             settings,
             seed=int(seed.generate_state(1)[0]),
             penalty=_penalty(model, config),
+            rounds=times,
         )
         if config.get(VALIDATE_KEY) or config.get(QUALITY_KEY):
             score = self._evaluate(model, held_out, len(labels))

@@ -85,6 +85,7 @@ def train(
     *,
     seed: int,
     penalty: Callable[[], Tensor] | None = None,
+    rounds: int = 1,
 ) -> TrainResult:
     """Train the weights of ``model`` that require gradients, in place.
 
@@ -105,6 +106,9 @@ def train(
         number of threads, a seed gives the same weights whatever ran before.
     penalty : callable, optional
         A scalar that is added to the loss at each step; the reported loss leaves it out.
+    rounds : int (default: 1)
+        The training of so many rounds in one go: in each share of the steps the schedule starts
+        anew, at rates lowered by ``config.round_decay``, as they are from round to round.
 
     Raises
     ------
@@ -123,7 +127,7 @@ def train(
         losses = losses.to(device)
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: _rate(config.schedule, step, steps)
+            optimizer, lambda step: _rate_of(config, step, steps, min(rounds, steps))
         )
         rng = np.random.default_rng(seed)
         for batch in training_batches(rows, config.batch_size, total, rng):
@@ -238,6 +242,14 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, A
         {"params": lora, "lr": config.learning_rate},
         {"params": others, "lr": config.head_learning_rate},
     ]
+
+
+def _rate_of(config: TrainConfig, step: int, steps: int, rounds: int) -> float:
+    """Return the factor on the learning rates at a step of the training of some rounds."""
+    done = step * rounds // steps  # rounds that are over
+    first, following = (-(-n * steps // rounds) for n in (done, done + 1))
+    decay: float = config.round_decay**done
+    return decay * _rate(config.schedule, step - first, following - first)
 
 
 def _rate(schedule: str, step: int, steps: int) -> float:

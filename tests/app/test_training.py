@@ -104,26 +104,48 @@ def test_each_group_has_its_learning_rate(rows):
             assert largest == pytest.approx(1e-3 if "lora_B" in name else 1e-2, rel=0.01)
 
 
+class Constant(torch.nn.Module):
+    """Of a bias with the same gradient at each step, AdamW moves by the sum of the rates."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids, attention_mask):
+        logits = torch.zeros(len(input_ids), 2) + torch.stack([self.bias * 0, -self.bias])
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=logits)
+
+
+def sum_of_rates(rows, **settings):
+    """Return what the rates of a training sum up to, in units of the first."""
+    model, rounds = Constant(), settings.pop("rounds", 1)
+    same_rows = replace(rows, labels=np.zeros(len(rows), dtype=np.int64))
+    config = TrainConfig(head_learning_rate=1e-4, max_grad_norm=0, **settings)
+    train(model, same_rows, config, seed=0, rounds=rounds)
+    return model.bias.item() / 1e-4
+
+
 @pytest.mark.parametrize(
     ("schedule", "total"),
     [("constant", 4.0), ("linear", 1 + 3 / 4 + 2 / 4 + 1 / 4), ("cosine", 1 + 0.5 * 3)],
 )
 def test_schedule(rows, schedule, total):
-    # Of a bias with the same gradient at each step, AdamW moves by the sum of the rates.
-    class Constant(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bias = torch.nn.Parameter(torch.zeros(()))
+    assert sum_of_rates(rows, steps=4, schedule=schedule) == pytest.approx(total, rel=1e-3)
 
-        def forward(self, input_ids, attention_mask):
-            logits = torch.zeros(len(input_ids), 2) + torch.stack([self.bias * 0, -self.bias])
-            return transformers.modeling_outputs.SequenceClassifierOutput(logits=logits)
 
-    model = Constant()
-    same_rows = replace(rows, labels=np.zeros(len(rows), dtype=np.int64))
-    config = TrainConfig(steps=4, schedule=schedule, head_learning_rate=1e-4, max_grad_norm=0)
-    train(model, same_rows, config, seed=0)
-    assert model.bias.item() == pytest.approx(total * 1e-4, rel=1e-3)
+@pytest.mark.parametrize(
+    ("steps", "rounds", "schedule", "total"),
+    [
+        (6, 3, "constant", 2 * (1 + 0.5 + 0.25)),
+        (6, 2, "linear", (1 + 2 / 3 + 1 / 3) * 1.5),
+        (5, 2, "constant", 3 + 2 * 0.5),  # 2.5 steps a round
+        (2, 4, "constant", 1 + 0.5),  # fewer steps than rounds
+        (4, 1, "constant", 4),
+    ],
+)
+def test_rounds_in_one_go_decay_as_rounds_do(rows, steps, rounds, schedule, total):
+    found = sum_of_rates(rows, steps=steps, rounds=rounds, schedule=schedule, round_decay=0.5)
+    assert found == pytest.approx(total, rel=1e-3)
 
 
 def test_steps_and_epochs(rows):
