@@ -229,6 +229,7 @@ def make_strategy(
         "scale": config.lora.scale,
         "wire_dtype": config.wire_dtype,
         "seed": config.seed,
+        "head_only": config.method == "head",
         "min_replies": config.min_replies,
         "min_available_nodes": config.min_nodes,
         "min_answering": config.min_answering,

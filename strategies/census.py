@@ -93,6 +93,9 @@ class Census:
                         "known, and seeded choices go by their node ids; a Message API app answers "
                         "with register_identity(app)", len(new) - len(known), len(new))  # fmt: skip
             self.roster.join(answers, present=node_ids)
+            for node_id, index in self.roster.doubles.items():
+                log(WARNING, "node %s says that it is partition %s, as a node does that is still "
+                    "connected; it joins when that one is gone", node_id, index)  # fmt: skip
         clients = self.roster.present(node_ids)
         if asked := policy.to_profile(clients, server_round):
             self._profile(grid, policy, asked, config, server_round)

@@ -44,6 +44,10 @@ class Roster:
     """
 
     clients: dict[int, Client] = field(default_factory=dict)
+    #: Nodes that name the partition of another that is connected, with it; as of the last ``join``.
+    doubles: dict[int, int] = field(default_factory=dict)
+    #: Nodes that name no partition.
+    unnamed: set[int] = field(default_factory=set)
 
     def unknown(self, node_ids: Iterable[int]) -> list[int]:
         """Return the ids not seen before, sorted."""
@@ -58,7 +62,9 @@ class Roster:
         """Add nodes with what they report of themselves.
 
         A node that comes back under a new id, because its process was restarted, takes the
-        place of the one that is gone, if both name the same partition.
+        place of the one that is gone, if both name the same partition. While the old id is still
+        connected the new one is not added: nobody takes the place of another that may be alive.
+        Nodes that name no partition take the places of such nodes that are gone, then new ones.
 
         Parameters
         ----------
@@ -73,22 +79,38 @@ class Roster:
         before: dict[int, Client] = {}
         taken = {client.index for client in self.clients.values()}
         waiting = []
+        self.doubles = {}
+        named = {c.index for n, c in self.clients.items() if n in here and n not in self.unnamed}
         for node_id in sorted(properties):
             index = _whole(properties[node_id].get("partition-id"), low=0)
             if index in gone:
                 taken.discard(index)
                 before[index] = self.clients.pop(gone.pop(index))
-            if index is None or index in taken:
+            if index is None:
                 waiting.append(node_id)
                 continue
+            if index in taken:
+                if index in named:
+                    self.doubles[node_id] = index
+                else:  # one without a name has it: a place is kept, whoever comes later
+                    waiting.append(node_id)
+                continue
+            named.add(index)
             taken.add(index)
             self._add(node_id, index, properties[node_id], before.get(index))
+        left = sorted(i for i, n in gone.items() if n in self.unnamed)
         free = 0
         for node_id in waiting:
-            while free in taken:
-                free += 1
-            taken.add(free)
-            self._add(node_id, free, properties[node_id])
+            if left:
+                index = left.pop(0)
+                self.clients.pop(gone[index])
+            else:
+                while free in taken:
+                    free += 1
+                index = free
+            taken.add(index)
+            self.unnamed.add(node_id)
+            self._add(node_id, index, properties[node_id])
 
     def _add(
         self,
@@ -110,12 +132,16 @@ class Roster:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everyone known, as JSON can hold it."""
-        return {"clients": [list(vars(client).values()) for client in self.clients.values()]}
+        return {
+            "clients": [list(vars(client).values()) for client in self.clients.values()],
+            "unnamed": sorted(self.unnamed & self.clients.keys()),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned."""
         known = (Client(*values) for values in state["clients"])
         self.clients = {client.node_id: client for client in known}
+        self.unnamed = set(state.get("unnamed", ()))
 
     def present(self, node_ids: Iterable[int]) -> list[Client]:
         """Return the clients among ``node_ids``, in their lasting order."""

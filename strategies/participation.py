@@ -14,6 +14,10 @@ from strategies.sampling import Outlook, Sampler
 from strategies.sampling.base import Array
 from strategies.wallclock.clock import Clock, RoundTime, Work
 
+# A client that was long away counts at its return at most so many times: unbiased weights would be
+# as many as it missed, and one of them moves the model by all of these at once.
+MOST_MADE_UP = 5.0
+
 UploadCost = Callable[[], tuple[float, float]]
 
 
@@ -23,7 +27,8 @@ class Participation:
     Under independent sampling an update weighs ``η a / (q p)`` with ``p`` the share of times
     that its client answered when it was asked, counted as if it had once answered before.
     So the estimate stays consistent when replies are lost or late by chance; a client that
-    never answers is never counted (this project's decision).
+    never answers is never counted. ``1/p`` ends at 5: who answers more rarely than one time in five
+    is counted too little (this project's decisions).
 
     Parameters
     ----------
@@ -138,6 +143,7 @@ class Participation:
             i = client.index
             masses[trained[i]] = masses.get(trained[i], 0.0) + float(share)
             rate = (self._answered.get(i, 0) + 1) / (self._asked.get(i, 0) + 1)
+            rate = max(rate, 1 / MOST_MADE_UP)
             self.chances[i] = float(probability)
             self.weights[i] = self.sampler.server_rate * float(share) / (probability * rate)
         self.population = Population(masses, self.ratio)

@@ -26,6 +26,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from strategies.aggregation import Aggregator, Update, make_aggregator
 from strategies.census import Census
 from strategies.clients import Client
+from strategies.doors import made, refuse_unknown
 from strategies.loop import Listener, StreamingStrategy
 from strategies.lora import Adapter
 from strategies.messages import (
@@ -91,6 +92,9 @@ class FedLoRA(StreamingStrategy):
     min_answering : float (default: 0.5)
         If in five rounds, one after the other, a smaller share of the clients that were asked sent
         a good reply, the run ends, with a checkpoint where there is a saver; 0: never.
+    head_only : bool (default: False)
+        Whether initial arrays without any LoRA module are meant so: clients train what is saved in
+        full, and nothing else.
     evaluate_fraction : float (default: 1.0)
         Share of the clients that evaluate the new model on their own data; 0: none.
     evaluate_every : int (default: 1)
@@ -125,6 +129,9 @@ class FedLoRA(StreamingStrategy):
 
     Raises
     ------
+    TypeError
+        If an argument is of another kind or unknown; for those of Flower's ``FedAvg`` it says what
+        they are here.
     ValueError
         If an argument is out of range or no such rule, policy or sampler exists.
     """
@@ -143,6 +150,7 @@ class FedLoRA(StreamingStrategy):
         min_replies: int = 1,
         min_available_nodes: int = 1,
         min_answering: float = 0.5,
+        head_only: bool = False,
         evaluate_fraction: float = 1.0,
         evaluate_every: int = 1,
         query: bool = True,
@@ -158,7 +166,9 @@ class FedLoRA(StreamingStrategy):
         clip_norm: float = 0.0,
         privacy: PrivateRun | None = None,
         listeners: Iterable[Listener] = (),
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(unknown, FedLoRA.__init__)
         if client_api not in ("message", "numpy"):
             raise ValueError(f"client_api: expected 'message' or 'numpy', got {client_api!r}")
         if not scale > 0:
@@ -179,15 +189,28 @@ class FedLoRA(StreamingStrategy):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value!r}")
         super().__init__(evaluate_every=evaluate_every, listeners=listeners)
-        self.aggregation = (
-            make_aggregator(aggregation) if isinstance(aggregation, str) else aggregation
-        )
-        self.ranks = make_rank_policy(ranks) if isinstance(ranks, str) else ranks
+        self.aggregation: Aggregator[Any] = made(
+            "aggregation", aggregation, Aggregator, make_aggregator,
+            "aggregation='flexlora' or FlexLoRA() of strategies.aggregation",
+        )  # fmt: skip
+        self.aggregation.run_seed = seed
+        self.ranks = made(
+            "ranks", ranks, RankPolicy, make_rank_policy,
+            "UniformRank(8) or ListRank([2, 4, 8]) of strategies.ranks",
+        )  # fmt: skip
+        if clock is not None and not isinstance(clock, Clock):
+            raise TypeError(
+                f"clock: expected a Clock, got {clock!r}; write for example "
+                "SimulatedClock('lab', …) of strategies.wallclock"
+            )
         self.participation = Participation(
-            make_sampler(sampling) if isinstance(sampling, str) else sampling,
+            made(
+                "sampling", sampling, Sampler, make_sampler,
+                "FractionSampling(0.5) of strategies.sampling",
+            ),
             clock or MeasuredClock(),
             self.aggregation,
-        )
+        )  # fmt: skip
         self.protocol: Protocol = (
             NumPyProtocol()
             if client_api == "numpy"
@@ -218,6 +241,7 @@ class FedLoRA(StreamingStrategy):
         self.stop_when = stop_when
         self.saver = saver
         self.clip_norm = clip_norm
+        self.head_only = head_only
         self.privacy = privacy
         self.degradation = Degradation(min_answering)
         self.weighted_by_key = weighted_by_key
@@ -246,7 +270,7 @@ class FedLoRA(StreamingStrategy):
         start = self.progress.go(self.participation.sampler.restart(server_round), arrays)
         if start is not arrays:
             arrays = self._restarted = start
-        clients = self.census.take(grid, self.ranks, config, server_round)
+        clients = self._present(grid, config, server_round)
         if self.privacy:  # weights must not come from the data, whatever a node says of itself
             clients = [replace(client, num_examples=None) for client in clients]
         self.aggregation.server_round = self.progress.rounds + 1  # of this model: pilots start anew
@@ -399,7 +423,7 @@ class FedLoRA(StreamingStrategy):
         self._followed.arrays = arrays
         if self.evaluate_sampling is None or not (self.led or self.evaluates(server_round)):
             return []
-        clients = self.census.take(grid, self.ranks, config, server_round)
+        clients = self._present(grid, config, server_round)
         ranks = self._assign_ranks(clients, server_round)
         packing = self._pack(server_round, arrays)
         rng = self._rng(server_round, 1)
@@ -476,6 +500,25 @@ class FedLoRA(StreamingStrategy):
                 f"{self.aggregation.name} averages equal ranks only, but the rank policy "
                 f"{self.ranks.name!r} lets clients differ; use ranks = UniformRank(r) "
                 "or another rule"
+            )
+        kept = set(self.aggregation.trained()) - set(self.aggregation.uploaded())
+        if kept and self.ranks.judges:
+            raise ValueError(
+                f"the rank policy {self.ranks.name!r} judges whole adapters on the server, but "
+                f"{self.aggregation.name} keeps {', '.join(sorted(kept))} on the clients; use "
+                "another rule, or let the clients judge"
+            )
+        if not adapter.pairs and adapter.dense and not self.head_only:
+            raise ValueError(
+                "the initial arrays hold no LoRA module, so that there is no rank to give: "
+                "expected what peft.get_peft_model_state_dict returns for a model of the largest "
+                "rank; to train a head alone, say head_only=True"
+            )
+        if self.aggregation.equal_ranks and adapter.rank > self.ranks.max_rank:
+            raise ValueError(
+                f"{self.aggregation.name} averages whole adapters, but the initial one has rank "
+                f"{adapter.rank} and the rank policy {self.ranks.name!r} gives "
+                f"{self.ranks.max_rank}; make the initial model with r = {self.ranks.max_rank}"
             )
         if adapter.pairs and adapter.rank < self.ranks.max_rank:
             raise ValueError(
@@ -601,6 +644,17 @@ class FedLoRA(StreamingStrategy):
             model = GlobalModel.from_tensors(from_record(arrays), self.scale)
             self._door = (arrays, model)
         return self._door[1]
+
+    def _present(self, grid: Grid, config: ConfigRecord, server_round: int) -> list[Client]:
+        """Return who can take part; from round 2 on, nobody who joins late ends the run."""
+        clients = self.census.take(grid, self.ranks, config, server_round)
+        if server_round == 1:
+            return clients
+        for client in clients:
+            if not self.ranks.serves(client):
+                log(WARNING, "round %s: %s is left out: the rank policy %s has no rank for it",
+                    server_round, client.name, self.ranks.summary())  # fmt: skip
+        return [client for client in clients if self.ranks.serves(client)]
 
     def _assign_ranks(self, clients: list[Client], server_round: int) -> Mapping[int, int]:
         """Return the ranks by node id; who has one keeps it until the next round begins."""

@@ -191,6 +191,8 @@ class Aggregator(ABC, Generic[StateT]):
     default_ratio: ClassVar[bool] = False
     #: Why clients cannot be sampled independently with this rule; empty: they can.
     sampling_refusal: str = ""
+    #: The seed of the run, set by the strategy; for rules that draw.
+    run_seed: int = 42
     #: The round in progress, set by the strategy; rules that alternate or reseed read it.
     server_round: int = 0
 

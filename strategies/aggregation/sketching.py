@@ -61,14 +61,19 @@ class FSLoRA(Aggregator[SketchState]):
         self.ratio = ratio
 
     def check(self, adapter: Adapter) -> None:
-        """Refuse what ``Aggregator.check`` does, and modules of different rank.
+        """Refuse what ``Aggregator.check`` does, ``lora_bias``, and modules of different rank.
 
         Raises
         ------
         ValueError
-            Their sketches would have different scales, and a message carries one.
+            Sketches of different modules would have different scales, and a message carries one.
         """
         super().check(adapter)
+        if any(key.endswith(".lora_B.bias") for key in adapter.dense):
+            raise ValueError(
+                "fslora trains a sketch at a scale of its own, which a bias of lora_B (lora_bias) "
+                "would be multiplied by as well; train without it or use another rule"
+            )
         if len(set(adapter.ranks.values())) > 1:
             raise ValueError(
                 "fslora needs one rank for all modules, got "

@@ -41,15 +41,15 @@ class FLoRA(Aggregator[StackState]):
 
     Parameters
     ----------
-    seed : int (default: 42)
-        Seed of the fresh factors.
+    seed : int, optional
+        Seed of the fresh factors (default: that of the run).
     """
 
     name = "flora"
     merges_base = True
     supports_dora = False
 
-    def __init__(self, *, seed: int = 42) -> None:
+    def __init__(self, *, seed: int | None = None) -> None:
         self.seed = seed
 
     def init(self, current: Adapter) -> StackState:
@@ -65,7 +65,8 @@ class FLoRA(Aggregator[StackState]):
 
     def finish_pairs(self, state: StackState) -> AggregationResult:
         """Return fresh factors and, as ``base_delta``, the stacks."""
-        rng = _generator(self.seed, self.server_round)
+        seed = self.run_seed if self.seed is None else self.seed
+        rng = _generator(seed, self.server_round)
         # Drawn for every module, so that nobody's values depend on who replied.
         fresh = {module: _fresh(old, rng) for module, old in state.current.pairs.items()}
         pairs, delta = dict(state.current.pairs), {}

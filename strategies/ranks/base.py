@@ -77,6 +77,10 @@ class RankPolicy(ABC):
             ranks[client.node_id] = min(rank, client.max_rank or rank)
         return ranks
 
+    def serves(self, client: Client) -> bool:
+        """Return whether the policy has a rank for a client that joins a run under way."""
+        return True
+
     def to_profile(self, clients: Sequence[Client], server_round: int) -> list[Client]:
         """Return the clients to send a profiling query to before this round."""
         return []
@@ -127,6 +131,11 @@ class RankPolicy(ABC):
     def may_differ(self) -> bool:
         """Whether clients may get different ranks, device limits aside."""
         return True
+
+    @property
+    def judges(self) -> bool:
+        """Whether the policy looks at whole trained adapters, here on the server."""
+        return False
 
     def summary(self) -> str:
         """Return the policy and its settings in one line."""
@@ -196,6 +205,10 @@ class ListRank(RankPolicy):
     def may_differ(self) -> bool:
         """Whether the list holds different ranks."""
         return len(set(self.ranks)) > 1
+
+    def serves(self, client: Client) -> bool:
+        """Return whether there is a rank at the client's index."""
+        return self.cycle or client.index < len(self.ranks)
 
     def choose(self, clients: Sequence[Client], server_round: int) -> list[int]:
         """Return the rank at each client's index.

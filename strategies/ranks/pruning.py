@@ -76,6 +76,7 @@ class SelfPruningRank(RankPolicy):
         self.penalty = penalty
         self.min_rank = min_rank
         self._ranks: dict[int, int] = {}  # by client index; who never shrank has none
+        self._held: dict[int, int] = {}  # in this round; a rule may send a part of it
         self._tails: dict[int, tuple[float, float]] = {}
 
     @property
@@ -86,10 +87,22 @@ class SelfPruningRank(RankPolicy):
     def choose(self, clients: Sequence[Client], server_round: int) -> list[int]:
         """Return the start or what is left of it."""
         starts = self.start.choose(clients, server_round)
-        return [
+        held = [
             min(start, self._ranks.get(client.index, start))
             for client, start in zip(clients, starts, strict=True)
         ]
+        for client, rank in zip(clients, held, strict=True):
+            self._held[client.index] = min(rank, client.max_rank or rank)
+        return held
+
+    def serves(self, client: Client) -> bool:
+        """Return whether the start has a rank for it."""
+        return self.start.serves(client)
+
+    @property
+    def judges(self) -> bool:
+        """Whether it looks at tails: always."""
+        return True
 
     def train_settings(self, client: Client, server_round: int) -> Settings:
         """Return γ and λ."""
@@ -97,7 +110,8 @@ class SelfPruningRank(RankPolicy):
 
     def observe(self, trained: Trained) -> None:
         """Shrink a client whose tail fell."""
-        index, rank = trained.client.index, trained.sent.rank
+        index = trained.client.index
+        rank = self._held.get(index, trained.sent.rank)
         before, after = (tail_norm(a, self.gamma) for a in (trained.sent, trained.adapter))
         self._tails[index] = before, after
         if after < before:

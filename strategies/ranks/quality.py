@@ -78,6 +78,11 @@ class QualityRank(RankPolicy):
         """The high rank."""
         return self.high
 
+    @property
+    def judges(self) -> bool:
+        """Whether the server judges, by ``score_fn``."""
+        return self.score_fn is not None
+
     def train_settings(self, client: Client, server_round: int) -> Settings:
         """Ask a client that was not scored yet for its validation loss."""
         asked = self.score_fn is None and client.index not in self._losses
