@@ -134,6 +134,11 @@ class AutoRank(RankPolicy):
         self._explanation = Explanation()
 
     @property
+    def may_differ(self) -> bool:
+        """Whether there is more than one rank to give."""
+        return len({self.min_rank, self.max_rank, self.fallback}) > 1
+
+    @property
     def max_rank(self) -> int:
         """The largest rank a client can get."""
         return self._max_rank
