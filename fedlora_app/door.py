@@ -77,6 +77,14 @@ def check_model(config: RunConfig, num_labels: int, texts: Sequence[str]) -> str
     if problems:
         raise ConfigError(problems)
     model = add_lora(base, config.lora, rank=1, seed=0)
+    width = max(max(p.shape) for n, p in model.named_parameters() if ".lora_" in n)
+    if config.method != "head" and config.max_rank() > width:
+        raise ConfigError(
+            [
+                f"ranks.policy = {config.ranks.policy!r} gives ranks up to {config.max_rank()}, "
+                f"and the widest layer with LoRA has {width}, all that a rank can be; lower it"
+            ]
+        )
     if make_aggregator(config.aggregation, **config.aggregation_settings()).merges_base:
         check_mergeable(model)
     return line

@@ -85,6 +85,8 @@ def _check(
         value = float(value)
     if type(value) is not kind:
         return value, f"{key}: expected {kind.__name__}, got {value!r}"
+    if isinstance(value, int) and abs(value) >= 2**63:  # what travels and seeds have 64 bits
+        return value, f"{key}: must be below 2^63, got {value!r}"
     if isinstance(value, float) and not math.isfinite(value):
         return value, f"{key}: must be finite, got {value!r}"
     if rules["choices"] and value not in rules["choices"]:
@@ -103,10 +105,14 @@ def _check(
 
 def key_values(text: str) -> Iterator[tuple[str, Scalar]]:
     """Read "a=1, b=0.5, c=word" with TOML's scalars; a word needs no quotes."""
+    seen: set[str] = set()
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, equals, value = (x.strip() for x in part.partition("="))
         if not (key and equals and value):
             raise ValueError(f"expected key=value, got {part!r}")
+        if key in seen:
+            raise ValueError(f"{key} is given twice; leave one of them")
+        seen.add(key)
         try:
             yield key, tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:

@@ -7,6 +7,7 @@ own, so a seed gives the same bits in every process, whatever ran there before.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -228,7 +229,8 @@ def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> P
         )
     layers = _projections(model, heads)
     targets = _targets(config.target_modules, set(layers))
-    with _untouched_rng():
+    with _untouched_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT reads
         peft_model = peft.get_peft_model(
             model,
             peft.LoraConfig(

@@ -107,3 +107,15 @@ def test_what_a_resumed_run_may_change_is_said_at_the_key():
     assert {"seed", "model.name", "lora.dora", "aggregation", "privacy.clip"} <= fatal
     assert {"output", "rounds", "checkpoint-every"} <= free
     assert "train.steps" not in fatal | free
+
+
+@pytest.mark.parametrize(
+    ("flat", "expected"),
+    [
+        ({"seed": 2**63}, r"seed: must be below 2\^63, got 9223372036854775808"),
+        ({"aggregation": "florist", "aggregation-options": "energy=0.9, energy=0.5"}, "twice"),
+    ],
+)  # fmt: skip
+def test_numbers_nobody_can_send_and_options_given_twice(flat, expected):
+    with pytest.raises(ConfigError, match=expected):
+        RunConfig.from_flat(flat)

@@ -75,6 +75,13 @@ def test_targets_that_the_model_does_not_have(checkpoint):  # noqa: F811
     assert LoraConfig().target_modules == "auto"
 
 
+def test_ranks_wider_than_the_model(checkpoint):  # noqa: F811
+    folder, uniform = checkpoint("bert"), {"ranks.policy": "uniform"}
+    check_model(config(folder, **uniform, **{"ranks.rank": 32}), 3, TEXTS)
+    with pytest.raises(ConfigError, match=r"ranks up to 33, and the widest layer .* has 32"):
+        check_model(config(folder, **uniform, **{"ranks.rank": 33}), 3, TEXTS)
+
+
 def test_resources_that_nobody_has(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
