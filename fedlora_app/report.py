@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.common import log
+from safetensors import SafetensorError
 
 from fedlora_app.config import RunConfig
 from fedlora_app.folders import refuse_used
@@ -126,7 +128,21 @@ class RunFolder:
             Holds the final global adapter.
         seconds : float
             Duration of the run, since it was resumed if it was.
+
+        Raises
+        ------
+        RuntimeError
+            If it cannot be written, mostly since the disk is full; nothing of before is lost.
         """
+        try:
+            self._finish(scores, model, seconds)
+        except (OSError, SafetensorError) as error:
+            raise RuntimeError(
+                f"the rounds are done, but the results cannot be written to {self.path}: {error}; "
+                f"{how_to_go_on(self.path)}"
+            ) from error
+
+    def _finish(self, scores: Mapping[str, float], model: PeftModel, seconds: float) -> None:
         self._write()
         if self._metrics is not None:
             self._metrics.close()
@@ -192,9 +208,29 @@ def save_adapter(
     config.base_model_name_or_path = str(path.absolute()) if path.is_dir() else model_name
     if hasattr(model.get_base_model(), "base_model_prefix"):  # transformers' own classifier
         config.task_type = "SEQ_CLS"
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    text = json.dumps(list(label_names), ensure_ascii=False, indent=2)
-    (folder / "labels.json").write_text(text + "\n", encoding="utf-8")
+    new = folder.with_name(folder.name + ".new")  # the disk may be full: the old one stays
+    try:
+        model.save_pretrained(str(new), save_embedding_layers=False)
+        text = json.dumps(list(label_names), ensure_ascii=False, indent=2)
+        (new / "labels.json").write_text(text + "\n", encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
+def how_to_go_on(run: Path) -> str:
+    """Return what to do about a run whose results could not be written."""
+    from strategies.checkpoint.format import rounds_in  # imports torch, which a page does not need
+
+    folder = run / "checkpoints"
+    if not (rounds := rounds_in(folder) if folder.is_dir() else {}):
+        return "there is no checkpoint: free space and start it again, in another folder"
+    return (
+        f"the checkpoint of round {max(rounds)} stays in {folder}: free space, then run the same "
+        'with --resume, or resume-from="latest" in a run config'
+    )
 
 
 def until(records: Iterable[Record], last_round: int) -> list[Record]:

@@ -42,6 +42,7 @@ from strategies.messages import from_record, to_record
 from strategies.model import GlobalModel
 from strategies.privacy import Privacy, PrivateRun
 from strategies.saving import Saver
+from strategies.seeding import stream
 from strategies.wallclock import (
     PROFILES,
     Clock,
@@ -129,7 +130,7 @@ class TestSet:
         self.all: TokenizedRows = tokenize(rows, tokenizer, config.data.max_length)
         self.validation: TokenizedRows | None = None
         if config.ranks.policy == "quality" and (size := config.ranks.validation_rows):
-            order = np.random.default_rng([config.seed, 1]).permutation(len(self.all))
+            order = stream(config.seed, "validation").permutation(len(self.all))
             self.validation = self.all.take(np.sort(order[:size]))
             self.all = self.all.take(np.sort(order[size:]))
         self.some = self.all

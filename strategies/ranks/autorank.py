@@ -18,6 +18,7 @@ from strategies.ranks.mcda import (
     scores_to_ranks,
     topsis_scores,
 )
+from strategies.seeding import stream
 from strategies.trained import Trained
 
 ORDERS = ("score", "reversed", "random")
@@ -240,7 +241,7 @@ class AutoRank(RankPolicy):
             return (scores.max() + scores.min() - scores).tolist()  # type: ignore[no-any-return]
         if self.order == "random":
             # A draw of its own for each client: others joining do not change it.
-            draws = [np.random.default_rng([self.seed, index]).random() for index in known]
+            draws = [stream(self.seed, "order", index).random() for index in known]
             dealt = np.empty_like(scores)
             dealt[np.argsort(draws, kind="stable")] = np.sort(scores)
             return dealt.tolist()  # type: ignore[no-any-return]

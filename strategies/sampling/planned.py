@@ -16,6 +16,7 @@ from strategies.clients import Client
 from strategies.sampling.base import Array, Estimator, Outlook, Restart, register
 from strategies.sampling.independent import BernoulliSampling
 from strategies.sampling.pilots import Pilots
+from strategies.seeding import stream
 from strategies.wallclock.convergence import sampling_variance
 from strategies.wallclock.objective import Phi
 from strategies.wallclock.planner import Plan, plan
@@ -243,7 +244,7 @@ class PlannedSampling(BernoulliSampling):
                 profiles,
                 alpha,
                 beta,
-                rng=np.random.default_rng([self.seed, basis.server_round]),
+                rng=stream(self.seed, "plan", basis.server_round),
                 phi=self._phi(outlook),
                 q_min=self.q_min,
                 idle_seconds=outlook.clock.idle_seconds

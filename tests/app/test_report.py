@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from safetensors import SafetensorError
 
 from fedlora_app import page
 from fedlora_app.charts import ticks
@@ -240,6 +241,37 @@ def test_finish_sums_up_with_the_time_before_the_interruption(tmp_path):
     assert json.loads((run / "adapter" / "labels.json").read_text()) == ["no", "ja: é"]
     for name in ("accuracy", "loss", "bytes", "accuracy-over-time", "round-seconds"):
         assert (run / f"{name}.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("fails", ["adapter", "plots"])
+def test_a_full_disk_at_the_end_keeps_what_is_there_and_says_how_to_go_on(
+    fails, tmp_path, monkeypatch
+):
+    run = write_run(tmp_path / "run", clocked_run())
+    (run / "adapter").mkdir()
+    (run / "adapter" / "old").write_text("whole")
+    model = FakeModel()
+
+    def full(folder, **_):
+        Path(folder).mkdir()
+        raise SafetensorError("No space left on device")
+
+    def no_plots(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if fails == "adapter":
+        model.save_pretrained = full
+    else:
+        monkeypatch.setattr("fedlora_app.report.plot_run", no_plots)
+    for checkpoint, remedy in ((None, "there is no checkpoint"), (4, "round 4 stays .*--resume")):
+        if checkpoint:
+            (run / "checkpoints" / "round-000004").mkdir(parents=True)
+        folder = RunFolder(run, RunConfig(), resume_round=4)
+        with pytest.raises(RuntimeError, match=f"No space left on device.*{remedy}"):
+            folder.finish({"accuracy": 0.8, "macro_f1": 0.7, "loss": 0.3}, model, seconds=1.0)
+    assert (run / "adapter" / "old").exists() == (fails == "adapter")
+    assert not (run / "adapter.new").exists()
+    assert not (run / "summary.json").exists()
 
 
 def test_without_a_clock_there_is_nothing_about_one(tmp_path):
