@@ -22,13 +22,19 @@ Lines = list[int]
 
 def refuse_pointer(path: Path) -> None:
     """Raise DataError if Git LFS left a pointer where the file should be."""
-    with path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise DataError(
-                path,
-                "expected data, but this is a Git LFS pointer to them",
-                remedy="run `git lfs pull` there, or download the file itself",
-            )
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+    except OSError as error:
+        raise DataError(
+            path, "expected a file that can be read", error.strerror or "", "see to its permissions"
+        ) from error
+    if start == POINTER:
+        raise DataError(
+            path,
+            "expected data, but this is a Git LFS pointer to them",
+            remedy="run `git lfs pull` there, or download the file itself",
+        )
 
 
 def read_text(path: Path) -> str:

@@ -183,4 +183,5 @@ def _check_limits(node: Mapping[str, Any]) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
+    names = [name if name.isprintable() else repr(name) for name in names]  # no control characters
     return ", ".join(names[:SHOWN]) + (f", … ({len(names)})" if len(names) > SHOWN else "")

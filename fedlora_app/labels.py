@@ -111,6 +111,8 @@ def _name(row: int, value: Any, read: dict[tuple[type, Any], str], fail: Fail) -
         fail(row, "expected one label a row, a word or a number", repr(value), "choose one of them")
     if name is None:
         fail(row, "expected a label", repr(value), "add it or remove the row")
+    if not name.isprintable():
+        fail(row, "expected a label of printable characters", repr(value), "correct it")
     read[type(value), value] = name
     return name
 

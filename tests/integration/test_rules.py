@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Error, RecordDict
+from flwr.app import Context, RecordDict
 from peft import PeftModel
 
 from fedlora_app import client_app
@@ -49,10 +49,9 @@ class App:
         self.replies = []
 
     def __call__(self, message):
-        try:
-            reply = client_app.app(message, self.contexts[message.metadata.dst_node_id])
-        except Exception as error:  # as Flower reports it
-            return Error(code=0, reason=str(error))
+        reply = client_app.app(message, self.contexts[message.metadata.dst_node_id])
+        if reply.has_error():
+            return reply.error
         self.replies.append((message, reply))
         return reply.content
 
