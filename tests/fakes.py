@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.compat.common import recorddict_compat as compat
+from flwr.server import Server, SimpleClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import Strategy
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -110,3 +114,47 @@ def message_reply(adapter: Adapter, weight: float = 10, **metrics: float) -> Rec
 
 def query_reply(**properties: int) -> RecordDict:
     return RecordDict({"properties": ConfigRecord(dict(properties))})
+
+
+class Proxy(ClientProxy):
+    """What ``GridClientProxy`` is to a node, without the grid."""
+
+    def __init__(self, cid, node, nodes, fails=()):
+        super().__init__(cid)
+        self.node, self.nodes, self.fails = node, nodes, fails
+
+    def _send(self, content, kind):
+        if kind in self.fails:
+            raise RuntimeError(f"{kind} failed")
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+        return self.nodes(Message(content, self.node, kind))
+
+    def get_properties(self, ins, timeout, group_id):
+        content = self._send(compat.getpropertiesins_to_recorddict(ins), "get_properties")
+        return compat.recorddict_to_getpropertiesres(content)
+
+    def fit(self, ins, timeout, group_id):
+        return compat.recorddict_to_fitres(
+            self._send(compat.fitins_to_recorddict(ins, True), "train"), False
+        )
+
+    def evaluate(self, ins, timeout, group_id):
+        return compat.recorddict_to_evaluateres(
+            self._send(compat.evaluateins_to_recorddict(ins, True), "evaluate")
+        )
+
+    def get_parameters(self, ins, timeout, group_id):
+        raise AssertionError("the strategy has the initial parameters")
+
+    def reconnect(self, ins, timeout, group_id):
+        raise AssertionError("not needed")
+
+
+def serve_old_style(strategy: Strategy, proxies: Sequence[ClientProxy], rounds: int):
+    """Return the history and the server of a run of Flower's own old-style server."""
+    manager = SimpleClientManager()
+    for proxy in proxies:
+        manager.register(proxy)
+    server = Server(client_manager=manager, strategy=strategy)
+    history, _ = server.fit(rounds, timeout=None)
+    return history, server

@@ -12,8 +12,7 @@ from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import Code, EvaluateRes, GetPropertiesRes, Status
 from flwr.compat.common import recorddict_compat as compat
-from flwr.server import Server, SimpleClientManager
-from flwr.server.client_proxy import ClientProxy
+from flwr.server import SimpleClientManager
 from flwr.supercore.task_identity import TaskIdentity
 
 from strategies import FedLoRA
@@ -24,7 +23,7 @@ from strategies.messages import from_record, to_record
 from strategies.proxy_grid import node_id_of
 from strategies.ranks import AutoRank, ListRank, ReportedRank
 from strategies.saving import Saver
-from tests.fakes import FakeGrid, random_adapter
+from tests.fakes import FakeGrid, Proxy, random_adapter, serve_old_style
 
 NODES = [901, 17, 455]
 SCALE = 2.0
@@ -78,42 +77,6 @@ class Nodes:
         return self.app(message, self.contexts[message.metadata.dst_node_id]).content
 
 
-class Proxy(ClientProxy):
-    """What ``GridClientProxy`` is to a node, without the grid."""
-
-    def __init__(self, cid, node, nodes, fails=()):
-        super().__init__(cid)
-        self.node, self.nodes, self.fails = node, nodes, fails
-
-    def _send(self, content, kind):
-        from flwr.app import Message
-
-        if kind in self.fails:
-            raise RuntimeError(f"{kind} failed")
-        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-        return self.nodes(Message(content, self.node, kind))
-
-    def get_properties(self, ins, timeout, group_id):
-        content = self._send(compat.getpropertiesins_to_recorddict(ins), "get_properties")
-        return compat.recorddict_to_getpropertiesres(content)
-
-    def fit(self, ins, timeout, group_id):
-        return compat.recorddict_to_fitres(
-            self._send(compat.fitins_to_recorddict(ins, True), "train"), False
-        )
-
-    def evaluate(self, ins, timeout, group_id):
-        return compat.recorddict_to_evaluateres(
-            self._send(compat.evaluateins_to_recorddict(ins, True), "evaluate")
-        )
-
-    def get_parameters(self, ins, timeout, group_id):
-        raise AssertionError("the strategy has the initial parameters")
-
-    def reconnect(self, ins, timeout, group_id):
-        raise AssertionError("not needed")
-
-
 def engine(**options):
     settings = {"client_api": "numpy", "scale": SCALE, "ranks": ListRank([2, 4], cycle=True)}
     return FedLoRA(**{**settings, **options})
@@ -124,13 +87,10 @@ def initial():
 
 
 def serve(strategy, rounds=3, nodes=None, proxies=None):
-    manager = SimpleClientManager()
     nodes = nodes or Nodes()
-    for proxy in proxies or [Proxy(str(node), node, nodes) for node in NODES]:
-        manager.register(proxy)
-    server = Server(client_manager=manager, strategy=strategy)
-    history, _ = server.fit(rounds, timeout=None)
-    return history, server
+    return serve_old_style(
+        strategy, proxies or [Proxy(str(node), node, nodes) for node in NODES], rounds
+    )
 
 
 def start(strategy, rounds=3, **options):
