@@ -4,6 +4,9 @@ One has Message API clients with a training loop of their own and reports batche
 ``NumPyClient``s with FedProx and an old-style server with a strategy of its own.
 """
 
+import copy
+from functools import cache
+
 import peft
 import pytest
 import torch
@@ -34,13 +37,23 @@ RANK, SCALE, BATCH = 8, 2.0, 16
 RULES = ["replication", "fedex", "flora"]
 
 
-def bare_model():
+@cache
+def pretrained():
     torch.manual_seed(0)
     config = tf.BertConfig(
         vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=12, num_labels=2, initializer_range=0.3,
     )  # fmt: skip
     return tf.AutoModelForSequenceClassification.from_config(config)
+
+
+def bare_model():
+    return copy.deepcopy(pretrained())  # old-style servers run their clients in threads
+
+
+def loader_of(rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(rows, BATCH, shuffle=True, generator=generator)
 
 
 def lora_model(rank=RANK):
@@ -135,8 +148,7 @@ def message_app(applies=True, make=lora_model):
         model = make()
         if applies:
             apply_adapter(model, message, context)
-        torch.manual_seed(context.node_id)
-        loader = DataLoader(rows_of(context.node_config["partition-id"]), BATCH, shuffle=True)
+        loader = loader_of(rows_of(context.node_config["partition-id"]), context.node_id)
         loss = fit(model, loader)
         return make_reply(
             model, message, num_examples=len(loader), context=context, metrics={"train_loss": loss}
@@ -247,8 +259,7 @@ class ProxClient(NumPyClient):
 
     def fit(self, parameters, config):
         receive_parameters(self.model, parameters, config, self.context.state)
-        torch.manual_seed(self.partition)
-        loader = DataLoader(self.rows, BATCH, shuffle=True)
+        loader = loader_of(self.rows, self.partition)
         loss = fit(self.model, loader, proximal=float(config["proximal_mu"]))
         metrics = {"train_loss": loss, **training_metrics(self.model, config)}
         arrays = send_parameters(self.model, config, self.context.state)
