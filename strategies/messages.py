@@ -393,4 +393,9 @@ def reply_error(message: Message) -> str | None:
     """Return why a message holds no content, or None if it does."""
     if not message.has_error():
         return None
-    return f"error {message.error.code}: {clean(cause(message.error.reason or ''))}"
+    reason = message.error.reason or ""
+    hint = ""
+    if any(f"{kind}.parameters" in reason for kind in ("fitins", "evaluateins")):
+        # Flower's own adapter of NumPyClients looks for what only they are sent.
+        hint = "; the client is a NumPyClient: set client_api = 'numpy'"
+    return f"error {message.error.code}: {clean(cause(reason))}{hint}"

@@ -19,7 +19,13 @@ from torch import nn
 
 from strategies.client.exchange import receive, send
 from strategies.client.profiling import Measure, profile_if_wanted, profile_wanted, profiled
-from strategies.messages import STEPS_KEY, TRAIN_SECONDS_KEY, from_record, to_record
+from strategies.messages import (
+    NAMES_KEY,
+    STEPS_KEY,
+    TRAIN_SECONDS_KEY,
+    from_record,
+    to_record,
+)
 from strategies.privacy import Privacy
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord)
@@ -64,9 +70,15 @@ def apply_adapter(
     Raises
     ------
     ValueError
-        If a record is missing, the arrays do not fit the model, or ``context`` is needed.
+        If a record is missing, the message is for a ``NumPyClient``, the arrays do not fit the
+        model, or ``context`` is needed.
     """
     config = _record(message.content.config_records, config_key, "config")
+    if NAMES_KEY in config:
+        raise ValueError(
+            "the server speaks to NumPyClients; set client_api = 'message' in its FedLoRA (a "
+            "NumPyClient calls receive_parameters instead)"
+        )
     arrays = _record(message.content.array_records, arrays_key, "array")
     state = context.state if context is not None else None
     receive(model, from_record(arrays), config, state, adapter_name=adapter_name)

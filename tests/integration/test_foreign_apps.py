@@ -297,7 +297,7 @@ def test_numpy_clients_with_an_old_style_server_of_ones_own(rule, tmp_path):
     strategy = FedProx(
         engine, peft.get_peft_model_state_dict(lora_model()), num_rounds=3, proximal_mu=0.01
     )
-    nodes = Nodes(ClientApp(client_fn=lambda context: ProxClient(context).to_client()))
+    nodes = Nodes(numpy_app())
     history, _ = serve_old_style(strategy, [Proxy(str(n), n, nodes) for n in NODES], 3)
     assert [r["status"] for r in clients(records)] == ["ok"] * 9, clients(records)
     assert sorted(HELD[:3]) == [2, 4, 8]
@@ -308,3 +308,35 @@ def test_numpy_clients_with_an_old_style_server_of_ones_own(rule, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     first, last = loss_of(logits_of(lora_model())), loss_of(expected)
     assert last < 0.8 * first
+
+
+def numpy_app():
+    return ClientApp(client_fn=lambda context: ProxClient(context).to_client())
+
+
+@pytest.mark.parametrize(
+    ("make", "api", "other"), [(numpy_app, "message", "numpy"), (message_app, "numpy", "message")]
+)
+def test_clients_of_the_other_kind_are_named(make, api, other):
+    _, records = start(make(), rounds=1, evaluate_fraction=0, client_api=api)
+    found = [r["reason"] for r in clients(records)]
+    assert len(found) == 3
+    assert all(f"set client_api = '{other}'" in reason for reason in found), found
+
+
+@pytest.mark.parametrize(
+    ("arrays", "settings", "said"),
+    [
+        (lambda: bare_model().state_dict(), {}, "hold no LoRA module.*get_peft_model_state_dict"),
+        (lambda: lora_model().state_dict(), {}, "pass what peft.get_peft_model_state_dict returns"),
+        (lambda: peft.get_peft_model_state_dict(lora_model(4)), {}, "has rank 4.*with r = 8"),
+        (None, {"fraction_train": 0.5}, r"is sampling=FractionSampling\(fraction\) here"),
+        (None, {"ranks": [2, 4]}, "expected a RankPolicy or its name"),
+        (None, {"aggregation": "flexora"}, "did you mean 'flexlora'"),
+    ],
+)
+def test_a_wrong_server_says_what_to_do(arrays, settings, said):
+    record = to_record(arrays()) if arrays else None
+    with pytest.raises((TypeError, ValueError), match=said):
+        start(message_app(), rounds=1, arrays=record, **settings)
+    assert not HELD
