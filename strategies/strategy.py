@@ -125,7 +125,7 @@ class FedLoRA(StreamingStrategy):
         that would void the guarantee are refused (default: nothing of this).
     listeners : Iterable[callable]
         Called with a JSON-able record at each step: ``kind`` is ``round-start``, ``arrived``,
-        ``ranks``, ``pilots``, ``plan``, ``client``, ``client-evaluation`` or ``round``.
+        ``ranks``, ``pilots``, ``plan``, ``client``, ``client-evaluation``, ``round`` or ``end``.
 
     Raises
     ------
