@@ -321,7 +321,8 @@ def _predicts_next(model: nn.Module) -> bool:
     inner: Any = model
     if hasattr(inner, "get_base_model"):  # PEFT's
         inner = inner.get_base_model()
-    return type(inner).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    known = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return any(cls.__name__ in known for cls in type(inner).__mro__)
 
 
 def _to(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,6 @@ PEFT itself is not imported: its LoRA layers are found by their ``lora_A`` attri
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from logging import INFO, WARNING
@@ -50,22 +49,31 @@ def merge_into_base(model: nn.Module, merged: Adapter, *, adapter_name: str = "d
         weight.data.copy_(pristine.to(weight.device).float() + delta)
 
 
+class _LossySave:
+    """``save_pretrained`` of a model with a merged base: it says what it leaves out.
+
+    It knows its model as an attribute, not by a bound method, so that a copy or a pickle of the
+    model saves itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        log(WARNING, "this rule has merged a part of the model into its frozen weights, which "
+            "save_pretrained leaves out; strategies.save_adapter(result.arrays, folder, "
+            "scale=…) saves all of it")  # fmt: skip
+        cls: Any = type(self.model)
+        return cls.save_pretrained(self.model, *args, **options)
+
+
 def _warn_of_saving(model: nn.Module, *, merged: bool) -> None:
     """Have ``save_pretrained`` say that it leaves out what is merged into the base."""
     held = vars(model)
     if not merged:
         held.pop("save_pretrained", None)
-    elif hasattr(model, "save_pretrained") and "save_pretrained" not in held:
-        save: Any = model.save_pretrained
-
-        @functools.wraps(save)
-        def warn(*args: Any, **options: Any) -> Any:
-            log(WARNING, "this rule has merged a part of the model into its frozen weights, which "
-                "save_pretrained leaves out; strategies.save_adapter(result.arrays, folder, "
-                "scale=…) saves all of it")  # fmt: skip
-            return save(*args, **options)
-
-        held["save_pretrained"] = warn
+    elif hasattr(type(model), "save_pretrained"):
+        held["save_pretrained"] = _LossySave(model)
 
 
 def check_mergeable(model: nn.Module, *, adapter_name: str = "default") -> None:
@@ -140,11 +148,11 @@ def load_adapter(model: nn.Module, adapter: Adapter, *, adapter_name: str = "def
         for key, tensor in adapter.dense.items():
             parameters[key].copy_(tensor)
     config = getattr(model, "peft_config", {}).get(adapter_name)
-    if config is not None and adapter.pairs:
-        _tell_scale(model, config, next(iter(adapter.pairs.values())).scale)
     if config is not None and adapter.pairs:  # so that save_pretrained writes what is there
+        scale = next(iter(adapter.pairs.values())).scale
+        _tell_scale(model, config, scale)
         config.r = adapter.rank
-        config.lora_alpha = next(iter(adapter.pairs.values())).scale * adapter.rank
+        config.lora_alpha = scale * adapter.rank
         others = {m: p for m, p in adapter.pairs.items() if p.rank != adapter.rank}
         short = {m: m.removeprefix("base_model.model.") for m in others}
         config.rank_pattern = {short[m]: p.rank for m, p in others.items()}

@@ -1,5 +1,6 @@
 """Real classes of transformers and PEFT: what works, and what is refused with its true reason."""
 
+import copy
 import logging
 
 import peft
@@ -8,6 +9,7 @@ import torch
 import transformers as tf
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from safetensors.torch import load_file
 from torch import nn
 
 from strategies import FedLoRA, save_adapter
@@ -121,6 +123,22 @@ def test_the_habit_of_saving_says_what_it_loses(tmp_path, caplog):
     model.save_pretrained(tmp_path / "b")
     logger.propagate = before
     assert sum("save_adapter" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_copy_of_a_merged_model_saves_itself(tmp_path):
+    model = lora_of("bert")
+    receive(model, from_record(run("bert", "fedex")), {"lora-scale": 2.0})
+    twin = copy.deepcopy(model)
+    torch.save(model, tmp_path / "whole.pt")
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(7.0)
+    twin.save_pretrained(tmp_path / "twin")
+    saved = load_file(tmp_path / "twin" / "adapter_model.safetensors")
+    factors = [tensor for key, tensor in saved.items() if "lora_B" in key]
+    assert factors
+    assert all(bool((tensor == 7).all()) for tensor in factors)
 
 
 # ----- what cannot work is refused by name --------------------------------------------------
@@ -239,19 +257,24 @@ def test_another_scale_is_said_once(made, caplog):
 # ----- profiles and losses of language models -----------------------------------------------
 
 
+class Own(tf.GPT2LMHeadModel):
+    """Somebody's own subclass, whose name says nothing."""
+
+
 def causal(kind):
     torch.manual_seed(1)
-    if kind == "gpt2":
-        return tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40))
+    if kind != "llama":
+        cls = Own if kind == "own" else tf.GPT2LMHeadModel
+        return cls(tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40))
     return tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, intermediate_size=16))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "own", "llama"])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_loss_of_a_row_is_the_models_own(kind, wrapped):
     model = causal(kind)
     if wrapped:
-        target = ["c_attn"] if kind == "gpt2" else ["q_proj"]
+        target = ["q_proj"] if kind == "llama" else ["c_attn"]
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=target))
     model.eval()
     rows = torch.randint(1, 40, (3, 7), generator=torch.Generator().manual_seed(0))
