@@ -22,12 +22,15 @@ class Client:
         The largest LoRA rank its device can hold (``max-rank`` in its node config).
     num_examples : int, optional
         Its number of training examples, once it is known.
+    named : bool (default: True)
+        Whether the node names its partition, so that it is known again under another id.
     """
 
     node_id: int
     index: int
     max_rank: int | None = None
     num_examples: int | None = None
+    named: bool = True
 
     @property
     def name(self) -> str:
@@ -46,8 +49,6 @@ class Roster:
     clients: dict[int, Client] = field(default_factory=dict)
     #: Nodes that name the partition of another that is connected, with it; as of the last ``join``.
     doubles: dict[int, int] = field(default_factory=dict)
-    #: Nodes that name no partition.
-    unnamed: set[int] = field(default_factory=set)
 
     def unknown(self, node_ids: Iterable[int]) -> list[int]:
         """Return the ids not seen before, sorted."""
@@ -80,7 +81,7 @@ class Roster:
         taken = {client.index for client in self.clients.values()}
         waiting = []
         self.doubles = {}
-        named = {c.index for n, c in self.clients.items() if n in here and n not in self.unnamed}
+        named = {c.index for n, c in self.clients.items() if n in here and c.named}
         for node_id in sorted(properties):
             index = _whole(properties[node_id].get("partition-id"), low=0)
             if index in gone:
@@ -98,7 +99,7 @@ class Roster:
             named.add(index)
             taken.add(index)
             self._add(node_id, index, properties[node_id], before.get(index))
-        left = sorted(i for i, n in gone.items() if n in self.unnamed)
+        left = sorted(i for i, n in gone.items() if not self.clients[n].named)
         free = 0
         for node_id in waiting:
             if left:
@@ -109,8 +110,7 @@ class Roster:
                     free += 1
                 index = free
             taken.add(index)
-            self.unnamed.add(node_id)
-            self._add(node_id, index, properties[node_id])
+            self._add(node_id, index, properties[node_id], named=False)
 
     def _add(
         self,
@@ -118,13 +118,15 @@ class Roster:
         index: int,
         reported: Mapping[str, object],
         before: Client | None = None,
+        *,
+        named: bool = True,
     ) -> None:
         """Add a node; what it does not report is as it was ``before``."""
         max_rank = _whole(reported.get("max-rank"), low=1)
         count = _whole(reported.get("num-examples"), low=1)
         if before is not None:
             max_rank, count = max_rank or before.max_rank, count or before.num_examples
-        self.clients[node_id] = Client(node_id, index, max_rank, count)
+        self.clients[node_id] = Client(node_id, index, max_rank, count, named)
 
     def observe(self, node_id: int, num_examples: int) -> None:
         """Remember how many examples a client trained on."""
@@ -132,16 +134,12 @@ class Roster:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everyone known, as JSON can hold it."""
-        return {
-            "clients": [list(vars(client).values()) for client in self.clients.values()],
-            "unnamed": sorted(self.unnamed & self.clients.keys()),
-        }
+        return {"clients": [list(vars(client).values()) for client in self.clients.values()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned."""
         known = (Client(*values) for values in state["clients"])
         self.clients = {client.node_id: client for client in known}
-        self.unnamed = set(state.get("unnamed", ()))
 
     def present(self, node_ids: Iterable[int]) -> list[Client]:
         """Return the clients among ``node_ids``, in their lasting order."""

@@ -57,8 +57,10 @@ class Guard:
         ReplyError
             With the bound.
         """
-        size = math.sqrt(sum(float(t.double().square().sum()) for t in sent.tensors()))
-        bound = NORM_FACTOR * (size + math.sqrt(sent.num_parameters) * (1 + noise))
+        bound = NORM_FACTOR * math.sqrt(sent.num_parameters) * (1 + noise)
+        if not norm <= bound:  # only then is it worth a pass over all that was sent
+            squares = sum(float(t.double().square().sum()) for t in sent.tensors())
+            bound += NORM_FACTOR * math.sqrt(squares)
         if len(self._norms) >= FEWEST:
             # Noise is no part of a bad will, and it may be all there is.
             least = noise * math.sqrt(sent.num_parameters)

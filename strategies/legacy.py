@@ -279,10 +279,8 @@ class LegacyFedLoRA(Strategy):
         self.engine.round_over(number, self.result)
         self._over = bool(ended)
         if ended:
-            for listener in self.engine.listeners:
-                listener({"kind": "end", "round": number, "reason": ended})
             log(INFO, "the run is over: %s", ended)
-            self.engine.look_back()
+            self.engine.finish(number)
 
     def _tell(self) -> None:
         for listener in self.engine.listeners:

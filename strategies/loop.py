@@ -114,11 +114,15 @@ class StreamingStrategy(Strategy):
             if not self.ended and server_round == num_rounds:
                 self.ended = f"all {num_rounds} rounds are done"
             self.round_over(server_round, result)
-        self._emit({"kind": "end", "round": server_round, "reason": self.ended})
         took = duration(time.perf_counter() - began)
         log(INFO, "%s rounds in %s: %s", server_round - done, took, self.ended)
-        self.look_back()
+        self.finish(server_round)
         return result
+
+    def finish(self, server_round: int) -> None:
+        """Tell listeners why the run is over, and look back at it."""
+        self._emit({"kind": "end", "round": server_round, "reason": self.ended})
+        self.look_back()
 
     def resume(self, result: Result) -> int:
         """Put back a saved state; return the round it was saved after, 0 without one."""

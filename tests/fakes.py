@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.compat.common import recorddict_compat as compat
 from flwr.server import Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
@@ -100,6 +101,26 @@ class FakeGrid(Grid):
 
     def send_and_receive(self, messages, *, timeout=None):
         return self.pull_messages(self.push_messages(list(messages)))
+
+
+class Nodes:
+    """Answers as SuperNodes would: each with a Flower state that lasts."""
+
+    def __init__(self, app: ClientApp, nodes: Sequence[int]) -> None:
+        self.app = app
+        self.replies: list[tuple[Message, Message]] = []
+        self.contexts = {
+            node: Context(1, node, {"partition-id": i}, RecordDict(), {})
+            for i, node in enumerate(nodes)
+        }
+
+    def __call__(self, message: Message) -> RecordDict | Error:
+        try:
+            reply = self.app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as error:  # as Flower reports it
+            return Error(code=0, reason=str(error))
+        self.replies.append((message, reply))
+        return reply.error if reply.has_error() else reply.content
 
 
 def message_reply(adapter: Adapter, weight: float = 10, **metrics: float) -> RecordDict:

@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from flwr.app import Context, Error, RecordDict
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import FitIns
@@ -30,7 +29,7 @@ from strategies.client import (
 from strategies.legacy import LegacyFedLoRA
 from strategies.messages import from_record, to_record
 from strategies.ranks import AutoRank, ListRank
-from tests.fakes import FakeGrid, Proxy, serve_old_style
+from tests.fakes import FakeGrid, Nodes, Proxy, serve_old_style
 
 NODES = [7001, 12, 930]
 RANK, SCALE, BATCH = 8, 2.0, 16
@@ -113,24 +112,6 @@ def nothing_held():
     HELD.clear()
 
 
-class Nodes:
-    """Answers as SuperNodes do."""
-
-    def __init__(self, app):
-        self.app = app
-        self.contexts = {
-            node: Context(1, node, {"partition-id": i}, RecordDict(), {})
-            for i, node in enumerate(NODES)
-        }
-
-    def __call__(self, message):
-        try:
-            reply = self.app(message, self.contexts[message.metadata.dst_node_id])
-        except Exception as error:  # as Flower reports it
-            return Error(code=0, reason=str(error))
-        return reply.error if reply.has_error() else reply.content
-
-
 # ----- app A: Message API, own loop, batches instead of rows ----------------------------------
 
 
@@ -172,7 +153,7 @@ def message_app(applies=True, make=lora_model):
 def start(app, rounds=3, arrays=None, **options):
     records = []
     settings = {"ranks": ListRank([2, 4, 8]), "scale": SCALE, "listeners": [records.append]}
-    nodes = Nodes(app)
+    nodes = Nodes(app, NODES)
     if arrays is None:
         arrays = to_record(peft.get_peft_model_state_dict(lora_model()))
     result = FedLoRA(**{**settings, **options}).start(
@@ -297,7 +278,7 @@ def test_numpy_clients_with_an_old_style_server_of_ones_own(rule, tmp_path):
     strategy = FedProx(
         engine, peft.get_peft_model_state_dict(lora_model()), num_rounds=3, proximal_mu=0.01
     )
-    nodes = Nodes(numpy_app())
+    nodes = Nodes(numpy_app(), NODES)
     history, _ = serve_old_style(strategy, [Proxy(str(n), n, nodes) for n in NODES], 3)
     assert [r["status"] for r in clients(records)] == ["ok"] * 9, clients(records)
     assert sorted(HELD[:3]) == [2, 4, 8]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import (
     LocalDpMod,
@@ -22,7 +22,7 @@ from strategies.client import apply_adapter, make_reply, register_profile
 from strategies.lora import Adapter
 from strategies.messages import from_record
 from strategies.ranks import AutoRank, ListRank, UniformRank
-from tests.fakes import FakeGrid
+from tests.fakes import FakeGrid, Nodes
 
 NODES = [501, 77, 230]
 FULL, SCALE = 4, 2.0
@@ -127,28 +127,8 @@ def after(mods=None, **keys):
     return app
 
 
-class Nodes:
-    """Answers as SuperNodes would: each with a Flower state that lasts."""
-
-    def __init__(self, app):
-        self.app = app
-        self.replies = []
-        self.contexts = {
-            node: Context(1, node, {"partition-id": i}, RecordDict(), {})
-            for i, node in enumerate(NODES)
-        }
-
-    def __call__(self, message):
-        try:
-            reply = self.app(message, self.contexts[message.metadata.dst_node_id])
-        except Exception as error:  # as Flower reports it
-            return Error(code=0, reason=str(error))
-        self.replies.append((message, reply))
-        return reply.error if reply.has_error() else reply.content
-
-
 def start(strategy, app, rounds=3, nodes=None, **options):
-    nodes = nodes or Nodes(app)
+    nodes = nodes or Nodes(app, NODES)
     return strategy.start(
         grid=FakeGrid(NODES, nodes),
         initial_arrays=ArrayRecord(get_peft_model_state_dict(make_model())),
@@ -203,7 +183,7 @@ def test_functions_keys_and_settings_of_the_user():
         listeners=[records.append],
     )
     app = after(weight_key="rows", arrays_key="trained", metrics_key="numbers")
-    nodes = Nodes(app)
+    nodes = Nodes(app, NODES)
     result = start(
         strategy,
         app,
@@ -298,7 +278,7 @@ def test_flowers_clipping_mods(mod, rule):
     records = []
     config = ConfigRecord({"lr": 0.5, "clipping_norm": 0.05})
     app = after(mods=[mod])
-    nodes = Nodes(app)
+    nodes = Nodes(app, NODES)
     policy = UniformRank(FULL) if rule == "fedit" else ListRank([2, 4], cycle=True)
     strategy = lora(aggregation=rule, ranks=policy, evaluate_fraction=0, listeners=[records.append])
     start(strategy, app, rounds=2, nodes=nodes, train_config=config)
@@ -335,7 +315,7 @@ def test_flowers_privacy_wrapper_around_fedlora():
         inner, noise_multiplier=0.001, clipping_norm=0.5, num_sampled_clients=3
     )
     app = after(mods=[fixedclipping_mod])
-    nodes = Nodes(app)
+    nodes = Nodes(app, NODES)
     result = start(strategy, app, nodes=nodes)
     assert max(clipped_norms(nodes)) <= 0.5 * (1 + 1e-5)
     assert len(nodes.replies) == 9
