@@ -85,9 +85,9 @@ class Guard:
         first = self._first.get(index)
         if first is not None and not first / COUNT_FACTOR <= count <= first * COUNT_FACTOR:
             raise ReplyError(
-                f"num-examples is {count:g}, but this node's first reply said {first:g} (batches "
-                "in one, rows in the other?); if its data have really changed so much, let it "
-                "join the next run instead"
+                f"num-examples is {count:g}, but this node reported {first:g} before, in its first "
+                "reply (batches in one, rows in the other?); if its data have really changed so "
+                "much, let it join the next run instead"
             )
 
     def check_evaluation(self, index: int, count: float) -> None:
