@@ -142,7 +142,7 @@ def _tokens(name: str, tokenizer: Any, model: nn.Module, texts: Sequence[str]) -
         return []
     ids = [
         token
-        for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        for row in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         for token in row
     ]
     share = ids.count(unknown) / len(ids) if ids else 1.0
