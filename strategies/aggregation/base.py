@@ -133,6 +133,24 @@ class State:
         share = 1.0 - own / mass
         return mass, 0.0 if abs(share) < _NOTHING else share
 
+    def over_all(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same as ``over`` for sums where a client that lacks an entry leaves it.
+
+        Parameters
+        ----------
+        own : Tensor
+            The weight of the updates that hold each entry, float64, ``(rank,)``.
+
+        Returns
+        -------
+        (Tensor, Tensor)
+            The divisors, the weight of everybody, and the parts that the current adapter has;
+            both float64, ``(rank,)``.
+        """
+        mass, _ = self.over()
+        share = 1.0 - own / mass
+        return torch.full_like(own, mass), torch.where(share.abs() < _NOTHING, 0.0, share)
+
     def over_holders(self, own: Tensor) -> tuple[Tensor, Tensor]:
         """Return the same as ``over`` for sums over the holders of each rank entry.
 

@@ -1,8 +1,8 @@
 """Rules by which clients train, keep or send only one of the two factors.
 
-All three average with the other factor fixed. Where a client holds fewer rank entries,
-its share of the missing ones is zero: then the mean of one factor times the other is
-exactly the mean of the clients' products.
+FFA and RoLoRA average with the other factor fixed. Where a client holds fewer rank entries, it
+leaves the missing ones as they are: then the new product is exactly the current one and the mean
+of what the clients changed in theirs, and entries that few clients hold do not fade.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ class OneFactor(FactorAverage):
 
     def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
         """Return the mean of the trained factor and the current other one."""
-        A, B = super().divide(state, module)
-        kept = state.current.pairs[module].with_rank(len(A))
+        sums, old = state.sums[module], state.current.pairs[module]
+        mass, share = state.over_all(sums.mass)
+        A, B = sums.blended(mass, old, share)
+        kept = old.with_rank(len(A))
         return (A, kept.B) if self.trained() == "A" else (kept.A, B)
 
 

@@ -95,11 +95,10 @@ class FedEx(Aggregator[ResidualState]):
     """Average the factors, and merge what that loses against the mean product into the base.
 
     FedEx-LoRA, https://arxiv.org/abs/2410.09432 (rule as published): mean ``A``, mean ``B`` and the
-    residual ``Σ p_k s_k B_k A_k − s B̄ Ā``. For unequal ranks the factors are padded with zeros
-    first (this project's decision), and an entry that no client of the round holds keeps its row
-    of ``A``, with zeros in ``B``, so that it can still be trained (this project's decision).
-    Under independent sampling the product, with what is merged, is unbiased; of the factors ``B``
-    alone is, where entries have no holder in some draws.
+    residual ``Σ p_k s_k B_k A_k − s B̄ Ā``. For unequal ranks a client leaves the entries and
+    modules that it lacks as they are (this project's decision): the model moves by exactly the mean
+    of what the clients changed in theirs, and entries that few clients hold do not fade. Under
+    independent sampling the factors, and the product with what is merged, are unbiased.
 
     Notes
     -----
@@ -144,20 +143,13 @@ class FedEx(Aggregator[ResidualState]):
     def _divide(state: ResidualState, module: str) -> tuple[LoraPair, LoraPair | None]:
         """Return the mean and the residual of one module."""
         old, sums = state.current.pairs[module], state.means[module]
-        mass, share = state.over()
-        like = sums.mass
-        mean_A, mean_B = sums.blended(
-            torch.full_like(like, mass), old, torch.full_like(like, share)
-        )
+        divisor, share = state.over_all(sums.mass)
+        mean_A, mean_B = sums.blended(divisor, old, share)
+        mass, _ = state.over()
         start = old.with_rank(len(sums.mass)).to(torch.float32)
-        held = sums.mass > 0
-        shift_A, shift_B = (mean_A - start.A)[held], (mean_B - start.B)[:, held]
+        shift_A, shift_B = mean_A - start.A, mean_B - start.B
         residual = state.moved[module].copy()
-        # A client without entry j stands at zero there, away from the start by all of it.
-        absent = (state.total - sums.mass)[held].clamp_min(0)
-        residual.add(start.A[held], start.B[:, held], absent)
         residual.add(shift_A, -shift_B, mass)
-        mean_A[~held] = start.A[~held]
         mean = replace(old, A=mean_A, B=mean_B)
         rounding = _rounding(mean_A, mean_B) + _rounding(shift_A, shift_B)
         svd = residual.svd(floor=mass * rounding)
