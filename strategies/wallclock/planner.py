@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from strategies.wallclock.baselines import statistical_q, uniform_q, weighted_q
+from strategies.wallclock.expectation import Expectation
 from strategies.wallclock.objective import Array, Choice, ClientProfiles, Objective, Phi
 from strategies.wallclock.search import coordinate_search, marginal_search
 from strategies.wallclock.waterfill import water_fill
@@ -99,9 +100,10 @@ def plan(
     Full participation, uniform and data-weighted sampling and the closed form over a grid of
     ``M = Σ q T`` are scored for several assignments of ranks, by the mean of the optimal round
     time over sets of participants; the best are then refined, probabilities and ranks together,
-    to a fixed point [D]. So under its own score the plan is never worse than any of them. Up to
-    10 clients all sets are enumerated and the score is exact; above that it is a mean over
-    common random numbers.
+    to a fixed point [D]. Up to 10 clients all sets are enumerated and the score is exact. Above
+    that the search scores by a mean over common random numbers, and what it finds, and the best
+    of the simple plans, are judged by `Expectation` on others, the same for every call. So the
+    plan is never worse than any of them by what it promises.
 
     Parameters
     ----------
@@ -120,8 +122,8 @@ def plan(
     idle_seconds : float
         Time of a round in which nobody takes part. (default: 0)
     sets : int, optional
-        How many sets of participants to score with. (default: all of them for up to 10 clients,
-        else 32 to 2048, fewer for more clients)
+        How many sets of participants to search with. (default: all of them for up to 10
+        clients, else 32 to 2048, fewer for more clients)
     warm_start : Plan, optional
         An earlier plan for as many clients, to start from as well.
 
@@ -156,9 +158,6 @@ def plan(
         )
     candidates = list(_candidates(objective, q_min))
     scored = [(objective.total(q, choice), name, q, choice) for name, q, choice in candidates]
-    alternatives: dict[str, float] = {}
-    for total, name, _, _ in scored:
-        alternatives[name] = min(total, alternatives.get(name, np.inf))
     if warm_start is not None:
         if warm_start.q.shape != (n,):
             raise ValueError(f"warm_start is for {warm_start.q.size} clients, not {n}")
@@ -166,12 +165,36 @@ def plan(
         q = np.clip(warm_start.q, q_min, 1.0)
         scored.append((objective.total(q, choice), "warm start", q, choice))
     search = coordinate_search if objective.exact else marginal_search
-    points = [(q, choice) for _, _, q, choice in scored]
-    points += [search(objective, q, choice, q_min) for q, choice in _seeds(scored, objective.exact)]
-    q, choice = min(points, key=lambda point: objective.total(*point))
-    seconds, rounds = objective.round_seconds(q, choice), alpha / objective.bracket(q, choice)
+    found = [("", *search(objective, *seed, q_min)) for seed in _seeds(scored, objective.exact)]
+    best: dict[str, tuple[float, str, Array, Choice]] = {}
+    for point in sorted(scored, key=lambda point: point[0], reverse=True):
+        best[point[1]] = point
+    found += [point[1:] for point in best.values()]
+    seconds_of = objective.round_seconds if objective.exact else _judge(objective)
+    points = []
+    for name, q, choice in found:
+        seconds, bracket = seconds_of(q, choice), objective.bracket(q, choice)
+        rounds = alpha / bracket if bracket > 0 else np.inf
+        points.append((seconds * rounds, seconds, rounds, name, q, choice))
+    total, seconds, rounds, _, q, choice = min(points, key=lambda point: point[0])
+    others = {name: total for total, _, _, name, _, _ in points if name not in ("", "warm start")}
+    alternatives = {name: others[name] for name in dict.fromkeys(n for n, _, _ in candidates)}
     k = objective.at(objective.options, choice).astype(np.int64)
-    return Plan(q, k, seconds, rounds, seconds * rounds, objective.exact, alternatives)
+    return Plan(q, k, seconds, rounds, total, objective.exact, alternatives)
+
+
+def _judge(objective: Objective) -> Callable[[Array, Choice], float]:
+    """Return what says the expected time of a round, by other sets than the search's.
+
+    On its own sets a search finds whom they happen to miss.
+    """
+    expectation = Expectation(objective.n, objective.idle_seconds)
+
+    def seconds(q: Array, choice: Choice) -> float:
+        tau, upload = objective.at(objective.tau, choice), objective.at(objective.upload, choice)
+        return expectation.seconds(tau, upload, q)
+
+    return seconds
 
 
 def _seeds(

@@ -1,6 +1,7 @@
 import itertools
 import json
 from dataclasses import replace
+from time import process_time
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from strategies.wallclock import (
     make_clock,
     retime,
 )
+from strategies.wallclock.bandwidth import batch_round_seconds
 from strategies.wallclock.channel import efficiency_at, harmonic_efficiency
 from strategies.wallclock.simulated import without_whom_soonest
 
@@ -78,13 +80,23 @@ def test_optimal_round_against_a_root_finder_and_leaving_one_out(profile):
         assert time.bottleneck == int(np.argmin(without))
 
 
-def test_bottleneck_does_not_depend_on_how_it_is_computed(monkeypatch):
+@pytest.mark.parametrize("seed", range(40))
+def test_the_bottleneck_is_that_of_trying_everybody(seed):
+    """Also with equal times, uploads of nothing, and one that computes far longer."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 30))
+    tau = rng.integers(0, 3, n).astype(float) if seed % 4 == 0 else rng.lognormal(0, seed % 3, n)
+    upload = rng.lognormal(seed % 5 - 2, 2, n) * (rng.random(n) < (0.6 if seed % 3 == 0 else 1))
+    every = batch_round_seconds(tau, upload, ~np.eye(n, dtype=bool))
+    found = without_whom_soonest(tau, upload)
+    assert every[found] == pytest.approx(every.min(), rel=1e-12)
+
+
+def test_the_bottleneck_of_many_takes_no_square_of_them():
     rng = np.random.default_rng(0)
-    tau, upload = rng.uniform(0, 9, 40), rng.lognormal(0, 1, 40)
-    whole = without_whom_soonest(tau, upload)
-    monkeypatch.setattr("strategies.wallclock.simulated._CELLS", 200)
-    assert without_whom_soonest(tau, upload) == whole
-    assert without_whom_soonest(tau[:1], upload[:1]) == 0
+    start = process_time()
+    without_whom_soonest(rng.uniform(0, 9, 100_000), rng.lognormal(0, 1, 100_000))
+    assert process_time() - start < 2  # about 0.05; all pairs would take half an hour
 
 
 def test_optimal_shares_never_lose_to_equal_ones():
