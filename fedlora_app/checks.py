@@ -39,21 +39,6 @@ def impossible(config: RunConfig) -> list[str]:
         except (TypeError, ValueError) as error:
             problems.append(f"aggregation-options: {error}")
         else:
-            kept = set(rule.trained()) - set(rule.uploaded())
-            blind = config.ranks.policy == "self-pruning" or (
-                config.ranks.policy == "quality" and config.ranks.validation_rows
-            )
-            if kept and blind:
-                problems.append(
-                    f"ranks.policy = {config.ranks.policy!r} judges whole adapters on the server, "
-                    f"but aggregation = {config.aggregation!r} keeps {', '.join(sorted(kept))} on "
-                    "the clients; use another aggregation"
-                    + (
-                        ""
-                        if config.ranks.policy == "self-pruning"
-                        else " or ranks.validation-rows = 0"
-                    )
-                )
             if rule.merges_base and config.train.precision == "bfloat16":
                 problems.append(
                     f"aggregation = {config.aggregation!r} merges into the frozen weights, and "
@@ -111,6 +96,13 @@ def _impossible_together(config: RunConfig, rule: Aggregator[Any], sampler: Samp
             f"aggregation = {config.aggregation!r} averages equal ranks only, and ranks.{key} = "
             f"{getattr(config.ranks, key)!r} lets clients differ; use ranks.policy = 'uniform' or "
             "another aggregation"
+        )
+    kept = set(rule.trained()) - set(rule.uploaded())
+    if kept and policy.judges:
+        problems.append(
+            f"ranks.policy = {config.ranks.policy!r} judges whole adapters on the server, but "
+            f"aggregation = {config.aggregation!r} keeps {', '.join(sorted(kept))} on the clients; "
+            f"use another aggregation{' or ranks.validation-rows = 0' if on_server else ''}"
         )
     if config.privacy.noise_multiplier:  # what would void the guarantee of private updates
         share = config.evaluate.clients

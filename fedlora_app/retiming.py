@@ -47,19 +47,19 @@ class Time(Protocol):
 Timer = Callable[[Sequence[Record], RunConfig], Sequence[Time]]
 
 
-CLOCK_BLIND = ("fraction", "independent", "weighted", "statistical")
-"""Samplers that do not look at the clock."""
-
-
 def training_of(flat: Flat) -> dict[str, Scalar] | None:
     """Return the part of a config that training depends on; None if it depends on the clock.
 
     It does where a planner or a deadline acts on the clock's seconds, and may with a sampler
-    of a plug-in. A run on the real clock cannot be timed again: what its machine did is not
-    known to a simulated one.
+    of a plug-in that does not declare ``clock_blind``. A run on the real clock cannot be timed
+    again: what its machine did is not known to a simulated one.
     """
+    from strategies.promises import declares  # with torch, which takes seconds to import
+    from strategies.sampling import SAMPLERS
+
     config = RunConfig.from_flat(flat)
-    acts = config.sampling.policy not in CLOCK_BLIND or config.clock.deadline > 0
+    blind = declares(SAMPLERS[config.sampling.policy], "clock_blind")
+    acts = not blind or config.clock.deadline > 0
     if acts or config.clock.profile == "measured" or config.method == "local":
         return None
     return {

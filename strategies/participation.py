@@ -68,10 +68,10 @@ class Participation:
         ValueError
             With the reason.
         """
-        if self.independent and self.rule.sampling_refusal:
+        if self.independent and (refusal := self.rule.refuse_coins()):
             raise ValueError(
                 f"aggregation {self.rule.name!r} cannot be used with sampling "
-                f"{self.sampler.name!r}: {self.rule.sampling_refusal}"
+                f"{self.sampler.name!r}: {refusal}"
             )
         if self.independent and self.ratio and self.sampler.server_rate != 1:
             raise ValueError(

@@ -153,6 +153,7 @@ class FedIT(FactorAverage):
     """
 
     name = "fedit"
+    unbiased = linear = symmetric = True
     equal_ranks = True
 
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
@@ -181,6 +182,7 @@ class ZeroPadding(FactorAverage):
     """
 
     name = "zero-padding"
+    unbiased = linear = symmetric = True
 
 
 @register
@@ -194,6 +196,7 @@ class HetLoRA(ZeroPadding):
     """
 
     name = "hetlora"
+    symmetric = True
     sampling_refusal = (
         "it weighs clients by the norms of their updates, and those of clients that were not "
         "drawn are unknown; use zero-padding or rbla"
@@ -243,6 +246,7 @@ class RBLA(HolderMean):
     """
 
     name = "rbla"
+    unbiased = linear = symmetric = True
 
 
 @register
@@ -268,6 +272,7 @@ class Replication(HolderMean):
     """
 
     name = "replication"
+    unbiased = linear = symmetric = True
 
     def __init__(self, *, holder_weights: Literal["data", "quality"] = "data") -> None:
         if holder_weights not in ("data", "quality"):

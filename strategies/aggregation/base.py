@@ -24,6 +24,7 @@ from torch import Tensor
 from strategies.aggregation.population import Population
 from strategies.lora import Adapter, AdapterError
 from strategies.naming import add_named, named
+from strategies.promises import declares, those_that_declare
 
 # Sums are float32: weights further apart than this would overflow or vanish in them.
 LARGEST_WEIGHT = 1e18
@@ -207,12 +208,33 @@ class Aggregator(ABC, Generic[StateT]):
     #: Whether, under independent sampling, the rule divides by the weight of the participants
     #: unless told otherwise: less variance where few clients hold an entry.
     default_ratio: ClassVar[bool] = False
-    #: Why clients cannot be sampled independently with this rule; empty: they can.
+    #: Promise (see ``strategies.promises``: not inherited) that with a ``Population`` the result
+    #: is right in expectation over the draws, as far as it is linear in the updates: sums are
+    #: divided as ``State.over`` or ``over_holders`` says. Without it no coins decide who joins.
+    unbiased: ClassVar[bool] = False
+    #: Promise that the result is linear in the updates of clients of one rank: noises add up.
+    linear: ClassVar[bool] = False
+    #: Promise that the result shows no order of the updates, and nothing that only one of them
+    #: could have brought about: it does not tell who took part.
+    symmetric: ClassVar[bool] = False
+    #: Why clients cannot be sampled independently with this rule as it is set, whatever it
+    #: promises; empty: nothing against it.
     sampling_refusal: str = ""
     #: The seed of the run, set by the strategy; for rules that draw.
     run_seed: int = 42
     #: The round in progress, set by the strategy; rules that alternate or reseed read it.
     server_round: int = 0
+
+    def refuse_coins(self) -> str:
+        """Return why clients cannot be sampled independently with this rule; empty: they can."""
+        if self.sampling_refusal or declares(self, "unbiased"):
+            return self.sampling_refusal
+        return (
+            f"{type(self).__name__} does not declare that it stays unbiased then, and no class "
+            "inherits that; use a sampler without probabilities or one of "
+            f"{those_that_declare(AGGREGATIONS, 'unbiased')}; if it divides its sums as "
+            "State.over says, write unbiased = True into the class"
+        )
 
     def trained(self) -> str:
         """Return the factors that clients train in this round: "AB", "A" or "B"."""
@@ -344,10 +366,10 @@ class Aggregator(ABC, Generic[StateT]):
         Raises
         ------
         ValueError
-            If there is a population and the rule has a ``sampling_refusal``.
+            If there is a population and the rule refuses coins.
         """
-        if population is not None and self.sampling_refusal:
-            raise ValueError(f"{self.name} with a population: {self.sampling_refusal}")
+        if population is not None and (refusal := self.refuse_coins()):
+            raise ValueError(f"{self.name} with a population: {refusal}")
         state = self.init(current)
         state.population = population
         for update in updates:

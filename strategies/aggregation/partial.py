@@ -62,6 +62,7 @@ class FFA(OneFactor):
     """
 
     name = "ffa"
+    unbiased = linear = symmetric = True
 
     def check(self, adapter: Adapter) -> None:
         """Refuse what ``Aggregator.check`` does, and modules whose A is zero."""
@@ -82,6 +83,7 @@ class RoLoRA(OneFactor):
     """
 
     name = "rolora"
+    unbiased = linear = symmetric = True
 
     def trained(self) -> str:
         """Return "B" in odd rounds and "A" in even ones."""
@@ -99,6 +101,7 @@ class FedSA(HolderMean):
     """
 
     name = "fedsa"
+    unbiased = linear = symmetric = True
     supports_dora = False
 
     def check(self, adapter: Adapter) -> None:

@@ -51,6 +51,7 @@ class FSLoRA(Aggregator[SketchState]):
     """
 
     name = "fslora"
+    unbiased = True
     supports_dora = False
     shares_downloads = False
     sketches = True

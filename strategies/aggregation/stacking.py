@@ -46,6 +46,7 @@ class FLoRA(Aggregator[StackState]):
     """
 
     name = "flora"
+    unbiased = True
     merges_base = True
     supports_dora = False
 
@@ -109,6 +110,7 @@ class FedEx(Aggregator[ResidualState]):
     """
 
     name = "fedex"
+    unbiased = symmetric = True
     merges_base = True
     supports_dora = False
 

@@ -9,18 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from strategies.aggregation import AGGREGATIONS, Aggregator
+from strategies.promises import declares, those_that_declare
+
 if TYPE_CHECKING:
-    from strategies.aggregation import Aggregator
     from strategies.ranks import RankPolicy
     from strategies.sampling import Sampler
-
-#: Rules whose result is linear in the updates of clients of one rank: noises add up.
-LINEAR_RULES = frozenset({"fedit", "zero-padding", "rbla", "replication", "ffa", "rolora", "fedsa"})
-#: Rules whose result shows no order of the updates. ``flora`` stacks them one by one, and
-#: ``fslora`` changes other entries for each client: both tell who took part.
-SYMMETRIC_RULES = LINEAR_RULES | {"hetlora", "flexlora", "florist", "rb-lora", "raflora", "fedex"}
-#: Samplers by which nobody's data move anybody's probability to join.
-BLIND_SAMPLERS = frozenset({"fraction", "independent"})
 
 
 def refuse_private(
@@ -51,13 +45,12 @@ def refuse_private(
             f"aggregation {aggregation.name!r} weighs by the quality that clients measure on their "
             'rows, which leaves without noise; use holder_weights = "data"'
         )
-    judged_here = getattr(ranks, "score_fn", None) is not None
     if ranks.profiles:
         problems.append(
             f"the rank policy {ranks.name!r} asks clients for numbers on their rows, which leave "
             "without noise; use uniform, list, cycle or reported ranks"
         )
-    elif ranks.metrics and not judged_here:
+    elif ranks.metrics:
         problems.append(
             f"the rank policy {ranks.name!r} asks clients for {', '.join(ranks.metrics)}, which "
             "leaves without noise; let the server judge (score_fn, ranks.validation-rows)"
@@ -109,7 +102,7 @@ def refuse_amplification(
         )
     if not secret_draws:
         problems.append("the draws follow from the run's seed, which is public; draw from entropy")
-    if sampling.name not in BLIND_SAMPLERS:
+    if not declares(sampling, "blind"):
         problems.append(
             f"sampling {sampling.name!r} may follow the clients' updates or speed, so that "
             "data decide who joins; use fraction or independent"
@@ -119,16 +112,17 @@ def refuse_amplification(
             f"with ranks {ranks.name!r} clients may differ in rank, and which entries changed "
             "tells who took part; use uniform"
         )
-    if aggregation.name not in SYMMETRIC_RULES:
+    if not declares(aggregation, "symmetric"):
         problems.append(
             f"the result of {aggregation.name!r} shows single updates, not only what they make "
             "together; use an averaging rule"
         )
     if sampling.probabilities([]) is not None:
-        if aggregation.name not in LINEAR_RULES:
+        if not declares(aggregation, "linear"):
             problems.append(
                 f"with independent sampling {aggregation.name!r} is not linear in the updates: the "
-                f"noise depends on who joined; use one of {', '.join(sorted(LINEAR_RULES))}"
+                "noise depends on who joined; use one of "
+                f"{those_that_declare(AGGREGATIONS, 'linear')}"
             )
         ratio = sampling.estimator == "ratio" or (
             sampling.estimator == "auto" and aggregation.default_ratio

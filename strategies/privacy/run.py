@@ -16,9 +16,10 @@ from flwr.common import log
 from strategies.lora import Adapter
 from strategies.privacy.accountant import PrivacyAccountant
 from strategies.privacy.accounting import central_epsilon, top_up
-from strategies.privacy.checks import LINEAR_RULES, refuse_amplification, refuse_private
+from strategies.privacy.checks import refuse_amplification, refuse_private
 from strategies.privacy.ledger import read_ledger, write_ledger
 from strategies.privacy.mechanism import Privacy, add_noise
+from strategies.promises import declares
 
 if TYPE_CHECKING:
     from strategies.clients import Client
@@ -84,7 +85,7 @@ class PrivateRun:
             raise ValueError("private updates would not make this run private:\n"
                              + "\n".join(f"  - {problem}" for problem in problems))  # fmt: skip
         self._independent = run.participation.independent
-        self._linear = run.aggregation.name in LINEAR_RULES
+        self._linear = declares(run.aggregation, "linear")
         self._amplified = not refuse_amplification(
             run.aggregation,
             run.ranks,

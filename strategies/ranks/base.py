@@ -51,7 +51,7 @@ class RankPolicy(ABC):
     #: Whether ``learn_cost`` is to be called before each round.
     counts_bytes: bool = False
     #: Metrics of a reply that are meant for the policy and not for averages over clients.
-    metrics: ClassVar[tuple[str, ...]] = ()
+    metrics: tuple[str, ...] = ()
 
     @property
     @abstractmethod

@@ -60,9 +60,10 @@ class SelfPruningRank(RankPolicy):
         min_rank: int = 1,
     ) -> None:
         self.start = UniformRank(start) if isinstance(start, int) else start
-        if self.start.profiles or self.start.metrics:
+        if self.start.profiles or self.start.metrics or self.start.judges:
             raise ValueError(
-                f"start: expected a policy that asks nothing of clients, got {self.start.name!r}"
+                "start: expected a policy that asks nothing of clients and judges none, got "
+                f"{self.start.name!r}"
             )
         if not 0 < gamma < 1:
             raise ValueError(f"gamma: expected a number between 0 and 1, got {gamma!r}")

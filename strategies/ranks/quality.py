@@ -50,7 +50,6 @@ class QualityRank(RankPolicy):
     """
 
     name = "quality"
-    metrics = (VALIDATION_LOSS,)
 
     def __init__(
         self,
@@ -68,6 +67,7 @@ class QualityRank(RankPolicy):
             raise ValueError(f"fraction: expected a number in (0, 1], got {fraction!r}")
         self.fraction = fraction
         self.score_fn = score_fn
+        self.metrics = () if score_fn else (VALIDATION_LOSS,)  # what clients are asked for
         self._losses: dict[int, float] = {}  # by client index
         self._rounds: dict[int, int] = {}  # the round each was scored in
         self._best: set[int] = set()

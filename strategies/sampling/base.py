@@ -67,6 +67,12 @@ class Sampler(ABC):
     needs_weights: ClassVar[bool] = False
     #: Whether ``Outlook.upload_bytes`` is needed; else it is (0, 0).
     needs_cost: ClassVar[bool] = False
+    #: Promise (see ``strategies.promises``: not inherited) that nobody's data move anybody's chance
+    #: to join, and that the draw is uniform without replacement or, with ``probabilities``, by
+    #: these alone: what the privacy that sampling adds rests on.
+    blind: ClassVar[bool] = False
+    #: Promise that nothing of ``Outlook.clock`` moves who joins.
+    clock_blind: ClassVar[bool] = False
     #: How updates are summed, for samplers with ``probabilities``: "unbiased" (divided by the
     #: weight of everybody), "ratio" (by that of the participants), "auto" (what suits the rule).
     estimator: Estimator = "auto"

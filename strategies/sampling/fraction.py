@@ -30,6 +30,7 @@ class FractionSampling(Sampler):
     """
 
     name = "fraction"
+    blind = clock_blind = True
 
     def __init__(self, fraction: float = 1.0, *, min_clients: int = 1, clients: int = 0) -> None:
         if not 0 < fraction <= 1:

@@ -98,6 +98,7 @@ class IndependentSampling(BernoulliSampling):
     """
 
     name = "independent"
+    blind = clock_blind = True
 
     def __init__(
         self,

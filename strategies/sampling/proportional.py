@@ -36,6 +36,7 @@ class WeightedSampling(BernoulliSampling):
     """
 
     name = "weighted"
+    clock_blind = True
     needs_weights = True
 
     def __init__(
@@ -106,6 +107,7 @@ class StatisticalSampling(WeightedSampling):
     """
 
     name = "statistical"
+    clock_blind = True
 
     def __init__(
         self,

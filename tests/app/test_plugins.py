@@ -105,3 +105,23 @@ def test_a_broken_module_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken_plugin.py").write_text("1 / 0\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot import 'broken_plugin': ZeroDivisionError"):
         RunConfig.from_flat({"plugins": "broken_plugin"})
+
+
+def test_a_plugin_that_declares_it_is_blind_to_the_clock_is_timed_again(plugins, monkeypatch):
+    RunConfig.from_flat({**OWN, "plugins": plugins})
+    turns = SAMPLERS["turns"]
+    flat = {**OWN, "plugins": plugins, "clock.profile": "lab"}
+    monkeypatch.setattr(turns, "clock_blind", True)
+    assert training_of(flat) == training_of({**flat, "clock.profile": "rural"}) is not None
+    assert training_of({**flat, "clock.deadline": 3.0}) is None
+    SAMPLERS["turns"] = type("Heir", (turns,), {})
+    assert training_of(flat) is None
+
+
+def test_a_policy_that_judges_needs_whole_adapters_whatever_its_name(plugins, monkeypatch):
+    RunConfig.from_flat({**OWN, "plugins": plugins})
+    flat = {**OWN, "plugins": plugins, "aggregation": "fedsa"}
+    RunConfig.from_flat(flat)
+    monkeypatch.setattr(RANK_POLICIES["by-rows"], "judges", True)
+    with pytest.raises(ConfigError, match=r"'by-rows' judges whole adapters .* keeps B on the"):
+        RunConfig.from_flat(flat)
