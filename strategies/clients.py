@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+MOST = 2**53  # up to here a float holds every whole number
+
 
 @dataclass(frozen=True)
 class Client:
@@ -83,7 +85,7 @@ class Roster:
         self.doubles = {}
         named = {c.index for n, c in self.clients.items() if n in here and c.named}
         for node_id in sorted(properties):
-            index = _whole(properties[node_id].get("partition-id"), low=0)
+            index = whole(properties[node_id].get("partition-id"), low=0)
             if index in gone:
                 taken.discard(index)
                 before[index] = self.clients.pop(gone.pop(index))
@@ -122,14 +124,23 @@ class Roster:
         named: bool = True,
     ) -> None:
         """Add a node; what it does not report is as it was ``before``."""
-        max_rank = _whole(reported.get("max-rank"), low=1)
-        count = _whole(reported.get("num-examples"), low=1)
+        max_rank = whole(reported.get("max-rank"), low=1)
+        count = whole(reported.get("num-examples"), low=1)
         if before is not None:
             max_rank, count = max_rank or before.max_rank, count or before.num_examples
         self.clients[node_id] = Client(node_id, index, max_rank, count, named)
 
-    def observe(self, node_id: int, num_examples: int) -> None:
-        """Remember how many examples a client trained on."""
+    def update(self, node_id: int, reported: Mapping[str, object]) -> None:
+        """Take what a node that is known says anew; its place stays as it is."""
+        client = self.clients[node_id]
+        self.clients[node_id] = replace(
+            client,
+            max_rank=whole(reported.get("max-rank"), low=1),
+            num_examples=client.num_examples or whole(reported.get("num-examples"), low=1),
+        )
+
+    def observe(self, node_id: int, num_examples: int | None) -> None:
+        """Remember how many examples a client trained on; None: forget it."""
         self.clients[node_id] = replace(self.clients[node_id], num_examples=num_examples)
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,9 +158,10 @@ class Roster:
         return sorted(found, key=lambda client: client.index)
 
 
-def _whole(value: object, low: int) -> int | None:
-    if isinstance(value, str) and value.isdecimal():  # a node config may quote its numbers
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+def whole(value: object, low: int) -> int | None:
+    """Return what a node says if it is a whole number in range, else None."""
+    if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+        value = int(value)  # a node config may quote its numbers
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MOST:
         return None
     return value

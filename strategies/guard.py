@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from flwr.app import Message
 
+from strategies.claims import ReplyError
 from strategies.lora import Adapter
-from strategies.messages import ReplyError
 
 #: A change may be so many times the median of the last ones.
 NORM_FACTOR = 100.0
@@ -25,6 +26,11 @@ REMEMBERED, FEWEST = 64, 3
 COUNT_FACTOR = 10.0
 #: And in an evaluation so many times what it trains on.
 EVALUATION_FACTOR = 100.0
+#: Nobody counts more than so many times the median of the others: one site may have a thousand
+#: times the data of another, but no single one is the whole model.
+OTHERS_FACTOR = 1000.0
+#: And with nobody to compare with, no more than this.
+MOST_ALONE = 1e9
 
 
 class Guard:
@@ -33,12 +39,14 @@ class Guard:
     A change is compared with the median norm of the last accepted ones. Before there are three,
     it is compared with the adapter that was sent: nobody moves every number by a hundred times
     its size, or by a hundred. Counts are compared with a node's own first count, which is
-    why a node cannot go up, or down, step by step.
+    why a node cannot go up, or down, step by step, and with the median of the others', which is why
+    it cannot begin at the top. Among the first replies of a run are those that come next.
     """
 
     def __init__(self) -> None:
         self._norms: deque[float] = deque(maxlen=REMEMBERED)
         self._first: dict[int, float] = {}  # count of the first good reply, by client index
+        self._ahead: dict[int, float] = {}  # counts of replies whose turn is still to come
 
     def check_norm(self, norm: float, sent: Adapter, noise: float = 0.0) -> None:
         """Refuse a change of a norm that cannot be training's.
@@ -71,6 +79,50 @@ class Guard:
                 f"{bound:.3g}; lower its learning rate, or see who it is"
             )
 
+    def look_ahead(
+        self, replies: Iterable[Message], count_of: Callable[[Message], tuple[int, float] | None]
+    ) -> Iterator[Message]:
+        """Pass replies on in their order, seeing the counts of a few beforehand if none are known.
+
+        Parameters
+        ----------
+        replies : Iterable[Message]
+        count_of : callable
+            Returns the client index and the count of a reply, if it has one.
+        """
+        self._ahead = {}
+        rest, held = iter(replies), []
+        while len(self._first.keys() | self._ahead.keys()) < FEWEST:
+            if (message := next(rest, None)) is None:
+                break
+            held.append(message)
+            if (found := count_of(message)) is not None:
+                self._ahead[found[0]] = found[1]
+        held.reverse()
+        while held:  # not kept here longer than by the caller
+            yield held.pop()
+        yield from rest
+
+    def check_share(self, index: int, count: float, what: str = "num-examples") -> None:
+        """Refuse a count that would make one client the whole model.
+
+        Raises
+        ------
+        ReplyError
+            With what others report.
+        """
+        counts = {**self._ahead, **self._first}
+        counts.pop(index, None)
+        if counts and count <= OTHERS_FACTOR * min(counts.values()):
+            return  # the usual case, without a median over everybody
+        most = OTHERS_FACTOR * _median(counts.values()) if counts else MOST_ALONE
+        if count > most:
+            raise ReplyError(
+                f"{what} is {count:g}, more than {OTHERS_FACTOR:g} times what others report, or "
+                f"{MOST_ALONE:g} where there are none; if it has so much more, let it report "
+                f"{most:g} at most"
+            )
+
     def check_count(self, index: int, count: float) -> None:
         """Refuse a number of examples far from the node's first: it would outweigh everybody.
 
@@ -99,18 +151,19 @@ class Guard:
             With both numbers.
         """
         first = self._first.get(index)
-        most = EVALUATION_FACTOR * (first if first is not None else self._usual())
-        if count > most:
-            raise ReplyError(f"num-examples is {count:g}, more than {most:g} is not believed")
+        if first is None:
+            self.check_share(index, count)
+        elif count > EVALUATION_FACTOR * first:
+            raise ReplyError(
+                f"num-examples is {count:g}, but this node trains on {first:g}; more than "
+                f"{EVALUATION_FACTOR:g} times as many are not believed"
+            )
 
     def accept(self, index: int, norm: float, count: float) -> None:
         """Remember a reply that was good in every respect."""
         if norm > 0:
             self._norms.append(norm)
         self._first.setdefault(index, count)
-
-    def _usual(self) -> float:
-        return float(np.median(list(self._first.values()))) if self._first else 1e9
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned, as JSON can hold it."""
@@ -123,3 +176,20 @@ class Guard:
         """Put back what ``state_dict`` returned; nothing is known to an older checkpoint."""
         self._norms = deque(state.get("norms", ()), maxlen=REMEMBERED)
         self._first = {int(index): count for index, count in state.get("first", {}).items()}
+
+
+def believed_counts(counts: Mapping[int, float]) -> dict[int, float]:
+    """Return those of the counts that no other contradicts: see ``OTHERS_FACTOR``."""
+    sure = OTHERS_FACTOR * min(counts.values(), default=0)
+    good = {}
+    for key, count in counts.items():
+        if count > sure or len(counts) == 1:
+            others = [other for k, other in counts.items() if k != key]
+            if count > (OTHERS_FACTOR * _median(others) if others else MOST_ALONE):
+                continue
+        good[key] = count
+    return good
+
+
+def _median(counts: Iterable[float]) -> float:
+    return float(np.median(list(counts)))

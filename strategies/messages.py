@@ -23,6 +23,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
+from strategies.claims import LONGEST_NAME, ReplyError, clean, numbers, weight_of
 from strategies.errors import cause
 
 Record = TypeVar("Record")
@@ -42,27 +43,8 @@ TRAIN_SECONDS_KEY = "seconds"
 STEPS_KEY = "steps"
 
 
-# What of a reply beside its arrays is kept: far more than any client of good will sends.
-MOST_METRICS = 256
-LONGEST_NAME = 128
-REASON_LENGTH = 500
-"""How much of a client's own text is kept."""
 # A reply may have this many times the bytes that were planned, and so many beside them.
 BYTES_FACTOR, BYTES_MORE = 2, 1 << 20
-
-
-class ReplyError(ValueError):
-    """A reply cannot be used; the message says why."""
-
-
-def clean(text: str, length: int = REASON_LENGTH) -> str:
-    """Return a client's text as part of one line of ours: no line of its own, and not a book.
-
-    Whatever a client names, says or raises goes through here before it reaches a log, an error
-    or a record.
-    """
-    said = "".join(c if c.isprintable() else " " for c in text[: 4 * length])
-    return " ".join(said.split())[:length]
 
 
 @dataclass(frozen=True)
@@ -203,6 +185,16 @@ class Protocol(ABC):
         """Read an evaluation reply."""
 
     @abstractmethod
+    def count(self, message: Message) -> float:
+        """Return how much a training or evaluation reply counts, without reading its arrays.
+
+        Raises
+        ------
+        ValueError
+            If it does not say so.
+        """
+
+    @abstractmethod
     def read_query(self, content: RecordDict) -> dict[str, Any]:
         """Read the reply to a query."""
 
@@ -252,6 +244,10 @@ class MessageProtocol(Protocol):
         metrics, weight, notes = self._metrics(content)
         return Reply({}, weight, metrics, notes=notes)
 
+    def count(self, message: Message) -> float:
+        """Return the metric of ``weight_key``."""
+        return weight_of(_all_metrics(message.content), self.weight_key)
+
     def read_query(self, content: RecordDict) -> dict[str, Any]:
         """Return everything in the reply's config and metric records."""
         answer: dict[str, Any] = {}
@@ -262,8 +258,7 @@ class MessageProtocol(Protocol):
         return answer
 
     def _metrics(self, content: RecordDict) -> tuple[dict[str, float], float, tuple[str, ...]]:
-        found = {k: v for record in content.metric_records.values() for k, v in record.items()}
-        return _numbers(found, self.weight_key)
+        return numbers(_all_metrics(content), self.weight_key, SCALE_KEY)
 
 
 class NumPyProtocol(Protocol):
@@ -303,6 +298,12 @@ class NumPyProtocol(Protocol):
         metrics, weight, notes = self._metrics(content, "evaluateres", loss=loss)
         return Reply({}, weight, metrics, notes=notes)
 
+    def count(self, message: Message) -> float:
+        """Return ``num_examples``."""
+        records = message.content.metric_records
+        (counted,) = (record for key, record in records.items() if key.endswith(".num_examples"))
+        return weight_of(counted, "num_examples")
+
     @staticmethod
     def _metrics(
         content: RecordDict, kind: str, **more: Any
@@ -310,8 +311,8 @@ class NumPyProtocol(Protocol):
         """Return the numbers of a reply; its count goes by Flower's own name, whatever they say."""
         found = {**_part(content.config_records, f"{kind}.metrics"), **more}
         counted = _part(content.metric_records, f"{kind}.num_examples")
-        weight = _weight(counted, "num_examples")
-        metrics, _, notes = _numbers({**found, "num_examples": weight}, "num_examples")
+        weight = weight_of(counted, "num_examples")
+        metrics, _, notes = numbers({**found, "num_examples": weight}, "num_examples", SCALE_KEY)
         del metrics["num_examples"]
         metrics.setdefault("num-examples", weight)
         return metrics, weight, notes
@@ -338,55 +339,14 @@ class NumPyProtocol(Protocol):
             raise ReplyError(f"the client answered: {clean(str(status.get('message')))}")
 
 
+def _all_metrics(content: RecordDict) -> dict[str, Any]:
+    return {k: v for record in content.metric_records.values() for k, v in record.items()}
+
+
 def _part(records: Mapping[str, Record], name: str) -> Record:
     if name not in records:
         raise ReplyError(f"the reply has no {name!r} record")
     return records[name]
-
-
-def _numbers(
-    items: Mapping[str, Any], weight_key: str
-) -> tuple[dict[str, float], float, tuple[str, ...]]:
-    """Return the finite numbers of a reply, its weight, and what was left out.
-
-    A NumPyClient's metrics may hold text as well. A number that is none would spread to every
-    mean it enters, so it is dropped here, once; what has a check of its own says so there.
-    """
-    weight = _weight(items, weight_key)
-    found: dict[str, float] = {}
-    notes: list[str] = []
-    for key, value in items.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if len(key) > LONGEST_NAME or clean(key, LONGEST_NAME) != key:
-            notes.append(f"a metric named {clean(key, 40)!r} …")
-        elif len(found) >= MOST_METRICS and key != weight_key:
-            notes.append(f"all metrics after the first {MOST_METRICS}")
-            break
-        elif _finite(value) or key == SCALE_KEY:
-            found[key] = value
-        else:
-            notes.append(f"{key} = {value}")
-    found[weight_key] = weight
-    return found, weight, tuple(notes[:8])
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False
-
-
-def _weight(metrics: Mapping[str, Any], key: str) -> float:
-    if key not in metrics:
-        raise ReplyError(f"the metric {key!r}, by which replies are weighted, is missing")
-    weight = metrics[key]
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise ReplyError(f"{key} is {clean(repr(weight), 60)}, expected a number")
-    if not (_finite(weight) and weight > 0):
-        raise ReplyError(f"{key} is {clean(repr(weight), 60)}, expected a number above 0")
-    return float(weight)
 
 
 def reply_error(message: Message) -> str | None:

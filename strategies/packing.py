@@ -127,12 +127,11 @@ class Packing:
 
     def config(self, base: ConfigRecord, client: Client, parcel: Parcel, rank: int) -> ConfigRecord:
         """Return the settings that go with a parcel; the caller's record is not touched."""
-        scales = {pair.scale for pair in parcel.download.adapter.pairs.values()}
         own: dict[str, int | float | str] = {
             ROUND_KEY: self.server_round,
             CLIENT_KEY: client.index,
             RANK_KEY: parcel.rank or rank,
-            SCALE_KEY: scales.pop() if scales else 1.0,
+            SCALE_KEY: _scale_told(parcel.download.adapter),
             TRAIN_KEY: self.trained,
             SEND_KEY: self.uploaded,
             WIRE_KEY: self.wire,
@@ -161,12 +160,9 @@ class Packing:
             tensors[key] = tensor
         scales = {module: pair.scale for module, pair in sent.pairs.items()}
         scale: float | Mapping[str, float] = scales
-        if SCALE_KEY in reply.metrics:
-            scale = float(reply.metrics[SCALE_KEY])
-            if not (math.isfinite(scale) and scale > 0):
-                raise AdapterError([f"{SCALE_KEY} is {scale}, expected a number above 0"], "reply")
-        elif len(set(scales.values())) <= 1:
-            scale = next(iter(scales.values()), 1.0)
+        if len(set(scales.values())) <= 1:
+            scale = _scale_told(sent)
+        self._check_scale(reply, sent)
         adapter = Adapter.from_state_dict(tensors, scale, check_finite=False)
         problems = adapter.differences(sent, None if any_rank else sent.ranks)
         largest = self.model.adapter.ranks
@@ -178,6 +174,23 @@ class Packing:
         if problems:
             raise AdapterError(problems + adapter.non_finite(), "reply")
         return adapter
+
+    @staticmethod
+    def _check_scale(reply: Reply, sent: Adapter) -> None:
+        """Refuse a reply that was trained at another scale than the server said.
+
+        It would count by a factor of the client's own choice.
+        """
+        own, told = reply.metrics.get(SCALE_KEY), _scale_told(sent)
+        if own is not None and not math.isclose(own, told, rel_tol=1e-6):
+            raise AdapterError(
+                [
+                    f"{SCALE_KEY} is {own:g}, but the server sets it, and said {told:g}: "
+                    "apply_adapter and receive_parameters follow it; a client with an alpha of its "
+                    f"own needs alpha = {told:g} · r, or for rsLoRA {told:g} · √r"
+                ],
+                "reply",
+            )
 
     def _pack(self, download: Download) -> Parcel:
         state = download.adapter.to_state_dict()
@@ -200,3 +213,8 @@ class Packing:
     def _travels(key: str, factors: str) -> bool:
         factor = factor_of(key)
         return factor is None or factor in factors
+
+
+def _scale_told(sent: Adapter) -> float:
+    """Return the scale that a client is told to train at."""
+    return next((pair.scale for pair in sent.pairs.values()), 1.0)

@@ -25,20 +25,18 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from strategies.aggregation import Aggregator, Update, make_aggregator
 from strategies.census import Census
+from strategies.claims import REASON_LENGTH, ReplyError, clean
 from strategies.clients import Client
 from strategies.doors import made, refuse_unknown
 from strategies.loop import Listener, StreamingStrategy
 from strategies.lora import Adapter
 from strategies.messages import (
     MODEL_ROUND_KEY,
-    REASON_LENGTH,
     MessageProtocol,
     NumPyProtocol,
     Protocol,
     Reply,
-    ReplyError,
     check_size,
-    clean,
     content_bytes,
     from_record,
     reply_error,
@@ -335,7 +333,8 @@ class FedLoRA(StreamingStrategy):
         state.population = self.participation.population
         silent = dict(self.round.assignments)
         good: list[Reply] = []
-        for message in replies:
+        guard = self.participation.guard
+        for message in guard.look_ahead(replies, self._count_of):
             assignment = silent.pop(message.metadata.src_node_id, None)
             if assignment is None:
                 log(WARNING, "ignored a reply of node %s: it was not asked in this round or "
@@ -358,14 +357,16 @@ class FedLoRA(StreamingStrategy):
                 quality = reply.metrics.get("quality")
                 if self.privacy:  # numbers of rows stay with the clients
                     reply = replace(reply, weight=1.0)
-                elif self.weighted_by_key == "num-examples":
-                    self.participation.guard.check_count(client.index, reply.weight)
+                else:
+                    if self.weighted_by_key == "num-examples":
+                        guard.check_count(client.index, reply.weight)
+                    guard.check_share(client.index, reply.weight, self.weighted_by_key)
                 weight = self.participation.weight(client, reply.weight)
                 self.aggregation.add(state, Update(adapter, weight, quality, parcel.download))
             except (ValueError, KeyError, TypeError, ArithmeticError) as error:
                 self._reject(assignment, clean(str(error), 2 * REASON_LENGTH), received)
                 continue
-            self.participation.guard.accept(client.index, norm, reply.weight)
+            guard.accept(client.index, norm, reply.weight)
             if reply.notes:
                 log(WARNING, "round %s: %s: left out of its reply: %s", server_round, client.name,
                     "; ".join(reply.notes))  # fmt: skip
@@ -444,7 +445,8 @@ class FedLoRA(StreamingStrategy):
         if not isinstance(replies, Iterator):
             replies = sorted(replies, key=self._place)
         found: list[tuple[Client, Reply]] = []
-        for message in replies:
+        guard = self.participation.guard
+        for message in guard.look_ahead(replies, self._count_of):
             client = self._evaluating.pop(message.metadata.src_node_id, None)
             if client is None:  # not asked, or answered before
                 continue
@@ -453,7 +455,7 @@ class FedLoRA(StreamingStrategy):
                     raise ReplyError(reason)
                 reply = self.protocol.read_evaluate(message.content)
                 if self.weighted_by_key == "num-examples":
-                    self.participation.guard.check_evaluation(client.index, reply.weight)
+                    guard.check_evaluation(client.index, reply.weight)
             except (ValueError, KeyError, TypeError) as error:
                 log(WARNING, "evaluation of %s left out: %s", client.name, clean(str(error)))
                 continue
@@ -698,6 +700,14 @@ class FedLoRA(StreamingStrategy):
         client = self.roster.clients.get(node_id)
         return (client.index, node_id) if client else (len(self.roster.clients), node_id)
 
+    def _count_of(self, message: Message) -> tuple[int, float] | None:
+        """Return the client of a reply and how much it counts, if it is one and says so."""
+        client = self.roster.clients.get(message.metadata.src_node_id)
+        try:
+            return None if client is None else (client.index, self.protocol.count(message))
+        except (ValueError, KeyError, TypeError):
+            return None
+
     def _metrics(self, replies: Sequence[Reply]) -> list[RecordDict]:
         """Return the metrics of replies alone, as metric aggregation functions expect them."""
         # Flower's average takes it that every reply has the same metrics.
@@ -738,4 +748,5 @@ class FedLoRA(StreamingStrategy):
 
     def _reject(self, assignment: Assignment, reason: str, nbytes: int = 0) -> None:
         self.round.reject(assignment, reason, nbytes)
+        self.census.doubt(assignment.client.node_id)
         log(WARNING, "round %s: rejected %s: %s", self.round.number, assignment.client.name, reason)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from strategies.wallclock.objective import ClientProfiles
 class Work:
     """What one participant does in a round.
 
-    What clients report is not trusted: steps and seconds that are no finite number ≥ 0 count as
+    What clients report is not trusted: steps and seconds that are no number from 0 to 1e9 count as
     not reported.
 
     Parameters
@@ -142,9 +141,13 @@ class Clock(ABC):
         return self.name
 
 
+# Nobody makes so many steps in a round, or trains for so many seconds: it is thirty years.
+_MOST = 1e9
+
+
 def reported(value: object) -> float | None:
-    """Return a number that a client reported, or None if it is no finite number ≥ 0."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
+    """Return a number that a client reported, or None if it is none from 0 to what can be."""
+    if not isinstance(value, numbers.Real) or value < 0 or not value <= _MOST:  # NaN is neither
         return None
     return float(value)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 
-from strategies.messages import ReplyError, from_record, record_bytes, reply_error, to_record
+from strategies.claims import ReplyError
+from strategies.messages import from_record, record_bytes, reply_error, to_record
 from tests.fakes import FakeGrid
 
 

@@ -160,8 +160,11 @@ def spoil(kind):
                 return content
             case "absurd weight":
                 return message_reply(adapter, weight=1.7e308)
-            case "overflow in the fold":
-                return message_reply(adapter, 11, **{"lora-scale": 1e39})
+            case "weight of a thousand others":
+                return message_reply(adapter, weight=12_000)
+            case "another scale" | "huge scale":
+                scale = 1.0 if kind == "another scale" else 1e30
+                return message_reply(adapter, 11, **{"lora-scale": scale})
             case "header that is no header":
                 array = content["arrays"]["head.bias"]
                 array.data = b"\x93NUMPY\x01\x00\x02\x00{ " + array.data[10:]
@@ -193,8 +196,10 @@ REASONS = {
     "no arrays": "expected one array record, got 0",
     "two array records": "expected one array record, got 2",
     "scale of infinity": "lora-scale is inf, expected a number above 0",
-    "absurd weight": "expected a weight from 1e-18 to 1e18",
-    "overflow in the fold": "holds NaN or Inf",
+    "absurd weight": r"num-examples is 1.7e\+308, expected a number above 0, at most 3.4e\+38",
+    "weight of a thousand others": "num-examples is 12000, more than 1000 times what others report",
+    "another scale": "lora-scale is 1, but the server sets it, and said 2: apply_adapter",
+    "huge scale": r"lora-scale is 1e\+30, but the server sets it, and said 2",
     "header that is no header": "array 'head.bias' cannot be read",
     "exception": "CUDA out of memory",
     "silence": "no answer",
@@ -227,19 +232,16 @@ def test_too_few_replies_leave_the_model(caplog):
     assert "4 good replies, fewer than min_replies = 5; the model stays as it was" in caplog.text
 
 
-def test_own_scale_of_a_reply_is_folded():
-    def other_scale(message):
+def test_a_reply_may_name_the_scale_it_was_told():
+    def told(message):
         content = honest(message)
         if message.metadata.message_type == "train":
-            adapter = read(content["arrays"]).with_scale(1.0)  # as read: B doubled
-            content = message_reply(adapter, 10 + PARTITION[message.metadata.dst_node_id])
-            content["metrics"]["lora-scale"] = 1.0
+            content["metrics"]["lora-scale"] = message.content["config"]["lora-scale"]
         return content
 
-    ours = read(run(make(), FakeGrid(NODES, honest), rounds=1).arrays)
-    theirs = read(run(make(), FakeGrid(NODES, other_scale), rounds=1).arrays)
-    for module in ours.pairs:
-        torch.testing.assert_close(theirs.delta(module), ours.delta(module))
+    silent = run(make(), FakeGrid(NODES, honest), rounds=1).arrays
+    named = run(make(), FakeGrid(NODES, told), rounds=1).arrays
+    assert {k: v.data for k, v in named.items()} == {k: v.data for k, v in silent.items()}
 
 
 def test_reported_ranks_are_taken_as_they_come():
