@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord
@@ -31,36 +32,40 @@ from strategies.wire import WIRE_KEY, decode, encode
 NPY_HEADER = 128  # bytes that numpy's format puts before the values of an array
 
 
+class Sent(NamedTuple):
+    """What a client starts from: the adapter it is to train, and the arrays that travel."""
+
+    download: Download
+    record: ArrayRecord
+
+
 @dataclass(frozen=True)
 class Parcel:
     """What one client is sent.
 
     Parameters
     ----------
-    download : Download
-        The adapter it is to train.
-    record : ArrayRecord
-        That adapter as it travels, and what was merged into the base.
+    rank : int
+        The rank the client trains.
+    scale : float
+        The scale it is to train with.
     expected : list of str
         Names of the arrays that must come back, in their order.
     upload_bytes : int
         Bytes of those arrays on the wire.
+    nbytes : int
+        Bytes of the arrays that are sent.
+    sent : callable
+        Returns the content: the same object each time where clients of one rank share it, else
+        made anew, so that the server need not hold one for every client of the round.
     """
 
-    download: Download
-    record: ArrayRecord
+    rank: int
+    scale: float
     expected: list[str]
-    upload_bytes: int = 0
-
-    @property
-    def rank(self) -> int:
-        """The rank the client trains."""
-        return self.download.adapter.rank
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return record_bytes(self.record)
+    upload_bytes: int
+    nbytes: int
+    sent: Callable[[], Sent]
 
 
 class Packing:
@@ -92,19 +97,31 @@ class Packing:
         # The merges of all rounds are encoded once, whatever the number of clients.
         self._merged = to_record(encode(merged, wire))
         self._made: dict[tuple[str, int], Parcel] = {}
+        self._names: list[str] = []  # of the arrays of the last parcel; others have the same
 
-    def train(self, rank: int, rng: np.random.Generator) -> Parcel:
-        """Return what a client of ``rank`` trains; made once a rank where the rule allows."""
+    def train(self, rank: int, rng: Callable[[], np.random.Generator]) -> Parcel:
+        """Return what a client of ``rank`` trains; made once a rank where the rule allows.
+
+        Parameters
+        ----------
+        rank : int
+        rng : callable
+            Returns the generator of this client and round, the same at every call.
+        """
+        if not self.rule.shares_downloads:
+            make = partial(self._train, rank, rng)
+            return self._parcel(make(), make)
         key = "train", rank
-        if key not in self._made or not self.rule.shares_downloads:
-            self._made[key] = self._pack(self.rule.download(self.model.adapter, rank, rng))
+        if key not in self._made:
+            self._made[key] = self._shared(self._train(rank, rng))
         return self._made[key]
 
     def evaluate(self, rank: int) -> Parcel:
         """Return what a client of ``rank`` evaluates."""
-        key = "evaluate", rank
+        adapter = self.rule.view(self.model.adapter, rank)
+        key = "evaluate", 0 if adapter is self.model.adapter else rank
         if key not in self._made:
-            self._made[key] = self._pack(Download(self.rule.view(self.model.adapter, rank)))
+            self._made[key] = self._shared(self._sent(Download(adapter)))
         return self._made[key]
 
     def cost(self, rng: np.random.Generator, *, upload_only: bool = False) -> tuple[float, float]:
@@ -118,9 +135,7 @@ class Packing:
             Count the way up alone.
         """
         high = max(2, self.model.adapter.rank if self.trained else 0)
-        parcels = [
-            self._pack(self.rule.download(self.model.adapter, rank, rng)) for rank in (1, high)
-        ]
+        parcels = [self._shared(self._train(rank, lambda: rng)) for rank in (1, high)]
         one, most = (p.upload_bytes + (0 if upload_only else p.nbytes) for p in parcels)
         per_rank = (most - one) / (high - 1)
         return one - per_rank, per_rank
@@ -131,7 +146,7 @@ class Packing:
             ROUND_KEY: self.server_round,
             CLIENT_KEY: client.index,
             RANK_KEY: parcel.rank or rank,
-            SCALE_KEY: _scale_told(parcel.download.adapter),
+            SCALE_KEY: parcel.scale,
             TRAIN_KEY: self.trained,
             SEND_KEY: self.uploaded,
             WIRE_KEY: self.wire,
@@ -139,7 +154,7 @@ class Packing:
         }
         return ConfigRecord({**base, **own})
 
-    def read(self, reply: Reply, parcel: Parcel, *, any_rank: bool = False) -> Adapter:
+    def read(self, reply: Reply, download: Download, *, any_rank: bool = False) -> Adapter:
         """Return the adapter of a reply, whole: a factor that stayed fixed is as it was sent.
 
         Raises
@@ -147,7 +162,7 @@ class Packing:
         ValueError
             With everything that does not match what was sent.
         """
-        sent = parcel.download.adapter
+        sent = download.adapter
         tensors = decode(reply.arrays, self.wire)
         for key, tensor in sent.to_state_dict().items():
             if self._travels(key, self.uploaded):
@@ -192,10 +207,13 @@ class Packing:
                 "reply",
             )
 
-    def _pack(self, download: Download) -> Parcel:
+    def _train(self, rank: int, rng: Callable[[], np.random.Generator]) -> Sent:
+        return self._sent(self.rule.download(self.model.adapter, rank, rng()))
+
+    def _sent(self, download: Download) -> Sent:
+        """Return a download as it arrives, and as it travels."""
         state = download.adapter.to_state_dict()
         down = {k: t for k, t in state.items() if self._travels(k, self.rule.downloaded())}
-        up = {k: t for k, t in state.items() if self._travels(k, self.uploaded)}
         encoded = encode(down, self.wire)
         record = to_record(encoded)
         if self.wire != "float32":  # what the client starts from is what arrives
@@ -205,9 +223,23 @@ class Packing:
             download = Download(adapter, download.entries)
         if len(self._merged):
             record = ArrayRecord({**record, **self._merged})
-        wired = encode(up, self.wire)
+        return Sent(download, record)
+
+    def _shared(self, sent: Sent) -> Parcel:
+        """Return a parcel that keeps its content."""
+        return self._parcel(sent, lambda: sent)
+
+    def _parcel(self, sent: Sent, make: Callable[[], Sent]) -> Parcel:
+        adapter = sent.download.adapter
+        state = adapter.to_state_dict()
+        wired = encode(
+            {k: t for k, t in state.items() if self._travels(k, self.uploaded)}, self.wire
+        )
+        if list(wired) != self._names:
+            self._names = list(wired)
         size = sum(NPY_HEADER + t.numel() * t.element_size() for t in wired.values())
-        return Parcel(download, record, list(wired), size)
+        nbytes = record_bytes(sent.record)
+        return Parcel(adapter.rank, _scale_told(adapter), self._names, size, nbytes, make)
 
     @staticmethod
     def _travels(key: str, factors: str) -> bool:

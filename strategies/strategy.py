@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from logging import INFO, WARNING
 from typing import Any
 
@@ -43,7 +44,7 @@ from strategies.messages import (
     to_record,
 )
 from strategies.model import GlobalModel
-from strategies.packing import Packing
+from strategies.packing import Packing, Parcel
 from strategies.participation import Participation
 from strategies.privacy import PrivateRun, clip_update
 from strategies.progress import Progress
@@ -298,20 +299,26 @@ class FedLoRA(StreamingStrategy):
             planned_seconds=self.participation.sampler.planned_seconds,
         )
         self._emit({"kind": "round-start", "round": server_round, "clients": len(chosen)})
-        messages = []
+        orders: list[tuple[Client, Parcel, ConfigRecord]] = []
         for client, rank in chosen:
-            parcel = packing.train(rank, self._rng(server_round, 2, client.index))
+            parcel = packing.train(rank, partial(self._rng, server_round, 2, client.index))
             self.round.assignments[client.node_id] = Assignment(client, parcel)
             settings = packing.config(config, client, parcel, rank)
             settings[MODEL_ROUND_KEY] = self.progress.rounds + 1
             settings.update(self.ranks.train_settings(client, server_round))
             if self.privacy:
                 settings.update(self.privacy.privacy.settings())
-            content = self.protocol.train(parcel.record, settings)
-            messages.append(Message(content, client.node_id, "train"))
+            orders.append((client, parcel, settings))
         works = [a.work() for a in self.round.assignments.values()]
         self._late = self.participation.clock.forecast(works, server_round).late
-        return messages
+        messages = (
+            Message(self.protocol.train(parcel.sent().record, settings), client.node_id, "train")
+            for client, parcel, settings in orders
+        )
+        # Our own loop sends one after the other: where each client's arrays are its own, they
+        # need not be there together. Other loops, and strategies around, are used to a list.
+        lazily = self.led and not self.aggregation.shares_downloads
+        return messages if lazily else list(messages)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -349,11 +356,12 @@ class FedLoRA(StreamingStrategy):
                 received = content_bytes(message.content)
                 check_size(message.content, parcel.expected, parcel.upload_bytes)
                 reply = self.protocol.read_train(message.content, parcel.expected)
-                adapter = packing.read(reply, parcel, any_rank=self.ranks.accepts_other_ranks)
+                sent = parcel.sent().download
+                adapter = packing.read(reply, sent, any_rank=self.ranks.accepts_other_ranks)
                 if client.index in self._late:
                     self.round.miss(assignment, reply)
                     continue
-                adapter, norm = self._clip(assignment, adapter)
+                adapter, norm = self._clip(assignment, sent.adapter, adapter)
                 quality = reply.metrics.get("quality")
                 if self.privacy:  # numbers of rows stay with the clients
                     reply = replace(reply, weight=1.0)
@@ -362,7 +370,7 @@ class FedLoRA(StreamingStrategy):
                         guard.check_count(client.index, reply.weight)
                     guard.check_share(client.index, reply.weight, self.weighted_by_key)
                 weight = self.participation.weight(client, reply.weight)
-                self.aggregation.add(state, Update(adapter, weight, quality, parcel.download))
+                self.aggregation.add(state, Update(adapter, weight, quality, sent))
             except (ValueError, KeyError, TypeError, ArithmeticError) as error:
                 self._reject(assignment, clean(str(error), 2 * REASON_LENGTH), received)
                 continue
@@ -376,7 +384,7 @@ class FedLoRA(StreamingStrategy):
             if self.weighted_by_key == "num-examples" and not self.privacy:
                 self.roster.observe(client.node_id, max(1, round(reply.weight)))
             good.append(replace(reply, arrays={}))  # its numbers, without its arrays
-            self._observe(assignment, adapter, reply)
+            self._observe(client, sent.adapter, adapter, reply)
             self.on_update(client, adapter)
         for assignment in silent.values():
             assignment.elapsed_seconds = time.perf_counter() - self.round.started
@@ -434,7 +442,7 @@ class FedLoRA(StreamingStrategy):
             parcel = packing.evaluate(rank)
             self._evaluating[client.node_id] = client
             settings = packing.config(config, client, parcel, rank)
-            content = self.protocol.evaluate(parcel.record, settings)
+            content = self.protocol.evaluate(parcel.sent().record, settings)
             messages.append(Message(content, client.node_id, "evaluate"))
         return messages
 
@@ -674,9 +682,8 @@ class FedLoRA(StreamingStrategy):
                 log(WARNING, "ranks: %s", note)
         return ranks
 
-    def _observe(self, assignment: Assignment, adapter: Adapter, reply: Reply) -> None:
+    def _observe(self, client: Client, sent: Adapter, adapter: Adapter, reply: Reply) -> None:
         """Let the rank policy and the sampler look at a good reply."""
-        client, sent = assignment.client, assignment.parcel.download.adapter
         merged = self._packing.model.merged if self._packing else Adapter({})
         trained = Trained(client, adapter, sent, reply.metrics, self.round.number, merged)
         for learner in (self.ranks, self.participation.sampler):
@@ -720,7 +727,9 @@ class FedLoRA(StreamingStrategy):
             records.append(RecordDict({"metrics": MetricRecord(metrics)}))
         return records
 
-    def _clip(self, assignment: Assignment, adapter: Adapter) -> tuple[Adapter, float]:
+    def _clip(
+        self, assignment: Assignment, sent: Adapter, adapter: Adapter
+    ) -> tuple[Adapter, float]:
         """Return a client's adapter, its change scaled down to ``clip_norm``, and its norm.
 
         Raises
@@ -728,7 +737,6 @@ class FedLoRA(StreamingStrategy):
         ReplyError
             If the change cannot be training's.
         """
-        sent = assignment.parcel.download.adapter
         clipped, norm = clip_update(sent, adapter, self.clip_norm or math.inf)
         if self.clip_norm and norm > self.clip_norm:
             log(WARNING, "round %s: %s: its change of norm %.4g was scaled down to clip_norm = %g",

@@ -258,7 +258,9 @@ class Aggregator(ABC, Generic[StateT]):
         rank : int
             The client's rank; a module with less gives what it has.
         rng : numpy.random.Generator
-            Of this client and round; for rules that draw.
+            Of this client and round; for rules that draw. Unless ``shares_downloads``, a
+            client's download is made again when its message goes out and when its reply
+            comes, with the same numbers: nothing else may decide what is drawn.
         """
         return Download(current.with_rank({m: min(rank, r) for m, r in current.ranks.items()}))
 

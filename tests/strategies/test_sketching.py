@@ -265,10 +265,10 @@ def test_rounding_on_the_wire_is_not_a_change(wire):
     current, rule = mixed_ranks(), make_aggregator("fslora")
     current = Adapter({m: p.with_scale(S) for m, p in current.pairs.items() if m != "low"})
     packing = Packing(rule, GlobalModel(current), wire, 1)
-    parcel = packing.train(3, np.random.default_rng(0))
-    received = decode(from_record(parcel.record), wire)
-    adapter = packing.read(Reply(encode(received, wire), 1.0, {}), parcel)
-    result = rule.aggregate(current, [Update(adapter, 1.0, sent=parcel.download)]).adapter
+    sent = packing.train(3, lambda: np.random.default_rng(0)).sent()
+    received = decode(from_record(sent.record), wire)
+    adapter = packing.read(Reply(encode(received, wire), 1.0, {}), sent.download)
+    result = rule.aggregate(current, [Update(adapter, 1.0, sent=sent.download)]).adapter
     for key, value in result.to_state_dict().items():
         torch.testing.assert_close(value, current.to_state_dict()[key], rtol=1e-6, atol=1e-6)
 
