@@ -10,15 +10,15 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-all lint types bench docs clean
+.PHONY: setup demo test test-all lint types bench docs lock clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml requirements-assets.txt
+$(READY): pyproject.toml constraints.txt requirements-assets.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable . --group app --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group app --group dev
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-assets.txt
 	@touch $(READY)
 
@@ -48,6 +48,11 @@ docs: $(VENV)/.docs  ## the pages and the API reference, into site/
 $(VENV)/.docs: $(READY)
 	$(BIN)/python -m pip install --quiet --group docs
 	@touch $@
+
+lock: $(READY)  ## constraints.txt, from what is installed here and has passed the tests
+	{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude torch \
+	    $$(sed -n 's/==.*//; s/^[a-z]/--exclude &/p' requirements-assets.txt); } > $(VENV)/lock
+	cp $(VENV)/lock constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -20,11 +20,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flwr.common.config import flatten_dict
-
 from fedlora_app import cluster
 from fedlora_app.config import ConfigError, RunConfig, Scalar
 from fedlora_app.console import Console
+from fedlora_app.flower import flatten_dict
 from fedlora_app.folders import refuse_used
 from fedlora_app.superlink import SuperLink, SuperLinkError, exit_on_signals
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.common.config import flatten_dict
 
 from fedlora_app.config import ConfigError, RunConfig, Scalar
+from fedlora_app.flower import flatten_dict
 from fedlora_app.plots import megabytes
 from fedlora_app.records import of_kind, plan_periods, read_json, read_records
 from fedlora_app.retiming import retime_folder, training_of

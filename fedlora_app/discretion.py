@@ -14,7 +14,8 @@ import traceback
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
-from flwr.clientapp.typing import ClientAppCallable
+
+from fedlora_app.flower import ClientAppCallable
 
 LOG = logging.getLogger("flwr")
 RAISED = 2  # Flower's code for "the ClientApp raised an exception"

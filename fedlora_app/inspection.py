@@ -121,7 +121,7 @@ def check_own_data(node: Mapping[str, Any], config: DataConfig | None = None) ->
     ValueError or FileNotFoundError
         If the data cannot be read, are too few, or a limit is none.
     """
-    _check_limits(node)
+    check_limits(node)
     if "data-path" not in node:
         if "partition-id" in node and "num-partitions" in node:
             share, shares = node["partition-id"], node["num-partitions"]
@@ -157,7 +157,8 @@ def refuse_few(rows: TextRows, path: str | Path) -> None:
         )
 
 
-def _check_limits(node: Mapping[str, Any]) -> None:
+def check_limits(node: Mapping[str, Any]) -> None:
+    """Raise SiteError if a number in a node config is none, or not a possible one."""
     wholes = {"max-rank": 1, "num-examples": 1, "num-partitions": 1, "partition-id": 0}
     for key, low in wholes.items():
         value = node.get(key, low)

@@ -8,7 +8,6 @@ SuperNodes, Ray.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
@@ -30,6 +29,7 @@ import psutil
 
 from fedlora_app.cluster import HOOK
 from fedlora_app.ports import free_port
+from fedlora_app.processes import die_with
 
 Scalar = bool | int | float | str
 
@@ -169,7 +169,7 @@ class SuperLink:
         return RunStatus(run["status"], run["status-details"])
 
     def start_supernode(
-        self, node_config: str = "", *, warm: bool = False
+        self, node_config: str = "", *, warm: bool = False, options: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
         """Start a real SuperNode that connects to this SuperLink.
 
@@ -179,11 +179,13 @@ class SuperLink:
             What the node knows of itself, such as ``"partition-id=0 max-rank=8"``.
         warm : bool (default: False)
             Import what clients need once and not for every message (``fedlora_app.supernode``).
+        options : sequence of str (default: none)
+            More of its command line.
         """
         name = f"supernode-{len(self._children)}"
         program = [sys.executable, "-m", "fedlora_app.supernode"] if warm else ["flower-supernode"]
         command = [*program, "--insecure", "--superlink", self.address]
-        command += ["--host", "127.0.0.1", "--port", str(free_port())]
+        command += ["--host", "127.0.0.1", "--port", str(free_port()), *options]
         if node_config:
             command += ["--node-config", node_config]
         # A home each, as on machines of their own: they install the same app at the same time.
@@ -288,6 +290,7 @@ class SuperLink:
     def _spawn(
         self, command: list[str], log: IO[bytes], home: Path | None = None
     ) -> subprocess.Popen[bytes]:
+        parent = os.getpid()
         child = subprocess.Popen(
             command,
             env=self._environment(home),
@@ -295,7 +298,7 @@ class SuperLink:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches us alone, and we end the rest in order
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=(lambda: die_with(parent)) if sys.platform == "linux" else None,
         )
         self._children.append(child)
         return child
@@ -341,13 +344,3 @@ def exit_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies without closing it (SIGKILL).
-
-    Flower's processes below it notice and end by themselves.
-    """
-    pr_set_pdeathsig = 1
-    with suppress(OSError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

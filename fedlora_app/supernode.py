@@ -1,6 +1,7 @@
 """A Flower SuperNode that starts its ClientApps warm.
 
-    python -m fedlora_app.supernode [--preload MODULE,…] [--poll SECONDS] ARGUMENTS
+    python -m fedlora_app.supernode [--preload MODULE,…] [--poll SECONDS] [--patience SECONDS]
+                                    [--unchecked] ARGUMENTS
 
 with the arguments of ``flower-supernode``.
 
@@ -11,26 +12,26 @@ the same memory shared as long as nobody writes to it.
 
 It becomes ``flower-supernode --isolation process`` with a SuperExec beside it, as Flower means
 SuperNodes to be extended; the app is loaded from the message's own bundle, as ever.
+
+Before it starts it looks at the node's own data and limits, and ends with 2 if it cannot work
+with them. When the SuperLink refuses it, or a message stays without a client, it ends with 1 and
+the reason (``fedlora_app.watch``), for a service manager to start it again.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib
-import json
 import os
-import random
-import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import IO, TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
+from fedlora_app.flower import parse_config_args, part
+from fedlora_app.processes import die_with
+from fedlora_app.warm import run_executor
+from fedlora_app.watch import EXIT_CODE, PATIENCE, Watch
 
 PRELOAD = (
     "flwr.supernode.cli.flwr_clientapp",
@@ -54,9 +55,6 @@ POLL = 1.0
 GRACE = 10.0
 """Seconds a SuperNode may take to end after its executor has."""
 
-LOCAL_POLL = "0.1"
-"""Seconds between two looks of the executor at the SuperNode beside it (Flower: 1)."""
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Become a SuperNode, with a warm executor as its child."""
@@ -79,27 +77,77 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="SECONDS",
         help="pause between two looks at the SuperLink for a message (default: %(default)s)",
     )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=PATIENCE,
+        metavar="SECONDS",
+        help="how long a message may be here without a live client or a reply before this "
+        "SuperNode ends with 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--unchecked",
+        action="store_true",
+        help="do not look at the node config before starting: it is that of another app",
+    )
     ours, theirs = parser.parse_known_args(argv)
     if sys.platform != "linux":  # elsewhere a copy of a process is missing or not sound
         parser.error(f"this needs Linux, and this is {sys.platform}; use flower-supernode")
-    if not ours.poll > 0:
-        parser.error(f"--poll: expected a number of seconds above 0, got {ours.poll}")
+    for name in ("poll", "patience"):
+        if not getattr(ours, name) > 0:
+            value = getattr(ours, name)
+            parser.error(f"--{name}: expected a number of seconds above 0, got {value}")
     connect = _runtime_api(theirs, parser)
+    if not ours.unchecked:
+        _check(theirs, parser)
     node = os.getpid()
     executor = os.fork()
     if executor == 0:
+        die_with(node)
         run_executor([*connect, "--parent-pid", str(node)], ours.preload.split(","))
         return
     threading.Thread(target=_need, args=(executor,), daemon=True).start()
-    # From here on this process is the SuperNode: its signals and its exit code are Flower's.
-    from flwr.supernode import start_client_internal as worker
-    from flwr.supernode.cli.flower_supernode import flower_supernode
-
-    # Flower has no setting for it: after each reply it would sleep for three seconds.
-    sooner = {**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, ours.poll))}
-    vars(worker)["time"] = SimpleNamespace(**sooner)
+    # From here on this process is the SuperNode: its signals and its exit code are Flower's,
+    # unless the watch has a reason of its own.
+    watch = Watch(ours.poll, ours.patience)
+    watch.install()
     sys.argv = ["flower-supernode", *theirs, "--isolation", "process"]
-    flower_supernode()
+    try:
+        part("flower_supernode")()
+    except SystemExit:
+        if not watch.reason:
+            raise
+    except Exception:  # whatever it is, threads of Flower's would keep this process
+        traceback.print_exc()
+    # Flower's command returns for no wish of ours: it logs what ended its connection, and stays.
+    watch.end("its connection to the SuperLink has ended; the lines above say why")
+    os._exit(EXIT_CODE)
+
+
+def _check(arguments: list[str], parser: argparse.ArgumentParser) -> None:
+    """End with 2 if the node config names data or limits that cannot be worked with."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--node-config")
+    given = known.parse_known_args(arguments)[0].node_config
+    config = parse_config_args([given]) if given else {}
+    # In a process of its own, for the rows and what reads them are not needed here again.
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code:
+            sys.exit(2)
+        return
+    from fedlora_app.inspection import check_limits, check_own_data
+
+    code = 0
+    try:
+        check_limits(config)
+        if "data-path" in config or {"partition-id", "num-partitions"} <= config.keys():
+            print(check_own_data(config), file=sys.stderr, flush=True)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
+        code = 2
+    os._exit(code)
 
 
 def _need(executor: int) -> None:
@@ -112,8 +160,7 @@ def _need(executor: int) -> None:
 
 def _runtime_api(arguments: list[str], parser: argparse.ArgumentParser) -> list[str]:
     """Return how a SuperExec reaches the SuperNode with these arguments."""
-    from flwr.supercore import constant
-
+    constant = part("supercore_constants")
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--host", default=constant.UVICORN_DEFAULT_HOST)
     known.add_argument("--port", default=constant.SUPERNODE_UVICORN_DEFAULT_PORT)
@@ -135,101 +182,6 @@ def _runtime_api(arguments: list[str], parser: argparse.ArgumentParser) -> list[
     if found.allow_runtime_dependency_installation:
         words += ["--allow-runtime-dependency-installation"]
     return words
-
-
-def run_executor(arguments: Sequence[str], preload: Sequence[str]) -> None:
-    """Run Flower's SuperExec, with ClientApps that are copies of one prepared process."""
-    reader, writer = os.pipe()
-    if os.fork() == 0:  # before this process has threads, which a copy would lack
-        os.close(writer)
-        with os.fdopen(reader) as orders:
-            serve(orders, preload)
-        return
-    os.close(reader)
-    os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", LOCAL_POLL)
-    from flwr.supercore.cli import flower_superexec
-    from flwr.supercore.superexec import run_superexec
-
-    with os.fdopen(writer, "w") as orders:
-        made = _executor(orders)
-        vars(run_superexec)["get_executor"] = lambda *_, **__: made
-        sys.argv = ["flower-superexec", *arguments]
-        flower_superexec()
-
-
-def _executor(orders: IO[str]) -> Any:
-    """Return Flower's executor, changed to have ClientApps started by the prepared process."""
-    from flwr.supercore.constant import TaskType
-    from flwr.supercore.superexec.executor import LaunchResult, SubprocessExecutor
-
-    class WarmExecutor(SubprocessExecutor):
-        def launch(self, spec: ExecutionSpec) -> LaunchResult:
-            # What is installed for one run is imported by a new Python alone.
-            if spec.task_type != TaskType.CLIENT_APP or spec.runtime_dependency_install:
-                return super().launch(spec)
-            try:
-                orders.write(json.dumps(_words(spec)) + "\n")
-                orders.flush()
-            except OSError:  # the prepared process is gone: start cold, as Flower does
-                return super().launch(spec)
-            return LaunchResult.accepted()
-
-    return WarmExecutor()
-
-
-def _words(spec: ExecutionSpec) -> list[str]:
-    """Return the command line of ``flwr-clientapp`` for a task."""
-    words = ["flwr-clientapp", "--runtime-api-address", spec.runtime_api_address]
-    words += ["--token", spec.token]
-    if spec.insecure:
-        words += ["--insecure"]
-    elif spec.root_certificates_path is not None:
-        words += ["--root-certificates", spec.root_certificates_path]
-    if spec.parent_pid is not None:
-        words += ["--parent-pid", str(spec.parent_pid)]
-    return words
-
-
-def serve(orders: IO[str], preload: Sequence[str]) -> None:
-    """Import ``preload``, then become a ClientApp, in a copy, for every line of ``orders``.
-
-    It ends with ``orders``, that is with the process that writes them.
-    """
-    # A CUDA driver that was asked before the copy was made would not work in it.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: who writes the orders answers it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the copies
-    for name in filter(None, preload):
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # whatever a module raises; each message tries it again
-            print(f"warm start: cannot preload {name}: {error!r}", file=sys.stderr)
-    for name in [m for m in sys.modules if m.partition(".")[0] in ("fedlora_app", "strategies")]:
-        del sys.modules[name]  # the message's own app is to be imported
-    gc.collect()
-    gc.freeze()  # a collection in a copy would write to every page of it
-    for line in orders:
-        try:
-            copy = os.fork()
-        except OSError as error:  # no memory or no room for a process: Flower will ask again
-            print(f"warm start: cannot start a client: {error}", file=sys.stderr)
-            continue
-        if copy == 0:
-            orders.close()  # an executor whose reader is gone has to notice
-            _become_client(json.loads(line))
-            return
-
-
-def _become_client(words: list[str]) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    random.seed()
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # as a new Python has it, and not the same in all copies
-    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-
-    sys.argv = words
-    flwr_clientapp()
 
 
 if __name__ == "__main__":

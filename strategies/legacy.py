@@ -25,13 +25,13 @@ from flwr.common import (
     Scalar,
     log,
 )
-from flwr.compat.common import recorddict_compat as compat
-from flwr.server.client_manager import ClientManager
-from flwr.server.client_proxy import ClientProxy
+from flwr.server import ClientManager
 from flwr.server.strategy import Strategy
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
+from strategies.flower import ClientProxy
+from strategies.flower import recorddict_compat as compat
 from strategies.messages import NAMES_KEY, SCALE_KEY, NumPyProtocol, to_record
 from strategies.proxy_grid import ProxyGrid, identify, node_id_of
 from strategies.strategy import FedLoRA, MetricsAggregation

@@ -9,11 +9,11 @@ from threading import Thread
 from typing import Any, NoReturn
 
 from flwr.app import Error, Message
-from flwr.compat.common import recorddict_compat as compat
-from flwr.server.client_manager import ClientManager
-from flwr.server.client_proxy import ClientProxy
+from flwr.server import ClientManager
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
+
+from strategies.flower import ClientProxy, TaskIdentity
+from strategies.flower import recorddict_compat as compat
 
 
 class ProxyGrid(Grid):

@@ -22,13 +22,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from strategies.aggregation import Aggregator, Update, make_aggregator
 from strategies.census import Census
 from strategies.claims import REASON_LENGTH, ReplyError, clean
 from strategies.clients import Client
 from strategies.doors import made, refuse_unknown
+from strategies.flower import aggregate_metricrecords
 from strategies.loop import Listener, StreamingStrategy
 from strategies.lora import Adapter
 from strategies.messages import (

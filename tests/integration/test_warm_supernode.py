@@ -48,6 +48,53 @@ def test_warm_nodes_run_an_app_and_go_on_cold_without_the_process_they_copy(
     assert len(records(tmp_path / "cold", "round")) == 2
 
 
+def test_a_node_whose_clients_cannot_start_ends_and_says_why(tmp_path, monkeypatch) -> None:
+    """A stopped executor and a stopped process to copy; the rest of the run goes on without."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with SuperLink() as link:
+        nodes = [
+            link.start_supernode(f"partition-id={i}", warm=True, options=["--patience", "6"])
+            for i in (4, 7, 9)
+        ]
+        wait_for(lambda: all(len(descendants(node)) == 2 for node in nodes))
+        started = [process for node in nodes for process in descendants(node)]
+        executor, _ = descendants(nodes[0])
+        _, copied = descendants(nodes[1])
+        executor.suspend()
+        copied.suspend()
+        wait_for(lambda: all("SuperNode ID" in log_of(link, i) for i in (1, 2, 3)))
+        run_id = link.run(TINY, {"rounds": 2, "output": str(tmp_path / "run")})
+        said = "\n".join(link.stream(run_id))
+        assert [node.wait(30) for node in nodes[:2]] == [1, 1]
+        logs = [log_of(link, number) for number in (1, 2)]
+        nodes[2].terminate()
+        assert nodes[2].wait(30) == 0  # that was a wish
+        wait_for(lambda: not any(alive(process) for process in started))
+    assert "round 1: [9]" in said
+    assert "round 2: [9]" in said
+    for log in logs:
+        assert "this SuperNode ends: for 6 s it has had a message, but neither a client" in log
+
+
+def test_a_client_ends_with_a_supernode_that_is_killed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with SuperLink() as link:
+        nodes = [link.start_supernode(f"partition-id={i} seconds=600", warm=True) for i in (4, 7)]
+        wait_for(lambda: all(len(descendants(node)) == 2 for node in nodes))
+        descendants(nodes[1])[1].kill()  # so that its client starts cold
+        link.run(TINY, {"rounds": 1, "output": str(tmp_path / "run")})
+        wait_for(lambda: all("Received successfully" in log_of(link, i) for i in (1, 2)))
+        wait_for(lambda: [len(descendants(node)) for node in nodes] == [3, 2])
+        started = [process for node in nodes for process in descendants(node)]
+        for node in nodes:
+            node.kill()
+        wait_for(lambda: not any(alive(process) for process in started), seconds=10)
+
+
+def log_of(link: SuperLink, number: int) -> str:
+    return (link.home / f"supernode-{number}.log").read_text()
+
+
 def descendants(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Return the processes a node has started, without what ended and what Flower starts cold."""
     found = psutil.Process(node.pid).children(recursive=True)
@@ -64,8 +111,12 @@ def flwr_clientapp():
     drawn = [random.random(), numpy.random.random()]
     print(json.dumps([os.getpid(), sys.argv, drawn, app]), flush=True)
 module.flwr_clientapp = flwr_clientapp
-from fedlora_app.supernode import serve
+from fedlora_app.warm import serve
 serve(io.StringIO('["a", "1"]\\n["a", "2"]\\n'), ["json", "no_such_module", "strategies"])
+try:
+    os.wait()  # the copies end with this process
+except ChildProcessError:
+    pass
 """
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -93,6 +144,9 @@ def last_word(line: str) -> str:
     [
         (["--isolation", "subprocess"], "--isolation is set by this command"),
         (["--poll", "0"], "expected a number of seconds above 0, got 0.0"),
+        (["--patience", "-1"], "expected a number of seconds above 0, got -1.0"),
+        (["--node-config", "max-rank=0"], "max-rank: expected a whole number of at least 1"),
+        (["--node-config", 'data-path="/no/such.csv"'], "expected this node's data here"),
     ],
 )
 def test_what_it_cannot_do_is_refused(words, message) -> None:

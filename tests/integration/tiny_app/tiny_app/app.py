@@ -1,4 +1,4 @@
-"""Every node answers with its partition id; ``seed = 13`` fails."""
+"""Every node answers with its partition id, after ``seconds``; ``seed = 13`` fails."""
 
 import json
 import time
@@ -17,6 +17,7 @@ client = ClientApp()
 @client.train()
 def train(message: Message, context: Context) -> Message:
     partition = int(context.node_config["partition-id"])
+    time.sleep(float(context.node_config.get("seconds", 0)))
     return Message(RecordDict({"reply": MetricRecord({"id": partition})}), reply_to=message)
 
 
@@ -40,7 +41,8 @@ def main(grid: Grid, context: Context) -> None:
                 Message(content, dst_node_id=node, message_type=MessageType.TRAIN) for node in nodes
             ]
             replies = grid.send_and_receive(messages, timeout=60)
-            ids = sorted(int(str(reply.content["reply"]["id"])) for reply in replies)
+            good = [reply for reply in replies if not reply.has_error()]
+            ids = sorted(int(str(reply.content["reply"]["id"])) for reply in good)
             for _ in ids:
                 print(json.dumps({"kind": "client", "round": number}), file=metrics)
                 time.sleep(0.4)
