@@ -19,67 +19,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+
+from strategies.privacy.releases import (
+    Fixed,
+    Gaussian,
+    Poisson,
+    Release,
+    check_delta,
+    check_release,
+)
+from strategies.privacy.spent import gaussian_epsilon, total
 
 Sampling = Literal["all", "fixed", "poisson"]
 Neighbours = Literal["replace", "remove"]
-
-# Whole orders (for sampling without replacement, others are interpolated) and a few halves.
-_ORDERS = (*(1.5 + i / 2 for i in range(1, 9)), *range(6, 64), 64, 80, 96, 128, 192, 256, 512)
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """A release without secrecy of who takes part.
-
-    Parameters
-    ----------
-    multiplier : float
-        Standard deviation of the noise over the sensitivity.
-    """
-
-    multiplier: float
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A release about ``sample`` of ``clients``, drawn in secret without replacement.
-
-    Parameters
-    ----------
-    multiplier : float
-        Standard deviation of the noise over the sensitivity to *replacing* one client,
-        which is twice the norm it is clipped to.
-    clients, sample : int
-    """
-
-    multiplier: float
-    clients: int
-    sample: int
-
-
-@dataclass(frozen=True)
-class Poisson:
-    """A release about clients of whom each joined by a secret coin of its own.
-
-    Parameters
-    ----------
-    multiplier : float
-        Standard deviation of the noise, the same whoever joins, over the sensitivity to
-        *removing* the client in question, which is its weight times the norm.
-    rate : float
-        Its probability to join.
-    """
-
-    multiplier: float
-    rate: float
-
-
-Release = Gaussian | Fixed | Poisson
 
 
 def epsilon(releases: Mapping[Release, int], delta: float) -> float:
@@ -106,20 +61,7 @@ def epsilon(releases: Mapping[Release, int], delta: float) -> float:
         If sampling is to be accounted for and ``dp-accounting`` is missing.
     """
     check_delta(delta)
-    done = {release: count for release, count in releases.items() if count}
-    for release in done:
-        check_release(release)
-    # Whoever is never asked gives nothing away.
-    done = {r: n for r, n in done.items() if not (isinstance(r, Poisson) and r.rate == 0)}
-    if not done:
-        return 0.0
-    if any(release.multiplier == 0 for release in done):
-        return math.inf
-    information = math.fsum(count / release.multiplier**2 for release, count in done.items())
-    unsampled = _gaussian_epsilon({1.0 / math.sqrt(information): 1.0}, delta)
-    if all(isinstance(release, Gaussian) for release in done):
-        return unsampled
-    return min(unsampled, _renyi_epsilon(done, delta))
+    return total(releases).epsilon(delta)
 
 
 def local_epsilon(
@@ -168,7 +110,7 @@ def local_epsilon(
     counts = np.arange(1, rounds + 1)
     chances = binom.pmf(counts, rounds, probability)
     weights = {multiplier / math.sqrt(k): float(p) for k, p in zip(counts, chances, strict=True)}
-    return _gaussian_epsilon(weights, delta)
+    return gaussian_epsilon(weights, delta)
 
 
 def central_epsilon(
@@ -261,81 +203,3 @@ def _distance(neighbours: str) -> float:
     if neighbours not in ("replace", "remove"):
         raise ValueError(f"neighbours: expected 'replace' or 'remove', got {neighbours!r}")
     return 2.0 if neighbours == "replace" else 1.0
-
-
-def check_delta(delta: float) -> None:
-    """Refuse a δ outside (0, 1)."""
-    if not 0 < delta < 1:
-        raise ValueError(f"delta: expected a number between 0 and 1, got {delta!r}")
-
-
-def check_release(release: Release) -> None:
-    """Refuse a release whose numbers are out of range."""
-    if not (math.isfinite(release.multiplier) and release.multiplier >= 0):
-        raise ValueError(
-            f"noise multiplier: expected a finite number of 0 or more, got {release.multiplier!r}"
-        )
-    if isinstance(release, Poisson) and not 0 <= release.rate <= 1:
-        raise ValueError(f"probability: expected 0 to 1, got {release.rate!r}")
-    if isinstance(release, Fixed) and not 1 <= release.sample <= release.clients:
-        raise ValueError(
-            f"sample: expected 1 to the number of clients ({release.clients}), "
-            f"got {release.sample!r}"
-        )
-
-
-def _gaussian_epsilon(chances: Mapping[float, float], delta: float) -> float:
-    """Return ε of a Gaussian mechanism whose multiplier is drawn, and told.
-
-    ``δ(ε) = Σ p_σ [Φ(1/2σ − εσ) − e^ε Φ(−1/2σ − εσ)]``, falling in ε. The part of the
-    chances that is not given (to 1) is that nothing is released.
-    """
-    from scipy.optimize import brentq
-    from scipy.special import log_ndtr
-
-    sigma = np.array(list(chances))
-    p: NDArray[np.float64] = np.array(list(chances.values()))
-
-    def excess(value: float) -> float:
-        """Return δ at ε = ``value``, less the one that is allowed."""
-        over = log_ndtr(0.5 / sigma - value * sigma)
-        under = value + log_ndtr(-0.5 / sigma - value * sigma)
-        return float(p @ -(np.exp(over) * np.expm1(np.minimum(under - over, 0.0)))) - delta
-
-    if excess(0.0) <= 0:
-        return 0.0
-    high = 1.0
-    while excess(high) > 0:
-        high *= 2
-    root = brentq(excess, 0.0, high, xtol=1e-12, rtol=1e-12)
-    return float(np.nextafter(root * (1 + 1e-9), math.inf))  # rounded up, never down
-
-
-def _renyi_epsilon(releases: Mapping[Release, int], delta: float) -> float:
-    """Return ε by the Rényi accountant of ``dp-accounting``."""
-    try:
-        from dp_accounting import NeighboringRelation, dp_event
-        from dp_accounting.rdp import RdpAccountant
-    except ImportError as error:
-        raise ImportError(
-            "accounting for sampling needs dp-accounting; pip install 'fedlora[privacy]'"
-        ) from error
-    kinds = {type(release) for release in releases}
-    if {Fixed, Poisson} <= kinds:
-        raise ValueError("expected Fixed or Poisson releases, got both: their neighbours differ")
-    relation = (
-        NeighboringRelation.REPLACE_ONE if Fixed in kinds else NeighboringRelation.ADD_OR_REMOVE_ONE
-    )
-    accountant = RdpAccountant(_ORDERS, relation)
-    for release, count in releases.items():
-        # Multipliers here are over the true sensitivity, so they count alike for every
-        # relation: dp-accounting does not double the norm for REPLACE_ONE by itself.
-        event: Any = dp_event.GaussianDpEvent(release.multiplier)
-        if isinstance(release, Fixed):
-            event = dp_event.SampledWithoutReplacementDpEvent(
-                release.clients, release.sample, event
-            )
-        elif isinstance(release, Poisson):
-            event = dp_event.PoissonSampledDpEvent(release.rate, event)
-        accountant.compose(event, count)
-    return float(accountant.get_epsilon(delta))

@@ -135,6 +135,13 @@ class PrivateRun:
         self._present = len(clients)
         self._asked = [client.index for client in asked]
         self._weights, self._chances = dict(weights), dict(chances)
+        if raised := self.accountant.meet(clients):
+            names = ", ".join(client.name for client in clients if client.index in raised)
+            log(WARNING, "%s: may have trained before under another node id, so ε begins with the "
+                "most that any such client may have spent (%.2f); a node that names itself, by "
+                "partition-id in its node config, keeps its own (a Message API app: "
+                "register_identity(app))", names,
+                max(map(self.accountant.local_epsilon, raised)))  # fmt: skip
         self.accountant.record(self._asked)
         self._save(open_round=True)
 

@@ -407,8 +407,8 @@ def test_who_is_asked_rarely_weighs_more_and_may_lose_most():
         accountant.record([0, 1])
         accountant.record_poisson(rates, weights, 20.0)
     each = [accountant.central_epsilon(n) for n in (0, 1)]
-    assert each[0] == epsilon({Poisson(2.0, 0.05): 20}, DELTA)
-    assert each[1] == epsilon({Poisson(20.0, 0.5): 20}, DELTA)
+    assert each[0] == pytest.approx(epsilon({Poisson(2.0, 0.05): 20}, DELTA), rel=1e-12)
+    assert each[1] == pytest.approx(epsilon({Poisson(20.0, 0.5): 20}, DELTA), rel=1e-12)
     assert each[0] > each[1]
     assert accountant.central_epsilon() == each[0]
 
