@@ -70,6 +70,7 @@ class RunFolder:
         self.label_names = list(label_names)
         self.rounds: list[Record] = []
         self.last_reason = "nobody was asked"
+        self._end: Record = {}
         self._resume_round = resume_round
         self._before = 0.0  # seconds of the run until it was interrupted
         self._began = time.perf_counter()
@@ -159,6 +160,8 @@ class RunFolder:
             "bytes_up": sum(r["bytes_up"] for r in self.rounds),
             "bytes_down": sum(r["bytes_down"] for r in self.rounds),
             "rejected": sum(r["rejected"] for r in self.rounds),
+            "ended": self._end.get("reason", ""),
+            "never_took_part": self._end.get("never_took_part", []),
             "labels": self.label_names,
             "adapter": str(adapter),
         }
@@ -173,6 +176,8 @@ class RunFolder:
     def _note(self, record: Record) -> None:
         if record["kind"] == "round":
             self.rounds.append(record)
+        elif record["kind"] == "end":
+            self._end = record
         elif record.get("status") == "rejected":
             self.last_reason = record["reason"]
 

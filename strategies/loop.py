@@ -121,8 +121,8 @@ class StreamingStrategy(Strategy):
 
     def finish(self, server_round: int) -> None:
         """Tell listeners why the run is over, and look back at it."""
-        self._emit({"kind": "end", "round": server_round, "reason": self.ended})
-        self.look_back()
+        end = {"kind": "end", "round": server_round, "reason": self.ended}
+        self._emit({**end, "never_took_part": self.look_back()})
 
     def resume(self, result: Result) -> int:
         """Put back a saved state; return the round it was saved after, 0 without one."""
@@ -143,8 +143,9 @@ class StreamingStrategy(Strategy):
         """Return why the run ends before its last round; empty if it goes on."""
         return ""
 
-    def look_back(self) -> None:
-        """Say what is to be said of a run that is over."""
+    def look_back(self) -> list[str]:
+        """Say what is to be said of a run that is over; return who never took part."""
+        return []
 
     def name_of(self, node_id: int) -> str:
         """Return how the log calls a node."""

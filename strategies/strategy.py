@@ -573,16 +573,17 @@ class FedLoRA(StreamingStrategy):
             return "stop_when said so"
         return self.degradation.see(self.round)
 
-    def look_back(self) -> None:
-        """Say who never took part."""
+    def look_back(self) -> list[str]:
+        """Say who was asked and never took part; return their names."""
         silent = self.participation.never_answered()
         known = {client.index: client.name for client in self.roster.clients.values()}
-        if silent:
-            names = ", ".join(known.get(i, f"client {i}") for i in silent[:20])
-            more = f" and {len(silent) - 20} more" if len(silent) > 20 else ""
-            log(WARNING, "asked, but never took part: %s%s", names, more)
+        names = [known.get(i, f"client {i}") for i in silent]
+        if names:
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            log(WARNING, "asked, but never took part: %s%s", ", ".join(names[:20]), more)
         if not self.participation.anyone_answered and self.progress.rounds:
             log(WARNING, "no reply was ever accepted: the model is the initial one")
+        return names
 
     def name_of(self, node_id: int) -> str:
         """Return how the log calls a node."""
@@ -612,10 +613,14 @@ class FedLoRA(StreamingStrategy):
         """Look back at the round that another strategy's loop has driven, once."""
         if not self._following:
             return
+        number, self._following = self._following, 0
         self._emit(self.round.record())
         log(INFO, "%s", self.round_line(0, math.nan))
-        self.round_over(self._following, self._followed)
-        self._following = 0
+        self.ended = self.reached(number)
+        self.round_over(number, self._followed)
+        if self.ended:  # too few clients are left, and another loop offers no other way to end
+            self.finish(number)
+            raise RuntimeError(f"the run ended after round {number}: {self.ended}")
 
     def resume(self, result: Result) -> int:
         """Put back a saved state; return the round it was saved after, 0 without one."""

@@ -27,6 +27,7 @@ def test_outputs_are_all_there(simulated):
     assert RunConfig.from_flat(config).to_flat() == config
     assert config["rounds"] == 2
     summary = json.loads((simulated / "summary.json").read_text())
+    assert (summary["ended"], summary["never_took_part"]) == ("all 2 rounds are done", [])
     for key in ("rounds", "accuracy", "macro_f1", "loss", "seconds", "bytes_up", "bytes_down"):
         assert summary[key] > 0, key
     assert summary["adapter"] == str(simulated / "adapter")

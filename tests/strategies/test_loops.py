@@ -201,6 +201,18 @@ def test_a_run_that_most_clients_have_left_ends_and_says_so(lines):
     assert "the disk of this site is gone" in reason
     assert sum("never took part: client 0 (node 901), client 1" in line for line in lines()) == 1
     assert result.arrays is not None
+    assert records[-1]["never_took_part"][0] == "client 0 (node 901)"
+
+
+@pytest.mark.parametrize("evaluate", [1.0, 0.0])
+def test_another_loop_ends_such_a_run_too_and_keeps_its_last_round(evaluate, tmp_path):
+    records = []
+    saver = Saver(Checkpoints(tmp_path, every=100), fingerprint={})
+    inner = make(listeners=[records.append], saver=saver, evaluate_fraction=evaluate)
+    with pytest.raises(RuntimeError, match="ended after round 5: in 5 rounds, one after the other"):
+        run(Around(inner), rounds=30, handler=dead(*NODES[:4]))
+    assert [r for r, _ in ends(records)] == [5]
+    assert Checkpoints(tmp_path).load("latest").round == 5
 
 
 @pytest.mark.parametrize(("least", "rounds"), [(0.0, 12), (0.3, 12), (0.34, 5), (1.0, 5)])
