@@ -259,9 +259,10 @@ class LegacyFedLoRA(Strategy):
                 "around this one may change their values, not their number"
             )
         unnamed = compat.parameters_to_arrayrecord(parameters, keep_input=True)
-        self._parameters = parameters
-        self.result.arrays = ArrayRecord(dict(zip(names, unnamed.values(), strict=True)))
-        return self.result.arrays
+        record = ArrayRecord(dict(zip(names, unnamed.values(), strict=True)))
+        self.engine.outside.came_back(record)
+        self._parameters, self.result.arrays = parameters, record
+        return record
 
     def _due(self, number: int) -> bool:
         return self.engine.evaluates(number) or number == self.num_rounds

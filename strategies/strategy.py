@@ -47,6 +47,7 @@ from strategies.model import GlobalModel
 from strategies.packing import Packing, Parcel
 from strategies.participation import Participation
 from strategies.privacy import PrivateRun, clip_update
+from strategies.privacy.outside import OutsideNoise, short_in_this_round, short_of_noise
 from strategies.progress import Progress
 from strategies.ranks import RankPolicy, make_rank_policy
 from strategies.ranks.report import rank_record, rank_table
@@ -122,6 +123,12 @@ class FedLoRA(StreamingStrategy):
     privacy : PrivateRun, optional
         Clients clip and noise what they send, and ε is in every round's record; settings
         that would void the guarantee are refused (default: nothing of this).
+    noised_outside : bool, optional
+        Whether a strategy around this one adds noise for privacy, as Flower's wrappers do. True:
+        every client counts the same, a round in which one is missing leaves the model as it was,
+        and what would need more noise than that of a mean is refused. False: what it changes is no
+        such noise. (default: seen by ``clipping_norm`` in the config of another's loop, or by a
+        model that comes back changed; too little noise is refused)
     listeners : Iterable[callable]
         Called with a JSON-able record at each step: ``kind`` is ``round-start``, ``arrived``,
         ``ranks``, ``pilots``, ``plan``, ``client``, ``client-evaluation``, ``round`` or ``end``.
@@ -164,6 +171,7 @@ class FedLoRA(StreamingStrategy):
         saver: Saver | None = None,
         clip_norm: float = 0.0,
         privacy: PrivateRun | None = None,
+        noised_outside: bool | None = None,
         listeners: Iterable[Listener] = (),
         **unknown: Any,
     ) -> None:
@@ -242,6 +250,7 @@ class FedLoRA(StreamingStrategy):
         self.clip_norm = clip_norm
         self.head_only = head_only
         self.privacy = privacy
+        self.outside = OutsideNoise(noised_outside)
         self.degradation = Degradation(min_answering)
         self.weighted_by_key = weighted_by_key
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or aggregate_metricrecords
@@ -264,6 +273,7 @@ class FedLoRA(StreamingStrategy):
     ) -> Iterable[Message]:
         """Return one message for each chosen client, with its own slice of the adapter."""
         if not self.led:
+            self.outside.look_at(config)
             self._follow(server_round, arrays)
         self._restarted = None
         start = self.progress.go(self.participation.sampler.restart(server_round), arrays)
@@ -309,6 +319,7 @@ class FedLoRA(StreamingStrategy):
             if self.privacy:
                 settings.update(self.privacy.privacy.settings())
             orders.append((client, parcel, settings))
+        self.outside.check(self._short_of_noise())
         works = [a.work() for a in self.round.assignments.values()]
         self._late = self.participation.clock.forecast(works, server_round).late
         messages = (
@@ -369,12 +380,15 @@ class FedLoRA(StreamingStrategy):
                     if self.weighted_by_key == "num-examples":
                         guard.check_count(client.index, reply.weight)
                     guard.check_share(client.index, reply.weight, self.weighted_by_key)
+                count = reply.weight
+                if self.outside.expected:  # such noise is for a plain mean
+                    reply = replace(reply, weight=1.0)
                 weight = self.participation.weight(client, reply.weight)
                 self.aggregation.add(state, Update(adapter, weight, quality, sent))
             except (ValueError, KeyError, TypeError, ArithmeticError) as error:
                 self._reject(assignment, clean(str(error), 2 * REASON_LENGTH), received)
                 continue
-            guard.accept(client.index, norm, reply.weight)
+            guard.accept(client.index, norm, count)
             if reply.notes:
                 log(WARNING, "round %s: %s: left out of its reply: %s", server_round, client.name,
                     "; ".join(reply.notes))  # fmt: skip
@@ -382,7 +396,7 @@ class FedLoRA(StreamingStrategy):
             self.round.accept(assignment, reply)
             self.participation.answered(client)
             if self.weighted_by_key == "num-examples" and not self.privacy:
-                self.roster.observe(client.node_id, max(1, round(reply.weight)))
+                self.roster.observe(client.node_id, max(1, round(count)))
             good.append(replace(reply, arrays={}))  # its numbers, without its arrays
             self._observe(client, sent.adapter, adapter, reply)
             self.on_update(client, adapter)
@@ -403,6 +417,12 @@ class FedLoRA(StreamingStrategy):
             log(WARNING, "round %s: %s good replies, fewer than min_replies = %s; the model "
                 "stays as it was", server_round, self.round.accepted, self.min_replies)  # fmt: skip
             return self._restarted, aggregated
+        weights = [reply.weight for reply in good]
+        short = short_in_this_round(weights, len(self.round.assignments))
+        if short and self.outside.expected:
+            log(WARNING, "round %s: %s; the model stays as it was, for the noise of the strategy "
+                "around this one would be too little", server_round, "; ".join(short))  # fmt: skip
+            return self._restarted, aggregated
         clock = time.perf_counter()
         try:
             result = self.aggregation.finish(state)
@@ -422,12 +442,15 @@ class FedLoRA(StreamingStrategy):
         model = replace(packing.model.merging(result.base_delta), adapter=result.adapter)
         arrays = to_record(model.to_tensors())
         self._door = (arrays, model)
+        self.outside.returned(arrays, [*self._short_of_noise(), *short])
         return arrays, aggregated
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message for each client that evaluates the model at its own rank."""
+        if not self.led:
+            self.outside.came_back(arrays)
         self._evaluating = {}
         self._followed.arrays = arrays
         if self.evaluate_sampling is None or not (self.led or self.evaluates(server_round)):
@@ -505,6 +528,7 @@ class FedLoRA(StreamingStrategy):
         self.participation.check()
         if self.privacy:
             self.privacy.check(self)
+        self.outside.check(self._short_of_noise(may=self.ranks.may_differ))
         if self.aggregation.equal_ranks and self.ranks.may_differ and adapter.pairs:
             raise ValueError(
                 f"{self.aggregation.name} averages equal ranks only, but the rank policy "
@@ -605,6 +629,7 @@ class FedLoRA(StreamingStrategy):
             self.resume(self._followed)
             self.round_over(0, self._followed)
         else:
+            self.outside.came_back(arrays)
             self._followed_over()  # a loop that never evaluates
         self._following = server_round
         self._followed.arrays = arrays
@@ -648,6 +673,14 @@ class FedLoRA(StreamingStrategy):
     def _rng(self, *purpose: int) -> np.random.Generator:
         """Return the generator of one round and purpose: nothing to store, nothing shared."""
         return np.random.default_rng([self.seed, *purpose])
+
+    def _short_of_noise(self, *, may: bool = False) -> list[str]:
+        """Return why noise for a mean would be too little, with the ranks of this round."""
+        ranks = {assignment.rank for assignment in self.round.assignments.values()}
+        return short_of_noise(
+            self.aggregation, self.wire_dtype, independent=self.participation.independent,
+            ranks_differ=may or len(ranks) > 1,
+        )  # fmt: skip
 
     def _pack(self, server_round: int, arrays: ArrayRecord) -> Packing:
         """Return the packing of the model in ``arrays`` for one round."""

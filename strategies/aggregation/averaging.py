@@ -153,7 +153,7 @@ class FedIT(FactorAverage):
     """
 
     name = "fedit"
-    unbiased = linear = symmetric = True
+    unbiased = linear = symmetric = mean_of_all = True
     equal_ranks = True
 
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
@@ -182,7 +182,7 @@ class ZeroPadding(FactorAverage):
     """
 
     name = "zero-padding"
-    unbiased = linear = symmetric = True
+    unbiased = linear = symmetric = mean_of_all = True
 
 
 @register

@@ -212,8 +212,12 @@ class Aggregator(ABC, Generic[StateT]):
     #: is right in expectation over the draws, as far as it is linear in the updates: sums are
     #: divided as ``State.over`` or ``over_holders`` says. Without it no coins decide who joins.
     unbiased: ClassVar[bool] = False
-    #: Promise that the result is linear in the updates of clients of one rank: noises add up.
+    #: Promise that for clients of one rank the result is the mean of the updates, by weight, in
+    #: every number: noises add up.
     linear: ClassVar[bool] = False
+    #: Promise that it is so for clients of any rank, what one does not hold counting as zero or as
+    #: unchanged: one of m equal clients moves the model by no more than 1/m of its own change.
+    mean_of_all: ClassVar[bool] = False
     #: Promise that the result shows no order of the updates, and nothing that only one of them
     #: could have brought about: it does not tell who took part.
     symmetric: ClassVar[bool] = False

@@ -62,7 +62,7 @@ class FFA(OneFactor):
     """
 
     name = "ffa"
-    unbiased = linear = symmetric = True
+    unbiased = linear = symmetric = mean_of_all = True
 
     def check(self, adapter: Adapter) -> None:
         """Refuse what ``Aggregator.check`` does, and modules whose A is zero."""
@@ -83,7 +83,7 @@ class RoLoRA(OneFactor):
     """
 
     name = "rolora"
-    unbiased = linear = symmetric = True
+    unbiased = linear = symmetric = mean_of_all = True
 
     def trained(self) -> str:
         """Return "B" in odd rounds and "A" in even ones."""

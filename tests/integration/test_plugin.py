@@ -310,7 +310,7 @@ def test_a_clipping_mod_says_where_a_rule_sends_back_other_arrays(rule):
 
 
 def test_flowers_privacy_wrapper_around_fedlora():
-    inner = lora(evaluate_fraction=0)
+    inner = lora(evaluate_fraction=0, aggregation="zero-padding")
     strategy = DifferentialPrivacyClientSideFixedClipping(
         inner, noise_multiplier=0.001, clipping_norm=0.5, num_sampled_clients=3
     )

@@ -33,6 +33,7 @@ PROMISES = {
     "unbiased": AGGREGATIONS.keys() - {"hetlora"},
     "linear": LINEAR,
     "symmetric": SYMMETRIC,
+    "mean_of_all": {"fedit", "zero-padding", "ffa", "rolora"},
 }
 
 
