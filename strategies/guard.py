@@ -20,8 +20,10 @@ from strategies.lora import Adapter
 
 #: A change may be so many times the median of the last ones.
 NORM_FACTOR = 100.0
-#: So many changes make that median; and it is none with fewer than the second.
+#: So many changes make that median; and it is none with fewer clients than the second.
 REMEMBERED, FEWEST = 64, 3
+#: So many counts are looked at ahead while none are known, that two false ones are no majority.
+AHEAD = 5
 #: A node's number of examples may be so many times its first, or that part of it.
 COUNT_FACTOR = 10.0
 #: And in an evaluation so many times what it trains on.
@@ -36,15 +38,18 @@ MOST_ALONE = 1e9
 class Guard:
     """Bounds on what a reply may be, learned from the replies before it.
 
-    A change is compared with the median norm of the last accepted ones. Before there are three,
-    it is compared with the adapter that was sent: nobody moves every number by a hundred times
-    its size, or by a hundred. Counts are compared with a node's own first count, which is
-    why a node cannot go up, or down, step by step, and with the median of the others', which is why
-    it cannot begin at the top. Among the first replies of a run are those that come next.
+    A change is compared with the median norm of those of earlier rounds, one for each client.
+    Before there are three, it is compared with the adapter that was sent: nobody moves every number
+    by a hundred times its size, or by a hundred. Counts are compared with a node's own first count,
+    which is why a node cannot go up, or down, step by step, and with the median of the others',
+    which is why it cannot begin at the top; in the first round of a run, with some still to come.
     """
 
     def __init__(self) -> None:
-        self._norms: deque[float] = deque(maxlen=REMEMBERED)
+        # Clients and their norms; those of the round in progress wait, so that whoever is first in
+        # it does not judge the others.
+        self._norms: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
+        self._fresh: list[tuple[int, float]] = []
         self._first: dict[int, float] = {}  # count of the first good reply, by client index
         self._ahead: dict[int, float] = {}  # counts of replies whose turn is still to come
 
@@ -69,10 +74,14 @@ class Guard:
         if not norm <= bound:  # only then is it worth a pass over all that was sent
             squares = sum(float(t.double().square().sum()) for t in sent.tensors())
             bound += NORM_FACTOR * math.sqrt(squares)
-        if len(self._norms) >= FEWEST:
+        each: dict[int, list[float]] = {}
+        for index, one in self._norms:
+            each.setdefault(index, []).append(one)
+        if len(each) >= FEWEST:
             # Noise is no part of a bad will, and it may be all there is.
             least = noise * math.sqrt(sent.num_parameters)
-            bound = min(bound, NORM_FACTOR * max(float(np.median(self._norms)), least))
+            usual = _median(_median(norms) for norms in each.values())
+            bound = min(bound, NORM_FACTOR * max(usual, least))
         if not norm <= bound:
             raise ReplyError(
                 f"its change has the norm {norm:.3g}, {NORM_FACTOR:g} times what others send is "
@@ -90,9 +99,10 @@ class Guard:
         count_of : callable
             Returns the client index and the count of a reply, if it has one.
         """
+        self._settle()
         self._ahead = {}
         rest, held = iter(replies), []
-        while len(self._first.keys() | self._ahead.keys()) < FEWEST:
+        while len(self._first.keys() | self._ahead.keys()) < AHEAD:
             if (message := next(rest, None)) is None:
                 break
             held.append(message)
@@ -162,19 +172,25 @@ class Guard:
     def accept(self, index: int, norm: float, count: float) -> None:
         """Remember a reply that was good in every respect."""
         if norm > 0:
-            self._norms.append(norm)
+            self._fresh.append((index, norm))
         self._first.setdefault(index, count)
 
+    def _settle(self) -> None:
+        self._norms.extend(self._fresh)
+        self._fresh = []
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learned, as JSON can hold it."""
+        """Return what was learned in the rounds so far, as JSON can hold it."""
+        self._settle()
         return {
-            "norms": list(self._norms),
+            "changes": [list(change) for change in self._norms],
             "first": {str(index): count for index, count in self._first.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned; nothing is known to an older checkpoint."""
-        self._norms = deque(state.get("norms", ()), maxlen=REMEMBERED)
+        changes = ((index, norm) for index, norm in state.get("changes", ()))
+        self._norms = deque(changes, maxlen=REMEMBERED)
         self._first = {int(index): count for index, count in state.get("first", {}).items()}
 
 
