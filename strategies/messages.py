@@ -35,6 +35,7 @@ ROUND_KEY = "server-round"
 MODEL_ROUND_KEY = "model-round"  # as server-round, but only rounds that made this model count
 CLIENT_KEY = "client-index"
 TRAIN_KEY = "lora-train"  # the factors to train: "AB", "A", "B" or "" (head only)
+MERGES_KEY = "lora-merges"  # that the rule will merge into the frozen weights
 QUALITY_KEY = "report-quality"  # whether the reply must have a metric "quality"
 SEND_KEY = "lora-send"  # the factors to send back
 COUNT_KEY = "report-num-examples"  # in a query: the answer is to have "num-examples"

@@ -13,9 +13,10 @@ from flwr.app import ArrayRecord, ConfigRecord
 
 from strategies.aggregation import Aggregator, Download
 from strategies.clients import Client
-from strategies.lora import Adapter, AdapterError, factor_of
+from strategies.lora import WRAPPERS, Adapter, AdapterError, factor_of
 from strategies.messages import (
     CLIENT_KEY,
+    MERGES_KEY,
     QUALITY_KEY,
     RANK_KEY,
     ROUND_KEY,
@@ -151,6 +152,7 @@ class Packing:
             SEND_KEY: self.uploaded,
             WIRE_KEY: self.wire,
             **({QUALITY_KEY: True} if self.rule.needs_quality else {}),
+            **({MERGES_KEY: True} if self.rule.merges_base else {}),
         }
         return ConfigRecord({**base, **own})
 
@@ -187,7 +189,8 @@ class Packing:
             if r > largest.get(m, r)
         ]
         if problems:
-            raise AdapterError(problems + adapter.non_finite(), "reply")
+            said = _other_model(adapter, sent) + problems + adapter.non_finite()
+            raise AdapterError(said, "reply")
         return adapter
 
     @staticmethod
@@ -250,3 +253,18 @@ class Packing:
 def _scale_told(sent: Adapter) -> float:
     """Return the scale that a client is told to train at."""
     return next((pair.scale for pair in sent.pairs.values()), 1.0)
+
+
+def _other_model(adapter: Adapter, sent: Adapter) -> list[str]:
+    """Return in which way the client's model is another than the server's, if it is."""
+    unknown = [k for k in (*adapter.pairs, *adapter.dense) if k not in {**sent.pairs, **sent.dense}]
+    if not unknown:
+        return []
+    for wrapper, said in WRAPPERS.items():
+        plain = [".".join(part for part in key.split(".") if part != wrapper) for key in unknown]
+        if all(key in sent.pairs or key in sent.dense for key in plain):
+            return [f"the client's model is wrapped by {said}: let it pass the unwrapped model"]
+    return [
+        "the client trains another model than the server has (same base, target_modules, "
+        "modules_to_save, bias; in PEFT's spelling)"
+    ]

@@ -33,6 +33,7 @@ from strategies.loop import Listener, StreamingStrategy
 from strategies.lora import Adapter
 from strategies.messages import (
     MODEL_ROUND_KEY,
+    STEPS_KEY,
     MessageProtocol,
     NumPyProtocol,
     Protocol,
@@ -260,6 +261,7 @@ class FedLoRA(StreamingStrategy):
         self._door: tuple[ArrayRecord, GlobalModel] | None = None
         self._packing: Packing | None = None
         self._late: frozenset[int] = frozenset()  # indices of who will miss the deadline
+        self._unmoved: set[int] = set()  # indices of those who were told
         self._evaluating: dict[int, Client] = {}
         self._restarted: ArrayRecord | None = None  # where this round's pilot started anew
         # The round that another strategy's loop is at; 0: that is over, None: there was none yet.
@@ -724,11 +726,25 @@ class FedLoRA(StreamingStrategy):
         """Let the rank policy and the sampler look at a good reply."""
         merged = self._packing.model.merged if self._packing else Adapter({})
         trained = Trained(client, adapter, sent, reply.metrics, self.round.number, merged)
+        self._say_unmoved(trained)
         for learner in (self.ranks, self.participation.sampler):
             try:
                 learner.observe(trained)
             except ValueError as error:
                 log(WARNING, "round %s: %s: %s", self.round.number, client.name, error)
+
+    def _say_unmoved(self, trained: Trained) -> None:
+        """Warn once of a client whose training moves nothing of what it was to train."""
+        client, packing = trained.client, self._packing
+        if packing is None or client.index in self._unmoved or trained.metrics.get(STEPS_KEY) == 0:
+            return
+        asked = "".join(f for f in packing.trained if f in packing.uploaded)
+        if still := trained.unmoved(asked):
+            self._unmoved.add(client.index)
+            log(WARNING, "round %s: %s: lora_%s came back exactly as it was sent: make the "
+                "optimiser after apply_adapter (receive_parameters), which makes new parameters; "
+                "or its steps are smaller than %s can tell", self.round.number, client.name,
+                " and lora_".join(still), self.wire_dtype)  # fmt: skip
 
     def _stop_clock(self) -> None:
         """Take the time of the round, and tell listeners of every client's part in it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from strategies.clients import Client
 from strategies.lora import Adapter
 from strategies.model import GlobalModel
@@ -32,6 +34,22 @@ class Trained:
     metrics: Mapping[str, float]
     server_round: int
     merged: Adapter = field(default_factory=lambda: Adapter({}))
+
+    def unmoved(self, factors: str) -> str:
+        """Return which of the factors that were to be trained came back exactly as they were sent.
+
+        Not a factor whose partner was 0 everywhere, as B is at first: its gradient is 0 then.
+        """
+        return "".join(factor for factor in factors if self._stayed(factor))
+
+    def _stayed(self, factor: str) -> bool:
+        other = "B" if factor == "A" else "A"
+        pairs = [(pair, self.sent.pairs[m]) for m, pair in self.adapter.pairs.items()]
+        return (
+            bool(pairs)
+            and all(torch.equal(getattr(new, factor), getattr(old, factor)) for new, old in pairs)
+            and any(bool(getattr(old, other).any()) for _, old in pairs)
+        )
 
     def effective(self) -> Adapter:
         """Return the client's whole model as one adapter on the base."""

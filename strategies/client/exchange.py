@@ -13,12 +13,22 @@ from torch import Tensor, nn
 from strategies.client.peft_model import (
     adapter_parameters,
     adapter_state,
+    check_mergeable,
     load_adapter,
     merge_into_base,
+    refuse_frozen,
 )
 from strategies.lora import factor_of
 from strategies.lora.algebra import resize
-from strategies.messages import NAMES_KEY, SCALE_KEY, SEND_KEY, TRAIN_KEY, from_record, to_record
+from strategies.messages import (
+    MERGES_KEY,
+    NAMES_KEY,
+    SCALE_KEY,
+    SEND_KEY,
+    TRAIN_KEY,
+    from_record,
+    to_record,
+)
 from strategies.model import GlobalModel
 from strategies.privacy import Privacy
 from strategies.wire import WIRE_KEY, decode, encode
@@ -53,8 +63,9 @@ def receive(
     Raises
     ------
     ValueError
-        If the arrays do not fit the model, or a factor that was not sent cannot be found
-        in ``state``.
+        If the arrays do not fit the model, a factor that was not sent cannot be found in
+        ``state``, a factor to train is frozen in the model, or the rule merges into the frozen
+        weights and this model's cannot be merged into.
     """
     if WIRE_KEY in config:
         tensors = decode(arrays, str(config[WIRE_KEY]))
@@ -62,6 +73,10 @@ def receive(
         tensors = {name: tensor.float() for name, tensor in arrays.items()}
     tensors.update(_kept_factors(model, tensors, state, adapter_name))
     received = GlobalModel.from_tensors(tensors, float(config.get(SCALE_KEY, 1.0)))
+    if TRAIN_KEY in config and not getattr(model, "fedlora_ready", False):
+        refuse_frozen(model, str(config[TRAIN_KEY]), adapter_name=adapter_name)
+    if config.get(MERGES_KEY):  # before the first merge, which comes after the first round
+        check_mergeable(model, adapter_name=adapter_name)
     merge_into_base(model, received.merged, adapter_name=adapter_name)
     load_adapter(model, received.adapter, adapter_name=adapter_name)
     trained = str(config.get(TRAIN_KEY, "AB"))

@@ -57,7 +57,8 @@ def apply_adapter(
         Needed by rules that keep a factor on the client (fedsa), and to profile.
     measure : callable, optional
         Returns ``(losses, labels)`` of the training samples on the model as it now is. Called
-        only when AutoRank asks for a new profile (``reassign_every``).
+        only when AutoRank asks for a new profile (``reassign_every``), with ``limit=…`` where it
+        takes that and AutoRank has ``profile_samples``.
     arrays_key, config_key : str, optional
         Keys of the records in the message. Default: the only record of its kind.
     adapter_name : str (default: "default")

@@ -43,7 +43,8 @@ def receive_parameters(
         profile.
     measure : callable, optional
         Returns ``(losses, labels)`` of the training samples on the model as it now is. Called
-        only when AutoRank asks for a new profile (``reassign_every``).
+        only when AutoRank asks for a new profile (``reassign_every``), with ``limit=…`` where it
+        takes that and AutoRank has ``profile_samples``.
     adapter_name : str (default: "default")
 
     Raises

@@ -14,7 +14,7 @@ import torch
 from flwr.common import log
 from torch import Tensor, nn
 
-from strategies.lora import Adapter, LoraPair
+from strategies.lora import WRAPPERS, Adapter, LoraPair, factor_of
 from strategies.ranks.pruning import tail_start
 
 
@@ -173,7 +173,7 @@ def _tell_scale(model: nn.Module, config: Any, scale: float) -> None:
 def _what_it_has(model: nn.Module, layers: Mapping[str, Any], adapter_name: str) -> str:
     """Return what a model has instead of what it was sent, and what to do."""
     names = [name for name, _ in model.named_modules()]
-    for wrapper, said in (("module", "DataParallel"), ("_orig_mod", "torch.compile")):
+    for wrapper, said in WRAPPERS.items():
         if any(wrapper in name.split(".") for name in names):
             return f"it is wrapped by {said}: pass the unwrapped model"
     if not layers:
@@ -209,6 +209,29 @@ def _refuse_changed_base(model: nn.Module, adapter_name: str) -> None:
             f"init_lora_weights = {how!r} changes the frozen weights, each node's in its own way, "
             "so that what is trained here fits no other model; leave it out (server and clients)"
         )
+
+
+def refuse_frozen(model: nn.Module, trained: str, *, adapter_name: str = "default") -> None:
+    """Refuse a model in which somebody has frozen one of the two factors that are to be trained.
+
+    Raises
+    ------
+    ValueError
+        With the factor and what to do.
+    """
+    moves = dict.fromkeys("AB", False)
+    for key, parameter in adapter_parameters(model, adapter_name, all_parameters=True):
+        if found := factor_of(key):
+            moves[found] |= parameter.requires_grad
+    for factor, other in ("AB", "BA"):
+        if factor in trained and moves[other] and not moves[factor]:
+            how = getattr(model, "peft_config", {}).get(adapter_name)
+            made = getattr(how, "init_lora_weights", True)
+            by = f" (init_lora_weights = {made!r})" if isinstance(made, str) else ""
+            raise ValueError(
+                f"lora_{factor} is frozen in this model{by}, but the server's rule trains it: "
+                f"leave it trainable, or have the server use a rule that trains lora_{other} alone"
+            )
 
 
 def adapter_state(model: nn.Module, *, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from numpy.typing import ArrayLike
 
 from strategies.privacy.mechanism import NOISE_KEY
-from strategies.profiling import METRICS, PROFILE_KEY, Profile, profile_metrics
+from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, Profile, profile_metrics
 
 # Where a client keeps its answer to the profiling query.
 PROFILED_KEY = "fedlora.profile"
@@ -19,10 +19,12 @@ PROFILED_KEY = "fedlora.profile"
 IDENTITY_KEYS = ("partition-id", "max-rank", "num-examples")
 
 LossesAndLabels = Profile | tuple[ArrayLike, ArrayLike]
-Measure = Callable[[], LossesAndLabels]
+Measure = Callable[..., LossesAndLabels]
 
 
-def profile(state: RecordDict, measure: Measure, *, again: bool = False) -> dict[str, float | int]:
+def profile(
+    state: RecordDict, measure: Measure, *, again: bool = False, limit: int = 0
+) -> dict[str, float | int]:
     """Return a client's profile for ``AutoRank``, measured once and kept in its Flower state.
 
     Parameters
@@ -32,10 +34,13 @@ def profile(state: RecordDict, measure: Measure, *, again: bool = False) -> dict
     measure : callable
         Returns the losses of the training samples (or of ``profile_rows`` of them) and the
         labels of all of them, as a ``Profile`` where there is not one label for each sample. Called
-        only if nothing is kept, or ``again``.
+        only if nothing is kept, or ``again``; as ``measure(limit=limit)`` where it takes that and
+        there is one.
     again : bool (default: False)
         Measure anew, e.g. after the received adapter was loaded because a training message
         says ``profile``.
+    limit : int (default: 0)
+        So many rows are to go through the model (``profile-samples`` in the message); 0: all.
 
     Returns
     -------
@@ -44,7 +49,7 @@ def profile(state: RecordDict, measure: Measure, *, again: bool = False) -> dict
         reply of a Flower client holds anyway: a query reports it for the server's log.
     """
     if again or PROFILED_KEY not in state:
-        measured = measure()
+        measured = measure(limit=limit) if limit > 0 and _takes_limit(measure) else measure()
         losses, labels = measured
         rows = measured.rows if isinstance(measured, Profile) else len(labels)  # type: ignore[arg-type]
         found = profile_metrics(losses, labels)
@@ -52,7 +57,7 @@ def profile(state: RecordDict, measure: Measure, *, again: bool = False) -> dict
     return dict(state.metric_records[PROFILED_KEY])  # type: ignore[arg-type]
 
 
-def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabels]) -> None:
+def register_profile(app: ClientApp, measure: Callable[..., LossesAndLabels]) -> None:
     """Let a Message API app answer the server's queries, profiling included.
 
     ``register_profile(app, my_losses_and_labels)`` registers the app's ``@app.query()``
@@ -67,7 +72,9 @@ def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabel
         Without a query handler of its own.
     measure : callable
         ``measure(context)`` returns the losses of the training samples on the model as the
-        run starts from it, and the labels. Called once a node and run.
+        run starts from it, and the labels. Called once a node and run. If it has a parameter
+        ``limit``, it gets in it how many rows the server wants to go through the model
+        (``AutoRank(profile_samples=…)``); 0: all.
 
     Raises
     ------
@@ -82,7 +89,9 @@ def register_profile(app: ClientApp, measure: Callable[[Context], LossesAndLabel
             f"register_profile(app, lambda context: {name}(…))"
         )
 
-    def profiled_here(context: Context) -> dict[str, float | int]:
+    def profiled_here(context: Context, limit: int) -> dict[str, float | int]:
+        if _takes_limit(measure):
+            return profile(context.state, lambda: measure(context, limit=limit))
         return profile(context.state, lambda: measure(context))
 
     _answer_queries(app, profiled_here)
@@ -104,8 +113,9 @@ def register_identity(app: ClientApp) -> None:
 
 
 def _takes_one(measure: Callable[..., Any]) -> bool:
+    more = {"limit": 0} if _takes_limit(measure) else {}
     try:
-        inspect.signature(measure).bind(None)
+        inspect.signature(measure).bind(None, **more)
     except TypeError:
         return False
     except ValueError:  # a builtin that does not say
@@ -113,8 +123,18 @@ def _takes_one(measure: Callable[..., Any]) -> bool:
     return True
 
 
+def _takes_limit(measure: Callable[..., Any]) -> bool:
+    """Return whether a measure has a parameter by that name, one that nobody has set yet."""
+    try:
+        found = inspect.signature(measure).parameters.get("limit")
+    except (TypeError, ValueError):
+        return False
+    keywords = getattr(measure, "keywords", {})  # of a functools.partial
+    return found is not None and "limit" not in keywords
+
+
 def _answer_queries(
-    app: ClientApp, profile_of: Callable[[Context], dict[str, float | int]] | None
+    app: ClientApp, profile_of: Callable[[Context, int], dict[str, float | int]] | None
 ) -> None:
     @app.query()
     def answer(message: Message, context: Context) -> Message:
@@ -135,7 +155,8 @@ def _answer_queries(
                 raise ValueError(
                     "the server asks for a profile; register_profile(app, measure) gives one"
                 )
-            found = profile_of(context)
+            limit = max(int(config.get(SAMPLES_KEY, 0)) for config in asked)  # type: ignore[arg-type]
+            found = profile_of(context, limit)
             content["profile"] = MetricRecord(found)  # type: ignore[arg-type]
         return Message(content, reply_to=message)
 
@@ -162,7 +183,7 @@ def profile_if_wanted(
             "the server asks for a profile, which is kept in the Flower state; pass the context "
             "(a NumPyClient: context.state)"
         )
-    profile(state, measure, again=True)
+    profile(state, measure, again=True, limit=int(config.get(SAMPLES_KEY, 0)))
 
 
 def profiled(state: RecordDict) -> dict[str, float]:

@@ -37,6 +37,9 @@ _TOKENS = re.compile(r"(^|\.)(token_adapter|trainable_tokens)")
 # The embeddings that peft.get_peft_model_state_dict adds as they are, if a target is one of them.
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head)\.base_layer\.weight$")
 
+#: Parts that wrappers of a model put into the names of its parameters, and whose they are.
+WRAPPERS = {"module": "DataParallel", "_orig_mod": "torch.compile"}
+
 
 class AdapterError(ValueError):
     """An adapter is not usable; ``problems`` and the message list every reason."""
@@ -350,7 +353,12 @@ class Adapter:
         ):
             if not missing_ok:
                 problems += [f"{kind} {key!r} is missing" for key in theirs if key not in mine]
-            problems += [f"{kind} {key!r} is unknown" for key in mine if key not in theirs]
+            known = ", ".join(map(repr, list(theirs)[:3])) + (", …" if len(theirs) > 3 else "")
+            problems += [
+                f"{kind} {key!r} is unknown, expected {known or 'none'}"
+                for key in mine
+                if key not in theirs
+            ]
         for module in self.pairs.keys() & like.pairs.keys():
             got, expected = self.pairs[module], like.pairs[module]
             if got.A.shape[1:] != expected.A.shape[1:]:

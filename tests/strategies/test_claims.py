@@ -9,12 +9,14 @@ from strategies import FedLoRA
 from strategies.claims import LARGEST, LONGEST_NAME, MOST_METRICS, ReplyError, clean, numbers
 from strategies.clients import Roster
 from strategies.guard import MOST_ALONE, Guard, believed_counts
+from strategies.lora import factor_of
 from strategies.messages import (
     BYTES_MORE,
     MessageProtocol,
     NumPyProtocol,
     check_size,
     content_bytes,
+    from_record,
     to_record,
 )
 from strategies.ranks import ListRank, QualityRank, ReportedRank, UniformRank
@@ -356,3 +358,89 @@ def test_counts_are_read_without_the_arrays():
         for protocol in (MessageProtocol(), NumPyProtocol()):
             with pytest.raises(ValueError, match=r".+"):
                 protocol.count(Message(broken, reply_to=asked))
+
+
+# ----- clients whose training does not reach what they send -----------------------------------
+
+
+def training(moves, steps=None, rank=2):
+    """Return a handler whose node 1 moves the factors it is told to, and the head."""
+
+    def handler(message):
+        node, kind = message.metadata.dst_node_id, message.metadata.message_type
+        if kind == "query":
+            return query_reply(**{"partition-id": node - 1})
+        config = message.content["config"]
+        state = from_record(message.content["arrays"])
+        moved = config["lora-train"] if node != 1 else moves
+        out = {
+            key: tensor + 0.01 if (factor_of(key) or moved or "") in moved else tensor
+            for key, tensor in state.items()
+            if (factor_of(key) or config["lora-send"]) in config["lora-send"]
+        }
+        more = {} if steps is None else {"steps": steps}
+        content = RecordDict({"metrics": MetricRecord({"num-examples": 10, **more})})
+        content["arrays"] = to_record(out)
+        return content
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("rule", "moves", "steps", "said"),
+    [
+        ("replication", "AB", None, ""),
+        ("replication", "", None, "lora_A and lora_B"),
+        ("replication", "A", None, "lora_B"),
+        ("replication", "", 0, ""),  # it has trained nothing, and says so
+        ("ffa", "B", None, ""),  # A is frozen for everybody
+        ("ffa", "", None, "lora_B"),
+        ("rolora", "B", None, "lora_A"),  # B in round 1, A in round 2
+        ("fedsa", "A", None, ""),
+    ],
+)
+def test_a_factor_that_comes_back_as_it_was_is_said_once(rule, moves, steps, said, caplog):
+    caplog.set_level("WARNING", logger="flwr")
+    _, records, _ = start(training(moves, steps), [1, 2, 3], rounds=4, aggregation=rule)
+    assert {r["status"] for r in records if r["kind"] == "client"} == {"ok"}
+    lines = [r.getMessage() for r in caplog.records if "exactly as it was sent" in r.getMessage()]
+    assert len(lines) == (said != "")
+    assert not said or f"client 0 (node 1): {said} came back" in lines[0]
+
+
+def test_a_first_step_that_cannot_move_the_first_factor_is_no_fault(caplog):
+    caplog.set_level("WARNING", logger="flwr")
+    adapter = random_adapter(2, seed=0)
+    state = {k: t * 0 if factor_of(k) == "B" else t for k, t in adapter.to_state_dict().items()}
+    strategy = FedLoRA(ranks=UniformRank(2), scale=SCALE, evaluate_fraction=0)
+    strategy.start(FakeGrid([1], training("B")), to_record(state), num_rounds=1, timeout=5)
+    assert "exactly as it was sent" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (lambda key: "module." + key, "wrapped by DataParallel: let it pass the unwrapped model"),
+        (lambda key: key.replace("base.", "base._orig_mod."), "wrapped by torch.compile"),
+        (lambda key: key.replace("q.", "k."), "trains another model than the server has"),
+    ],
+)
+def test_another_model_is_said_first(rename, said):
+    def handler(message):
+        if message.metadata.message_type == "query":
+            return query_reply()
+        state = from_record(message.content["arrays"])
+        content = message_reply(random_adapter(2, seed=0))
+        content["arrays"] = to_record({rename(key): tensor for key, tensor in state.items()})
+        return content
+
+    shapes = {f"base.layer.{i}.q": (4, 3) for i in range(30)}
+    initial = random_adapter(2, seed=0, shapes=shapes, dense=False)
+    records = []
+    strategy = FedLoRA(ranks=UniformRank(2), scale=SCALE, listeners=[records.append])
+    start = to_record(initial.to_state_dict())
+    strategy.start(FakeGrid([1], handler), start, num_rounds=1, timeout=5)
+    (record,) = [r for r in records if r["kind"] == "client"]
+    assert said in record["reason"].partition(";")[0]
+    assert "is missing" in record["reason"]
+    assert len(record["reason"]) <= 1000

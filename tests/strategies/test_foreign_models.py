@@ -1,13 +1,14 @@
 """Real classes of transformers and PEFT: what works, and what is refused with its true reason."""
 
 import copy
+import functools
 import logging
 
 import peft
 import pytest
 import torch
 import transformers as tf
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 from torch import nn
@@ -24,9 +25,10 @@ from strategies.client import (
     register_profile,
     send,
 )
+from strategies.lora import Adapter, AdapterError
 from strategies.messages import from_record, to_record
 from strategies.model import GlobalModel
-from strategies.ranks import AutoRank, ListRank, ReportedRank
+from strategies.ranks import AutoRank, ListRank, ReportedRank, UniformRank
 from strategies.training import losses_and_labels, train_loop
 from tests.fakes import FakeGrid, message_reply, query_reply, random_adapter
 
@@ -377,3 +379,182 @@ def test_reported_limits_hold_for_message_api_apps():
         start = to_record(random_adapter(4, seed=0).to_state_dict())
         strategy.start(FakeGrid([1, 2], client), start, num_rounds=1, timeout=5)
         assert seen == {1: 1, 2: 2}
+
+
+# ----- refused at the door, with the true reason ---------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2), nn.Linear(8, 2)
+
+
+REFUSED = {
+    "tied": (Tied, {"target_modules": ["first"]}, r"is tied to another \(.*second"),
+    "attention": (
+        Attention, {"target_modules": ["attention"]}, "which has no single weight to merge into"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["fedex", "flora"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_cannot_be_merged_into_is_refused_in_the_first_round(kind, rule):
+    base, options, reason = REFUSED[kind]
+    seen = []
+
+    def make(rank):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=rank, init_lora_weights=False, **options)
+        return peft.get_peft_model(base(), config)
+
+    def client(message):
+        try:
+            apply_adapter(make(2), message)
+        except ValueError as error:
+            seen.append(str(error))
+            return Error(code=0, reason=str(error))
+        raise AssertionError("nothing was refused")
+
+    start = to_record(peft.get_peft_model_state_dict(make(2)))
+    strategy = FedLoRA(
+        aggregation=rule, ranks=UniformRank(2), query=False, evaluate_fraction=0, min_answering=0
+    )
+    strategy.start(FakeGrid([1], client), start, num_rounds=1, timeout=5)
+    (said,) = seen
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(said)
+    assert "use a rule that does not merge" in said
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_and_works_with_a_rule_that_does_not_merge(kind):
+    base, options, _ = REFUSED[kind]
+    config = peft.LoraConfig(r=2, init_lora_weights=False, **options)
+    models = {node: peft.get_peft_model(base(), config) for node in (1, 2)}
+
+    def client(message):
+        model = models[message.metadata.dst_node_id]
+        apply_adapter(model, message)
+        return make_reply(model, message, num_examples=3).content
+
+    start = to_record(peft.get_peft_model_state_dict(models[1]))
+    strategy = FedLoRA(ranks=UniformRank(2), query=False, evaluate_fraction=0, min_replies=2)
+    result = strategy.start(FakeGrid([1, 2], client), start, num_rounds=2, timeout=5)
+    for key, tensor in from_record(result.arrays).items():
+        torch.testing.assert_close(tensor, from_record(start)[key])
+
+
+def test_merging_beside_an_attention_leaves_it_alone():
+    model = peft.get_peft_model(
+        Attention(), peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False)
+    )
+    check_mergeable(model)
+    sent = {k: t.clone() for k, t in peft.get_peft_model_state_dict(model).items()}
+    merged = {f"merged.{k}": t for k, t in sent.items()}
+    before = {k: t.clone() for k, t in model.state_dict().items() if "attention" in k}
+    weight = model.base_model.model.head.base_layer.weight
+    expected = (
+        weight
+        + merged["merged.base_model.model.head.lora_B.weight"]
+        @ (merged["merged.base_model.model.head.lora_A.weight"])
+    )
+    config = {"lora-scale": 1.0, "lora-merges": True}
+    receive(model, {**sent, **merged}, config)
+    torch.testing.assert_close(weight, expected)
+    assert all(torch.equal(model.state_dict()[k], t) for k, t in before.items())
+
+
+@pytest.mark.parametrize("how", ["mica", "by hand"])
+def test_a_frozen_factor_that_is_to_be_trained(how):
+    options = {"init_lora_weights": "mica"} if how == "mica" else {}
+    model = peft.get_peft_model(
+        base_of("bert"), peft.LoraConfig(r=2, target_modules=["query"], **options)
+    )
+    factor = "B" if how == "mica" else "A"
+    if how == "by hand":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_A" not in name and parameter.requires_grad)
+    sent = {k: t.clone() for k, t in peft.get_peft_model_state_dict(model).items()}
+    with pytest.raises(ValueError, match=f"lora_{factor} is frozen in this model") as caught:
+        receive(model, sent, {"lora-scale": 1.0, "lora-train": "AB"})
+    assert ("'mica'" in str(caught.value)) == (how == "mica")
+    other = "A" if factor == "B" else "B"
+    for _ in range(2):
+        receive(model, sent, {"lora-scale": 1.0, "lora-train": other})
+        moving = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n}
+        assert moving
+        assert all(f"lora_{other}" in name for name in moving)
+
+
+def test_what_the_server_freezes_it_may_thaw():
+    model = lora_of("bert")
+    sent = {k: t.clone() for k, t in peft.get_peft_model_state_dict(model).items()}
+    for trained in ("B", "A", "AB"):  # rolora, and one model that serves another run
+        receive(model, sent, {"lora-scale": 1.0, "lora-train": trained})
+    assert all(p.requires_grad for n, p in model.named_parameters() if ".lora_" in n)
+
+
+def causal_lm(**options):
+    config = tf.LlamaConfig(**SMALL, intermediate_size=16, pad_token_id=0)
+    return peft.get_peft_model(tf.LlamaForCausalLM(config), peft.LoraConfig(r=2, **options))
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["q_proj", "embed_tokens"],
+                                     ["q_proj", "embed_tokens", "lm_head"]])  # fmt: skip
+def test_embeddings_that_peft_puts_beside_an_adapter(targets):
+    model = causal_lm(target_modules=targets)
+    state = peft.get_peft_model_state_dict(model)
+    assert any("base_layer.weight" in key for key in state)
+    adapter = Adapter.from_state_dict(state, config=model.peft_config["default"])
+    assert {name.rpartition(".")[2] for name in adapter.pairs} == set(targets)
+    assert not adapter.dense
+    receive(model, state, {"lora-scale": 4.0})
+    assert set(send(model, {})) == set(adapter.to_state_dict())
+
+
+def test_trained_tokens_are_refused_by_name():
+    model = causal_lm(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    state = peft.get_peft_model_state_dict(model)
+    with pytest.raises(AdapterError, match="trainable_token_indices, which is not supported"):
+        Adapter.from_state_dict(state)
+
+
+# ----- how many rows a profile looks at ------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_the_servers_number_of_rows_reaches_the_measure(limit):
+    told = []
+
+    def measure(context, limit):
+        told.append(limit)
+        return [1.0, 2.0], [0, 1]
+
+    app = ClientApp()
+    register_profile(app, measure)
+    asked = RecordDict({"c": ConfigRecord({"profile": True, "profile-samples": limit})})
+    query = Message(asked, dst_node_id=1, message_type="query")
+    app(query, Context(1, 1, {}, RecordDict(), {}))
+    assert told == [limit]
+
+    def own(*, limit=7):
+        told.append(limit)
+        return [1.0, 2.0], [0, 1]
+
+    for measured in (own, lambda: own(limit=9), functools.partial(own, limit=8)):
+        profile(RecordDict(), measured, limit=limit)
+    assert told[1:] == [limit or 7, 9, 8]
+    message = Message(
+        RecordDict({
+            "arrays": to_record(peft.get_peft_model_state_dict(lora_of("bert"))),
+            "config": ConfigRecord(
+                {"lora-scale": 2.0, "profile": True, "profile-samples": limit, "wire-dtype":
+                 "float32"}
+            ),
+        }),
+        dst_node_id=1, message_type="train",
+    )  # fmt: skip
+    apply_adapter(lora_of("bert"), message, Context(1, 1, {}, RecordDict(), {}), measure=own)
+    assert told[4:] == [limit or 7]
