@@ -161,7 +161,7 @@ def spoil(kind):
             case "absurd weight":
                 return message_reply(adapter, weight=1.7e308)
             case "weight of a thousand others":
-                return message_reply(adapter, weight=12_000)
+                return message_reply(adapter, weight=20_000)
             case "another scale" | "huge scale":
                 scale = 1.0 if kind == "another scale" else 1e30
                 return message_reply(adapter, 11, **{"lora-scale": scale})
@@ -197,7 +197,7 @@ REASONS = {
     "two array records": "expected one array record, got 2",
     "scale of infinity": "lora-scale is inf, expected a number above 0",
     "absurd weight": r"num-examples is 1.7e\+308, expected a number above 0, at most 3.4e\+38",
-    "weight of a thousand others": "num-examples is 12000, more than 1000 times what others report",
+    "weight of a thousand others": "num-examples is 20000, more than 1000 times what others report",
     "another scale": "lora-scale is 1, but the server sets it, and said 2: apply_adapter",
     "huge scale": r"lora-scale is 1e\+30, but the server sets it, and said 2",
     "header that is no header": "array 'head.bias' cannot be read",
