@@ -14,27 +14,56 @@ from typing import Any
 from fedlora_app.discretion import DataError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
+# What a file of another kind begins with, its name, and what to do.
+FOREIGN = {
+    b"\x1f\x8b": ("a gzip archive", "unpack it"),
+    b"BZh91AY": ("a bzip2 archive", "unpack it"),
+    b"\xfd7zXZ": ("an xz archive", "unpack it"),
+    b"\x28\xb5\x2f\xfd": ("a zstd archive", "unpack it"),
+    b"PK\x03\x04": ("a zip archive or an Excel file", "unpack it, or save it as csv in UTF-8"),
+    b"\xd0\xcf\x11\xe0": ("an Excel file", "save it as csv in UTF-8"),
+    b"PAR1": ("a parquet file", "name it .parquet"),
+    b"<!doctype html": ("a web page", "download the file itself"),
+    b"<html": ("a web page", "download the file itself"),
+}
+MARKS = {  # the byte orders of other encodings, the longer ones first
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 DELIMITERS = ",;\t|"
+QUOTED = re.compile(r'"[^"]*"')
 LINE_END = re.compile(r"\r\n|\r|\n")  # as the csv module counts lines
 FEW = 10  # whole rows; with fewer there is little to compare a doubtful line with
 Lines = list[int]
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise DataError if Git LFS left a pointer where the file should be."""
+def refuse_foreign(path: Path, own: bytes = b"") -> None:
+    """Raise DataError if a file is a Git LFS pointer or begins as a file of another kind.
+
+    Parameters
+    ----------
+    path : Path
+    own : bytes, optional
+        What a file of the kind that is wanted begins with.
+    """
     try:
         with path.open("rb") as file:
-            start = file.read(len(POINTER))
+            start = file.read(64)
     except OSError as error:
         raise DataError(
             path, "expected a file that can be read", error.strerror or "", "see to its permissions"
         ) from error
-    if start == POINTER:
+    if start.startswith(POINTER):
         raise DataError(
             path,
             "expected data, but this is a Git LFS pointer to them",
             remedy="run `git lfs pull` there, or download the file itself",
         )
+    for sign, (kind, remedy) in FOREIGN.items():
+        if sign != own and (start.lower() if sign[:1] == b"<" else start).startswith(sign):
+            raise DataError(path, f"expected rows, but this is {kind}", remedy=remedy)
 
 
 def read_text(path: Path) -> str:
@@ -43,14 +72,17 @@ def read_text(path: Path) -> str:
     Raises
     ------
     DataError
-        If it is not UTF-8, holds NUL bytes, or is a Git LFS pointer.
+        If it is not UTF-8, holds NUL bytes, or is a file of another kind.
     """
-    refuse_pointer(path)
+    refuse_foreign(path)
     raw = path.read_bytes()
+    for mark, encoding in MARKS.items():
+        if raw.startswith(mark):
+            raise DataError(
+                path, f"expected UTF-8, but this is {encoding}", remedy="save it as UTF-8"
+            )
     try:
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise DataError(path, "expected UTF-8, but this is UTF-16", remedy="save it as UTF-8")
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig").lstrip("\ufeff")  # some tools write the mark twice
     except UnicodeDecodeError as error:
         # Its position counts from behind a byte order mark.
         line = _line_at(error.object, error.start)
@@ -116,12 +148,17 @@ class Delimited:
         return {n: column for n, column in zip(self.header, columns, strict=True) if n}
 
     def _delimiter(self, wanted: str) -> str:
-        header = next(csv.reader(io.StringIO(self.text, newline="")), [])
-        first = self.text.splitlines()[0] if header is not None else ""
-        if wanted in first:
+        first = next(line for line in LINE_END.split(self.text) if line.strip())
+        if re.fullmatch(r"sep=.", first):
+            raise DataError(
+                self.path, "expected a header, but this names the delimiter, for Excel alone", "",
+                "remove the line", "line 1",
+            )  # fmt: skip
+        bare = QUOTED.sub("", first)  # a delimiter in quotes is none
+        if wanted in bare:
             return wanted
-        other = max(DELIMITERS, key=first.count)
-        if not first.count(other):
+        other = max(DELIMITERS, key=bare.count)
+        if not bare.count(other):
             return wanted
         self.notes.append(f"separated by {other!r}")
         return other
@@ -138,18 +175,11 @@ class Delimited:
                 delimiter=self.delimiter, quoting=quoting, strict=strict,
             )  # fmt: skip
             try:
-                header = next(reader, [])
+                header = next((row for row in reader if _said(row)), [])
                 begun = reader.line_num + 1
                 for number, row in enumerate(reader):
-                    if number >= skip and row:
-                        if len(row) != len(header):
-                            raise DataError(
-                                self.path,
-                                f"expected {len(header)} columns as in the header, got {len(row)}",
-                                "",
-                                "quote fields that contain the delimiter",
-                                f"line {begun}",
-                            )
+                    if number >= skip and (_said(row) or (row and len(header) == 1)):
+                        self._refuse_row(row, header, f"line {begun}")
                         rows.append(row)
                         lines.append(begun)
                     begun = reader.line_num + 1
@@ -163,30 +193,49 @@ class Delimited:
                 ) from error
         return header, rows, lines
 
+    def _refuse_row(self, row: list[str], header: list[str], line: str) -> None:
+        """Refuse a row of another length than the header, and the header once more."""
+        if len(row) != len(header):
+            other = [d for d in DELIMITERS if d != self.delimiter and d in "".join(header)]
+            remedy = f"quote fields that contain the delimiter, {self.delimiter!r}"
+            if other:
+                remedy += f", or quote names in the header that do, if it is {other[0]!r}"
+            raise DataError(
+                self.path, f"expected {len(header)} columns as in the header, got {len(row)}", "",
+                remedy, line,
+            )  # fmt: skip
+        if len(row) > 1 and row == header:
+            raise DataError(
+                self.path, "expected a row, but this is the header once more", "",
+                "remove it: were files put together?", line,
+            )  # fmt: skip
+
     def _refuse_swallowed(self, header: list[str]) -> None:
         """Refuse a quoted field if each of its lines looks like a row of its own."""
         several = [i for i, row in enumerate(self.rows) if any("\n" in f or "\r" in f for f in row)]
         if not several or len(header) < 2:
             return
+        # The lines of prose in quotes seldom all have as many delimiters as a row does.
         text = LINE_END.split(self.text)
         begins = [*self.lines, len(text) + 1]
         lone = [self.rows[i] for i in set(range(len(self.rows))) - set(several)]
         # What also stands in whole rows, such as a label, tells a row from a line of prose.
         known = [{row[c].strip() for row in lone} - {""} for c in range(len(header))]
 
-        def like_a_row(line: str) -> bool:
-            parts = line.split(self.delimiter)
-            if len(parts) != len(header):
+        def has_known(parts: list[str]) -> bool:
+            return any(p.strip(' "') in k for p, k in zip(parts, known, strict=True))
+
+        def like_rows(lines: list[str]) -> bool:
+            parts = [line.split(self.delimiter) for line in lines]
+            if any(len(part) != len(header) for part in parts):
                 return False
-            if self.delimiter == "\t" or any(
-                p.strip(' "') in k for p, k in zip(parts, known, strict=True)
-            ):
+            if self.delimiter == "\t" or 2 * sum(map(has_known, parts)) > len(parts):
                 return True
-            return len(lone) < FEW and not any(part.startswith(" ") for part in parts)
+            return len(lone) < FEW and not any(p.startswith(" ") for part in parts for p in part)
 
         for i in several:
             lines = [line for line in text[begins[i] - 1 : begins[i + 1] - 1] if line]
-            if all(map(like_a_row, lines)):
+            if like_rows(lines):
                 raise DataError(
                     self.path,
                     "a quoted field that begins here holds lines that look like rows",
@@ -207,6 +256,11 @@ class Delimited:
             if not name and any(row[column].strip() for row in self.rows):
                 self.notes.append(f"column {column + 1} has no name: left")
         return names
+
+
+def _said(row: list[str]) -> bool:
+    """Tell whether a line says anything; a file may have empty ones."""
+    return len(row) > 1 or any(field.strip() for field in row)
 
 
 @contextmanager

@@ -7,19 +7,23 @@ named ``-1``.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0+)?", re.ASCII)
-NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?", re.ASCII)
-HOLES = {"nan", "null", "none", "na", "n/a", "<na>"}  # as tables write a missing value
+WHOLE = re.compile(r"[-+]?(0|[1-9]\d*)(\.0*)?", re.ASCII)
+NUMBER = re.compile(r"[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?\s?%?", re.ASCII)
+# As tables write a missing value.
+HOLES = {"nan", "-nan", "null", "nil", "none", "na", "n/a", "n.a.", "#n/a", "<na>", "?", "-", "--",
+         "missing", "undefined"}  # fmt: skip
 MANY = 20  # labels; more than these want two rows each, and broken numbers want half of them
 
 Fail = Callable[..., NoReturn]  # called with (row or None, kind, got, remedy)
@@ -39,15 +43,16 @@ def label_name(value: Any) -> str | None:
         return str(bool(value))
     if isinstance(value, int | np.integer):
         return str(int(value))
-    if isinstance(value, float | np.floating):
-        if math.isnan(value):
+    if isinstance(value, float | np.floating | Decimal):
+        if not math.isfinite(value):
             return None
         return str(int(value)) if float(value).is_integer() else repr(float(value))
     if not isinstance(value, str):
         raise TypeError(type(value).__name__)
     name = unicodedata.normalize("NFC", value.strip())
-    if WHOLE.fullmatch(name):
-        return "0" if (whole := name.partition(".")[0]) == "-0" else whole
+    if WHOLE.fullmatch(number := name.replace("\N{MINUS SIGN}", "-")):
+        whole = number.partition(".")[0].removeprefix("+")
+        return "0" if whole == "-0" else whole
     if name.lower() in ("true", "false"):
         return name.capitalize()
     return name or None
@@ -121,7 +126,7 @@ def _ordered(names: Counter[str]) -> list[str]:
     if all(map(WHOLE.fullmatch, names)):
         return sorted(names, key=int)
     if all(map(NUMBER.fullmatch, names)):
-        return sorted(names, key=float)
+        return sorted(names, key=lambda name: float(name.rstrip("% ").replace(",", ".")))
     return sorted(names)
 
 
@@ -145,10 +150,30 @@ def _refuse_doubtful(found: list[str], counts: Counter[str], fail: Fail) -> None
             "are texts, ids or scores",
             remedy="set data.label-column",
         )
+    if all(map(_is_list, counts)):
+        fail(0, "expected one label a row, a word or a number", found[0], "choose one of them")
+    truths = counts.keys() & {"True", "False"}
+    if truths and len(counts) > len(truths) and counts.keys() <= {"True", "False", "0", "1"}:
+        fail(
+            found.index(next(name for name in found if name not in truths)),
+            "expected truth values alone or numbers alone",
+            ", ".join(_ordered(counts)),
+            "write all labels in one way",
+        )
     holes = {name for name in counts if name.lower() in HOLES}
     if holes and numbers and len(numbers) + len(holes) == len(counts):
         hole = next(name for name in found if name in holes)
         fail(found.index(hole), "expected a number as label", repr(hole), "remove the row")
+
+
+def _is_list(name: str) -> bool:
+    """Tell whether a label is a list, written out."""
+    if not name.startswith("["):
+        return False
+    try:
+        return isinstance(json.loads(name.replace("'", '"')), list)
+    except ValueError:
+        return False
 
 
 def _refuse_unknown(

@@ -6,6 +6,7 @@ look at the rows in a second.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from fedlora_app import packaged
 from fedlora_app.columns import LABEL_COLUMNS, has_column, label_column, text_column
 from fedlora_app.config import DataConfig
 from fedlora_app.discretion import DataError, NoDataError
-from fedlora_app.labels import encode, hidden, label_name
+from fedlora_app.labels import HOLES, NUMBER, encode, hidden, label_name
 from fedlora_app.tables import TEST_SPLITS, Table, read_local, read_splits
 
 # Data without a test split lose this part of the training rows to one. The seed is fixed
@@ -211,7 +212,9 @@ def _test_split(
         if split not in splits:
             continue
         table = splits[split]
-        if not has_column(table, config.label_column, LABEL_COLUMNS):
+        if not any(len(column) for column in table.columns.values()):
+            reason = "no rows"
+        elif not has_column(table, config.label_column, LABEL_COLUMNS):
             reason = "no column of labels"
         elif hidden(table.columns[label_column(table, config)][:], rows.label_names):
             reason = "labels hidden"  # as public benchmarks do, as -1
@@ -294,6 +297,10 @@ def _encodes(text: str) -> bool:
     return True
 
 
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
 def _doubts(
     values: Sequence[Any], names: Sequence[str], declared: Sequence[str] | None
 ) -> list[str]:
@@ -302,13 +309,17 @@ def _doubts(
     blanks = sum(isinstance(value, str) and value != value.strip() for value in values)
     if blanks:
         notes.append(f"{blanks} labels had blanks around them: stripped")
-    folded = Counter(name.casefold() for name in names)
-    alike = [name for name in names if folded[name.casefold()] > 1]
+    folded = Counter(map(_folded, names))
+    alike = [name for name in names if folded[_folded(name)] > 1]
     if alike:
-        notes.append(f"labels that differ in upper and lower case alone: {', '.join(alike[:6])}")
-    holes = [name for name in names if name.lower() in ("nan", "null", "n/a", "<na>")]
+        notes.append(f"labels that differ in case, blanks or width alone: {', '.join(alike[:6])}")
+    holes = [name for name in names if name.lower() in HOLES]
+    numbers = [name for name in names if NUMBER.fullmatch(name)]
     if holes:
         notes.append(f"a label that looks like a missing one: {', '.join(holes)}")
+    elif numbers and len(numbers) < len(names):
+        words = [name for name in names if name not in numbers]
+        notes.append(f"labels that are words beside numbers: {', '.join(words[:6])}")
     if declared is None and label_name(values[0]) not in map(label_name, names):
         notes.append(f"labels that are numbers: taken as positions, 0 for {names[0]}")
     return notes

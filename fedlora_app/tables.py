@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app import packaged
-from fedlora_app.delimited import Delimited, read_jsonl, refuse_pointer
+from fedlora_app.delimited import Delimited, read_jsonl, refuse_foreign
 from fedlora_app.discretion import DataError, NoDataError
 
 TEST_SPLITS = ("test", "validation", "valid", "dev")
@@ -101,11 +101,18 @@ def read_local(path: Path) -> dict[str, Table]:
         return {"train": _read_file(path)}
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return _read_saved(path)
-    for folder in (path, path / "data"):  # a copy of a hub's data set keeps its files in data/
-        if folder.is_dir() and (found := _files(folder)):
-            return {
-                split: _joined([_read_file(f) for f in files]) for split, files in found.items()
-            }
+    # A copy of a hub's data set keeps its files in data/.
+    places = [found for f in (path, path / "data") if f.is_dir() and (found := _files(f))]
+    if len(places) > 1:
+        files = [file for found in places for files in found.values() for file in files]
+        raise DataError(
+            path,
+            "expected all splits in one place",
+            ", ".join(file.relative_to(path).as_posix() for file in files[:8]),
+            "move them together, or name the folder that is meant",
+        )
+    for found in places:
+        return {split: _joined([_read_file(f) for f in files]) for split, files in found.items()}
     held = sorted(f.name for f in path.iterdir())
     raise NoDataError(
         path.absolute(),
@@ -119,13 +126,13 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     """Return the files of each split in a folder, shards in their order."""
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        match = FILE.fullmatch(file.stem)
-        if match and file.suffix in SUFFIXES and file.is_file():
+        match = FILE.fullmatch(file.stem.lower())
+        if match and file.suffix.lower() in SUFFIXES and file.is_file():
             found.setdefault(match[1], []).append(file)
     for split, files in found.items():
-        matches = [FILE.fullmatch(file.stem) for file in files]
+        matches = [FILE.fullmatch(file.stem.lower()) for file in files]
         numbers = [(m[2], m[3]) for m in matches if m]
-        suffixes = {file.suffix for file in files}
+        suffixes = {file.suffix.lower() for file in files}
         whole = numbers == [(None, None)]
         shards = [int(n) for n, _ in numbers if n]
         complete = all(of and int(of) == len(files) for _, of in numbers)
@@ -157,7 +164,7 @@ def _joined(tables: list[Table]) -> Table:
 
 
 def _read_file(path: Path) -> Table:
-    match path.suffix:
+    match path.suffix.lower():
         case ".csv":
             return _delimited(path, ",")
         case ".tsv":
@@ -168,11 +175,12 @@ def _read_file(path: Path) -> Table:
         case ".parquet":
             return _read_parquet(path)
         case other:
+            packed = other in (".gz", ".bz2", ".xz", ".zst", ".zip")
             raise DataError(
                 path,
                 f"expected a file {', '.join(SUFFIXES)}",
                 repr(other),
-                "save it as one of these",
+                "unpack it" if packed else "save it as one of these",
             )
 
 
@@ -185,23 +193,42 @@ def _delimited(path: Path, delimiter: str, skip: int = 0) -> Table:
 def _read_parquet(path: Path) -> Table:
     from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
-    refuse_pointer(path)
+    refuse_foreign(path, own=b"PAR1")
     try:
-        table = parquet.read_table(path)
+        # Not read_table, which takes columns from folders called key=value as well.
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise DataError(
+                    path, "expected columns of different names", f"{twice!r} twice", "rename one"
+                )
+            table = file.read()
+    except DataError:
+        raise
     except (ArrowException, OSError, ValueError) as error:
         raise DataError(
             path, "expected a parquet file", str(error), "is it cut off? fetch it again"
         ) from error
-    names = table.column_names
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(path, "expected columns of different names", f"{twice!r} twice")
     # Where `datasets` wrote the file, it left the names of the classes.
-    stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = stored.get("info", {}).get("features", {})
+    try:
+        stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = stored.get("info", {}).get("features", {})
+        declared = {
+            name: tuple(f["names"])
+            for name, f in features.items()
+            if f.get("_type") == "ClassLabel"
+        }
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise DataError(
+            path,
+            "expected what `datasets` writes about columns in a parquet file, under 'huggingface'",
+            repr(error),
+            "write the file again, with or without it",
+        ) from error
     return Table(
         {name: table.column(name).to_pylist() for name in names},
-        {name: tuple(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel"},
+        declared,
         (Part(path, "row", range(1, len(table) + 1)),),
     )
 
@@ -210,7 +237,7 @@ def _read_saved(path: Path) -> dict[str, Table]:
     import datasets
 
     for file in path.rglob("*.arrow"):
-        refuse_pointer(file)
+        refuse_foreign(file)
     try:
         return _tables(datasets.load_from_disk(str(path)), str(path))
     except (OSError, ValueError) as error:
