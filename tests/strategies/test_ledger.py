@@ -1,6 +1,8 @@
 """Whose ledger a node gets, and that a ledger is added up and never reckoned anew."""
 
 import json
+import os
+import stat
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from strategies.privacy import (
     epsilon,
     local_epsilon,
 )
+from strategies.privacy.ledger import write_ledger
 from strategies.sampling import FractionSampling, IndependentSampling
 from tests.fakes import FakeGrid, query_reply
 from tests.strategies.test_participation import books, client
@@ -101,6 +104,18 @@ def test_an_older_ledger_is_read_and_believes_nobody_to_be_named():
     assert accountant.central_epsilon() == pytest.approx(expected, rel=1e-12)
     assert accountant.meet([Client(7, 0), Client(8, 5)]) == [5]
     assert accountant.local_epsilon(5) == local_epsilon(4.0, DELTA, 4)
+
+
+def test_a_ledger_is_on_disk_with_its_name(tmp_path, monkeypatch):
+    """The file before it takes its name, and the folder after it did."""
+    synced = []
+
+    def sync(descriptor):
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), (tmp_path / "l.json").exists()))
+
+    monkeypatch.setattr("strategies.files.os.fsync", sync)
+    write_ledger(tmp_path / "l.json", PrivacyAccountant(1.0, DELTA), open_round=False)
+    assert synced == [(False, False), (True, True)]
 
 
 # ----- whose it is ---------------------------------------------------------------------
