@@ -179,6 +179,8 @@ def build_model(
         )
         if stock:
             model = found.model
+            task: Any = model.config
+            task.problem_type = "single_label_classification"  # whatever it was trained for
         else:
             model, found = _mean_pool(found, num_labels)
     model.loaded = found  # type: ignore[assignment]

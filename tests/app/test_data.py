@@ -25,7 +25,7 @@ from fedlora_app.data import (
     training_batches,
 )
 from fedlora_app.models import build_tokenizer
-from fedlora_app.partition import double_imbalance
+from fedlora_app.partition import _named, double_imbalance
 
 ROWS = [
     ('oil, gas and "coal"', "crude"),
@@ -308,6 +308,20 @@ def test_double_imbalance_with_other_numbers_of_clients():
 def test_impossible_shares(r8, options, clients, match):
     with pytest.raises(ValueError, match=match):
         partition_indices(r8.labels, DataConfig(**options), num_clients=clients, seed=0)
+
+
+def test_too_few_rows_at_all_are_no_matter_of_alpha():
+    labels, names = np.arange(30) % 3, ("food", "sport", "travel")
+    for options in ({"alpha": 0.5, "min_samples": 4}, {"alpha": 0.01}):
+        with pytest.raises(ValueError, match="only 30 rows in all; lower") as info:
+            partition_indices(
+                labels, DataConfig(**options), num_clients=10, seed=0, label_names=names
+            )
+        assert "alpha" not in str(info.value)
+    config = DataConfig(alpha=0.01, min_samples=1)
+    with pytest.raises(ValueError, match=r"always one with fewer.*; raise data\.alpha"):
+        partition_indices(labels, config, num_clients=10, seed=0, label_names=names)
+    assert _named("Label: 1, Label: 7", names) == "Label: sport, Label: 7"
 
 
 @given(st.integers(2, 60), st.floats(0.001, 0.999), st.integers(0, 9))

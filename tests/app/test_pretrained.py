@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -10,7 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from fedlora_app.config import LoraConfig, ModelConfig
+from fedlora_app.data import TextRows, tokenize
 from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.training import per_sample_losses
 from tests.app.test_models import SMALL, folders, inputs  # noqa: F401
 
 HEADS = {"num_attention_heads": 2}
@@ -187,3 +190,38 @@ def test_a_folder_without_tokenizer_files_is_refused(checkpoint):
         (folder / file).unlink()
     with pytest.raises((ValueError, FileNotFoundError), match="tokenizer"):
         build_tokenizer(ModelConfig(name=str(folder)))
+
+
+def test_padding_on_the_left_and_weights_in_bfloat16_change_nothing(checkpoint):
+    folder = checkpoint("llama-tied")
+    CHECKPOINTS["llama-tied"][0].from_pretrained(folder).bfloat16().save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"padding_side": "left"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    named = ModelConfig(name=str(folder))
+    rows = TextRows(["oil price", "bank rate price oil"], np.array([0, 1]), ("a", "b"))
+    model = add_lora(build_model(named, num_labels=3, seed=0), LoraConfig(), rank=2, seed=0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    tokens = tokenize(rows, build_tokenizer(named), 8)
+    together = per_sample_losses(model, tokens, batch_size=2)
+    alone = [per_sample_losses(model, tokens.take([i]), batch_size=1)[0] for i in range(2)]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "regression", "num_labels": 1},
+        {"id2label": {str(i): f"L{i}" for i in range(7)}},
+    ],
+)
+def test_another_task_in_the_folders_config_does_not_count(checkpoint, own):
+    folder = checkpoint("bert")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | own))
+    model = build_model(ModelConfig(name=str(folder), head="stock"), num_labels=3, seed=0)
+    found = model(**inputs(), labels=torch.tensor([0, 2]))
+    assert found.logits.shape == (2, 3)
+    expected = torch.nn.functional.cross_entropy(found.logits, torch.tensor([0, 2]))
+    torch.testing.assert_close(found.loss, expected)
