@@ -112,6 +112,8 @@ class Census:
                         "with register_identity(app)",
                         len(set(new) - known.keys()), len(new))  # fmt: skip
             self.roster.join(answers, present=node_ids)
+            for index in self.roster.handed_on:
+                policy.forget(index)
             for node_id, index in self.roster.doubles.items():
                 log(WARNING, "node %s says that it is partition %s, as a node does that is still "
                     "connected; it joins when that one is gone", node_id, index)  # fmt: skip

@@ -51,6 +51,9 @@ class Roster:
     clients: dict[int, Client] = field(default_factory=dict)
     #: Nodes that name the partition of another that is connected, with it; as of the last ``join``.
     doubles: dict[int, int] = field(default_factory=dict)
+    #: Places of nameless nodes that another has now; what was learned there may be another's.
+    #: For whoever forgets it to empty.
+    handed_on: set[int] = field(default_factory=set)
 
     def unknown(self, node_ids: Iterable[int]) -> list[int]:
         """Return the ids not seen before, sorted."""
@@ -88,7 +91,11 @@ class Roster:
             index = whole(properties[node_id].get("partition-id"), low=0)
             if index in gone:
                 taken.discard(index)
-                before[index] = self.clients.pop(gone.pop(index))
+                former = self.clients.pop(gone.pop(index))
+                if former.named:
+                    before[index] = former
+                else:
+                    self.handed_on.add(index)
             if index is None:
                 waiting.append(node_id)
                 continue
@@ -107,6 +114,7 @@ class Roster:
             if left:
                 index = left.pop(0)
                 self.clients.pop(gone[index])
+                self.handed_on.add(index)
             else:
                 while free in taken:
                     free += 1

@@ -179,6 +179,10 @@ class Guard:
         self._norms.extend(self._fresh)
         self._fresh = []
 
+    def forget(self, index: int) -> None:
+        """Forget a client's first count: the place is another's now, and so are its rows."""
+        self._first.pop(index, None)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned in the rounds so far, as JSON can hold it."""
         self._settle()

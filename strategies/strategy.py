@@ -698,6 +698,8 @@ class FedLoRA(StreamingStrategy):
     def _present(self, grid: Grid, config: ConfigRecord, server_round: int) -> list[Client]:
         """Return who can take part; from round 2 on, nobody who joins late ends the run."""
         clients = self.census.take(grid, self.ranks, config, server_round)
+        while self.roster.handed_on:
+            self.participation.guard.forget(self.roster.handed_on.pop())
         if server_round == 1:
             return clients
         for client in clients:

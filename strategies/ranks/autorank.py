@@ -179,6 +179,12 @@ class AutoRank(RankPolicy):
         if any(key in trained.metrics for key in METRICS):
             self._keep(trained.client, trained.metrics, trained.server_round)
 
+    def forget(self, index: int) -> None:
+        """Forget a profile, so that whoever has the place is asked."""
+        self._asked.discard(index)
+        for known in (self._profiles, self._measured, self._ranks):
+            known.pop(index, None)  # type: ignore[attr-defined]
+
     def _keep(self, client: Client, answer: Mapping[str, Any], measured: int) -> None:
         profile = checked_profile(answer)
         self._stale |= client.index not in self._profiles

@@ -116,6 +116,12 @@ class RankPolicy(ABC):
             If the policy cannot use what the reply says; its training counts all the same.
         """
 
+    def forget(self, index: int) -> None:  # noqa: B027
+        """Forget what was learned of a client: its place may be another's now.
+
+        So it is where a node that does not name itself takes the place of one that is gone.
+        """
+
     def explain(self) -> Explanation:
         """Return what the last choice was derived from."""
         return Explanation()

@@ -121,6 +121,12 @@ class SelfPruningRank(RankPolicy):
                 math.ceil(round(self.gamma * rank, 9)), min(self.min_rank, rank)
             )
 
+    def forget(self, index: int) -> None:
+        """Forget what another pruned: whoever has the place begins at the start."""
+        self.start.forget(index)
+        for known in (self._ranks, self._held, self._tails):
+            known.pop(index, None)  # type: ignore[attr-defined]
+
     def explain(self) -> Explanation:
         """Return the tails before and after each client's last round."""
         return Explanation(

@@ -105,6 +105,12 @@ class QualityRank(RankPolicy):
         self._losses[index] = loss if math.isfinite(loss) else math.inf
         self._rounds[index] = trained.server_round
 
+    def forget(self, index: int) -> None:
+        """Forget a score, so that whoever has the place begins low, and is judged."""
+        self._losses.pop(index, None)
+        self._rounds.pop(index, None)
+        self._best.discard(index)
+
     def choose(self, clients: Sequence[Client], server_round: int) -> list[int]:
         """Return the high rank for the best of earlier rounds, the low one for the others."""
         open_rounds = {n for n in self._rounds.values() if self._judged < n < server_round}
