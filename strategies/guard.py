@@ -51,7 +51,8 @@ class Guard:
         self._norms: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
         self._fresh: list[tuple[int, float]] = []
         self._first: dict[int, float] = {}  # count of the first good reply, by client index
-        self._ahead: dict[int, float] = {}  # counts of replies whose turn is still to come
+        self._round: dict[int, float] = {}  # those of this round, some of them seen beforehand
+        self._lasting = True
 
     def check_norm(self, norm: float, sent: Adapter, noise: float = 0.0) -> None:
         """Refuse a change of a norm that cannot be training's.
@@ -89,7 +90,11 @@ class Guard:
             )
 
     def look_ahead(
-        self, replies: Iterable[Message], count_of: Callable[[Message], tuple[int, float] | None]
+        self,
+        replies: Iterable[Message],
+        count_of: Callable[[Message], tuple[int, float] | None],
+        *,
+        lasting: bool = True,
     ) -> Iterator[Message]:
         """Pass replies on in their order, seeing the counts of a few beforehand if none are known.
 
@@ -98,16 +103,18 @@ class Guard:
         replies : Iterable[Message]
         count_of : callable
             Returns the client index and the count of a reply, if it has one.
+        lasting : bool (default: True)
+            Whether counts are comparable with those of other rounds, as numbers of examples are.
         """
         self._settle()
-        self._ahead = {}
+        self._round, self._lasting = {}, lasting
         rest, held = iter(replies), []
-        while len(self._first.keys() | self._ahead.keys()) < AHEAD:
+        while len(self._known()) < AHEAD:
             if (message := next(rest, None)) is None:
                 break
             held.append(message)
             if (found := count_of(message)) is not None:
-                self._ahead[found[0]] = found[1]
+                self._round[found[0]] = found[1]
         held.reverse()
         while held:  # not kept here longer than by the caller
             yield held.pop()
@@ -121,7 +128,7 @@ class Guard:
         ReplyError
             With what others report.
         """
-        counts = {**self._ahead, **self._first}
+        counts = self._known()
         counts.pop(index, None)
         if counts and count <= OTHERS_FACTOR * min(counts.values()):
             return  # the usual case, without a median over everybody
@@ -174,6 +181,11 @@ class Guard:
         if norm > 0:
             self._fresh.append((index, norm))
         self._first.setdefault(index, count)
+        self._round[index] = count
+
+    def _known(self) -> dict[int, float]:
+        """Return what a count is compared with, by client index."""
+        return {**self._round, **(self._first if self._lasting else {})}
 
     def _settle(self) -> None:
         self._norms.extend(self._fresh)

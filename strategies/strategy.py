@@ -353,8 +353,8 @@ class FedLoRA(StreamingStrategy):
         state.population = self.participation.population
         silent = dict(self.round.assignments)
         good: list[Reply] = []
-        guard = self.participation.guard
-        for message in guard.look_ahead(replies, self._count_of):
+        guard, counted = self.participation.guard, self.weighted_by_key == "num-examples"
+        for message in guard.look_ahead(replies, self._count_of, lasting=counted):
             assignment = silent.pop(message.metadata.src_node_id, None)
             if assignment is None:
                 log(WARNING, "ignored a reply of node %s: it was not asked in this round or "
@@ -379,7 +379,7 @@ class FedLoRA(StreamingStrategy):
                 if self.privacy:  # numbers of rows stay with the clients
                     reply = replace(reply, weight=1.0)
                 else:
-                    if self.weighted_by_key == "num-examples":
+                    if counted:
                         guard.check_count(client.index, reply.weight)
                     guard.check_share(client.index, reply.weight, self.weighted_by_key)
                 count = reply.weight
@@ -397,7 +397,7 @@ class FedLoRA(StreamingStrategy):
             self.round.aggregate_seconds += time.perf_counter() - clock
             self.round.accept(assignment, reply)
             self.participation.answered(client)
-            if self.weighted_by_key == "num-examples" and not self.privacy:
+            if counted and not self.privacy:
                 self.roster.observe(client.node_id, max(1, round(count)))
             good.append(replace(reply, arrays={}))  # its numbers, without its arrays
             self._observe(client, sent.adapter, adapter, reply)
@@ -478,8 +478,8 @@ class FedLoRA(StreamingStrategy):
         if not isinstance(replies, Iterator):
             replies = sorted(replies, key=self._place)
         found: list[tuple[Client, Reply]] = []
-        guard = self.participation.guard
-        for message in guard.look_ahead(replies, self._count_of):
+        guard, counted = self.participation.guard, self.weighted_by_key == "num-examples"
+        for message in guard.look_ahead(replies, self._count_of, lasting=counted):
             client = self._evaluating.pop(message.metadata.src_node_id, None)
             if client is None:  # not asked, or answered before
                 continue
@@ -487,8 +487,10 @@ class FedLoRA(StreamingStrategy):
                 if reason := reply_error(message):
                     raise ReplyError(reason)
                 reply = self.protocol.read_evaluate(message.content)
-                if self.weighted_by_key == "num-examples":
+                if counted:
                     guard.check_evaluation(client.index, reply.weight)
+                else:
+                    guard.check_share(client.index, reply.weight, self.weighted_by_key)
             except (ValueError, KeyError, TypeError) as error:
                 log(WARNING, "evaluation of %s left out: %s", client.name, clean(str(error)))
                 continue

@@ -207,6 +207,24 @@ def test_whoever_comes_first_cannot_be_the_model(liar, count):
     }
 
 
+@pytest.mark.parametrize("liar", [1, 3])
+def test_nor_with_weights_that_are_no_counts(liar):
+    """They may change as they like, together."""
+
+    def handler(message):
+        content = counting([10, 11, 12])(message)
+        if message.metadata.message_type == "train":
+            node, number = message.metadata.dst_node_id, message.content["config"]["server-round"]
+            content["metrics"]["trust"] = 1e-3 * 1e5**number * (1e4 if node == liar else node)
+        return content
+
+    _, records, _ = start(handler, [1, 2, 3], rounds=3, weighted_by_key="trust")
+    bad = [r for r in records if r.get("status") == "rejected"]
+    assert {r["client"] for r in bad} == {liar - 1}
+    assert len(bad) == 3
+    assert all("trust is" in r["reason"] for r in bad)
+
+
 def test_evaluations_of_a_liar_are_left_out_before_anybody_is_known():
     def handler(message):
         if message.metadata.message_type == "train":
