@@ -36,6 +36,7 @@ from fedlora_app.training import EvalResult, evaluate, per_sample_losses, train
 from strategies.client import (
     IDENTITY_KEYS,
     adapter_state,
+    check_limit,
     load_adapter,
     merge_into_base,
     profile,
@@ -208,6 +209,10 @@ class LoRAClient(NumPyClient):
 
     def _receive(self, parameters: NDArrays, config: Settings, num_labels: int) -> PeftModel:
         """Put the received arrays into the resident model."""
+        try:
+            check_limit(config, self.node)
+        except ValueError as error:  # nothing in it comes from the data
+            raise SiteError(str(error), str(error)) from None
         names: list[str] = json.loads(str(config[NAMES_KEY]))
         arrays = {n: torch.from_numpy(p) for n, p in zip(names, parameters, strict=True)}
         model = self._model(num_labels)

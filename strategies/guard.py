@@ -132,12 +132,13 @@ class Guard:
         counts.pop(index, None)
         if counts and count <= OTHERS_FACTOR * min(counts.values()):
             return  # the usual case, without a median over everybody
-        most = OTHERS_FACTOR * _median(counts.values()) if counts else MOST_ALONE
+        usual = _median(counts.values()) if counts else 0.0
+        most = OTHERS_FACTOR * usual if counts else MOST_ALONE
         if count > most:
+            than = f"{OTHERS_FACTOR:g} times what others report ({usual:g})"
             raise ReplyError(
-                f"{what} is {count:g}, more than {OTHERS_FACTOR:g} times what others report, or "
-                f"{MOST_ALONE:g} where there are none; if it has so much more, let it report "
-                f"{most:g} at most"
+                f"{what} is {count:g}, more than {than if counts else 'is believed'}; if it has so "
+                f"much more, let it report {most:g} at most"
             )
 
     def check_count(self, index: int, count: float) -> None:

@@ -8,7 +8,7 @@ The rank policies that ask more of a client have a helper each: ``register_profi
 ``profile`` (autorank), ``tail_penalty`` (self-pruning).
 """
 
-from strategies.client.exchange import KEPT_KEY, receive, send
+from strategies.client.exchange import KEPT_KEY, check_limit, receive, send
 from strategies.client.message_api import apply_adapter, make_reply, training_metrics
 from strategies.client.numpy_api import receive_parameters, send_parameters
 from strategies.client.peft_model import (
@@ -39,6 +39,7 @@ __all__ = [
     "Profile",
     "adapter_state",
     "apply_adapter",
+    "check_limit",
     "check_mergeable",
     "load_adapter",
     "make_reply",

@@ -18,11 +18,13 @@ from strategies.client.peft_model import (
     merge_into_base,
     refuse_frozen,
 )
+from strategies.clients import whole
 from strategies.lora import factor_of
 from strategies.lora.algebra import resize
 from strategies.messages import (
     MERGES_KEY,
     NAMES_KEY,
+    RANK_KEY,
     SCALE_KEY,
     SEND_KEY,
     TRAIN_KEY,
@@ -87,6 +89,25 @@ def receive(
     model.fedlora_ready = True  # type: ignore[assignment]
     # A private update is clipped by how far it moved from here.
     model.fedlora_received = tensors if Privacy.asked(config) else None  # type: ignore[assignment]
+
+
+def check_limit(config: Mapping[str, Any], node: Mapping[str, Any]) -> None:
+    """Refuse a message whose rank is above what this node says it can hold.
+
+    The server asks a node for its limit again after such an error, and follows it.
+
+    Raises
+    ------
+    ValueError
+        With both ranks.
+    """
+    limit, rank = whole(node.get("max-rank"), low=1), whole(config.get(RANK_KEY), low=1)
+    if limit is not None and rank is not None and rank > limit:
+        raise ValueError(
+            f"the server sends rank {rank}, but this node's max-rank is {limit}: it is asked for "
+            "again before the next round, if its app answers queries (register_identity(app); a "
+            "NumPyClient: get_properties)"
+        )
 
 
 def send(

@@ -17,7 +17,7 @@ from flwr.app import (
 )
 from torch import nn
 
-from strategies.client.exchange import receive, send
+from strategies.client.exchange import check_limit, receive, send
 from strategies.client.profiling import Measure, profile_if_wanted, profile_wanted, profiled
 from strategies.messages import (
     NAMES_KEY,
@@ -54,7 +54,8 @@ def apply_adapter(
     message : Message
         Of type ``train`` or ``evaluate``, from ``FedLoRA``.
     context : Context, optional
-        Needed by rules that keep a factor on the client (fedsa), and to profile.
+        Needed by rules that keep a factor on the client (fedsa), to profile, and for a
+        ``max-rank`` in the node config to be kept to.
     measure : callable, optional
         Returns ``(losses, labels)`` of the training samples on the model as it now is. Called
         only when AutoRank asks for a new profile (``reassign_every``), with ``limit=…`` where it
@@ -72,7 +73,7 @@ def apply_adapter(
     ------
     ValueError
         If a record is missing, the message is for a ``NumPyClient``, the arrays do not fit the
-        model, or ``context`` is needed.
+        model, ``context`` is needed, or the rank is above the node's ``max-rank``.
     """
     config = _record(message.content.config_records, config_key, "config")
     if NAMES_KEY in config:
@@ -80,6 +81,8 @@ def apply_adapter(
             "the server speaks to NumPyClients; set client_api = 'message' in its FedLoRA (a "
             "NumPyClient calls receive_parameters instead)"
         )
+    if context is not None:
+        check_limit(config, context.node_config)
     arrays = _record(message.content.array_records, arrays_key, "array")
     state = context.state if context is not None else None
     receive(model, from_record(arrays), config, state, adapter_name=adapter_name)

@@ -11,7 +11,7 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 from torch import nn
 
-from strategies.client.exchange import receive, send
+from strategies.client.exchange import check_limit, receive, send
 from strategies.client.message_api import start_watch
 from strategies.client.profiling import Measure, profile_if_wanted
 from strategies.messages import NAMES_KEY
@@ -25,6 +25,7 @@ def receive_parameters(
     *,
     measure: Measure | None = None,
     adapter_name: str = "default",
+    node: Mapping[str, Any] | None = None,
 ) -> None:
     """Make a PEFT model what ``fit(parameters, config)`` or ``evaluate`` was given.
 
@@ -46,17 +47,20 @@ def receive_parameters(
         only when AutoRank asks for a new profile (``reassign_every``), with ``limit=…`` where it
         takes that and AutoRank has ``profile_samples``.
     adapter_name : str (default: "default")
+    node : Mapping[str, Any], optional
+        ``context.node_config``, whose ``max-rank`` is kept to.
 
     Raises
     ------
     ValueError
-        If the config does not come from ``FedLoRA``, the arrays do not fit the model, or
-        ``state`` is needed.
+        If the config does not come from ``FedLoRA``, the arrays do not fit the model,
+        ``state`` is needed, or the rank is above the node's ``max-rank``.
     """
     if NAMES_KEY not in config:
         raise ValueError(
             f"the config has no {NAMES_KEY!r}, which FedLoRA sends with client_api = 'numpy'"
         )
+    check_limit(config, node or {})
     names: list[str] = json.loads(str(config[NAMES_KEY]))
     if len(names) != len(parameters):
         raise ValueError(

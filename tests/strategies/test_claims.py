@@ -1,12 +1,23 @@
 """What clients say of themselves: how far it is believed, and who is asked again."""
 
 import math
+from collections import OrderedDict
 
+import peft
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
 
 from strategies import FedLoRA
 from strategies.claims import LARGEST, LONGEST_NAME, MOST_METRICS, ReplyError, clean, numbers
+from strategies.client import (
+    apply_adapter,
+    check_limit,
+    make_reply,
+    receive_parameters,
+    register_identity,
+)
 from strategies.clients import Roster
 from strategies.guard import MOST_ALONE, Guard, believed_counts
 from strategies.lora import factor_of
@@ -21,7 +32,7 @@ from strategies.messages import (
 )
 from strategies.ranks import ListRank, QualityRank, ReportedRank, UniformRank
 from strategies.sampling import IndependentSampling
-from tests.fakes import FakeGrid, message_reply, query_reply, random_adapter
+from tests.fakes import FakeGrid, Nodes, message_reply, query_reply, random_adapter
 
 SCALE = 2.0
 
@@ -139,7 +150,8 @@ def test_a_first_count_is_compared_with_the_others(others, count, good):
     if good:
         guard.check_share(99, count)
     else:
-        with pytest.raises(ReplyError, match="more than 1000 times what others report"):
+        than = "1000 times what others report" if others else "is believed"
+        with pytest.raises(ReplyError, match=f"more than {than}.*let it report .* at most"):
             guard.check_share(99, count)
 
 
@@ -343,6 +355,47 @@ def test_a_limit_is_read_anew_when_training_failed():
 
     drive(node, 4, each)
     assert node.ranks == [2, 2, 1, 1]
+
+
+def test_a_limit_that_changes_unseen_is_kept_to_by_the_node_and_then_by_the_server():
+    net = peft.LoraConfig(r=8, target_modules=["layer"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(OrderedDict(layer=nn.Linear(4, 4))), net)
+    app, ranks = ClientApp(), []
+    register_identity(app)
+
+    @app.train()
+    def train(message, context):
+        apply_adapter(model, message, context)
+        ranks.append(int(message.content["config"]["lora-rank"]))
+        return make_reply(model, message, num_examples=5, context=context)
+
+    nodes = Nodes(app, [1])
+    nodes.contexts[1].node_config["max-rank"] = 8
+    reasons = []
+
+    def after(record):
+        reasons.append(record.get("reason"))
+        if record["kind"] == "round" and record["round"] == 1:  # restarted before anybody looks
+            nodes.contexts[1].node_config["max-rank"] = 2
+
+    strategy = FedLoRA(ranks=UniformRank(8), evaluate_fraction=0, listeners=[after])
+    start = to_record(peft.get_peft_model_state_dict(model))
+    strategy.start(FakeGrid([1], nodes), start, num_rounds=4, timeout=5)
+    assert ranks == [8, 2, 2]  # nothing in round 2
+    assert any("sends rank 8, but this node's max-rank is 2" in r for r in reasons if r)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rank", "good"),
+    [(None, 99, True), (8, 8, True), ("8", 9, False), (1, 2, False), ("high", 9, True)],
+)
+def test_the_limit_of_a_numpy_client(limit, rank, good):
+    node = {} if limit is None else {"max-rank": limit}
+    if good:
+        check_limit({"lora-rank": rank}, node)
+        return
+    with pytest.raises(ValueError, match=f"sends rank {rank}, but this node's max-rank is {limit}"):
+        receive_parameters(nn.Linear(1, 1), [], {"array-names": "[]", "lora-rank": rank}, node=node)
 
 
 def test_a_place_lasts_whatever_is_said_later():
