@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -111,7 +112,8 @@ class Packing:
         """
         if not self.rule.shares_downloads:
             make = partial(self._train, rank, rng)
-            return self._parcel(make(), make)
+            first = make()
+            return self._parcel(first, partial(self._again, make, _sum(first.record)))
         key = "train", rank
         if key not in self._made:
             self._made[key] = self._shared(self._train(rank, rng))
@@ -213,6 +215,17 @@ class Packing:
     def _train(self, rank: int, rng: Callable[[], np.random.Generator]) -> Sent:
         return self._sent(self.rule.download(self.model.adapter, rank, rng()))
 
+    def _again(self, make: Callable[[], Sent], expected: int) -> Sent:
+        """Return what a client was sent, made once more."""
+        sent = make()
+        if _sum(sent.record) != expected:
+            raise RuntimeError(
+                f"{self.rule.name}: download gave something else when it was asked again for the "
+                "same client and round, so that its reply cannot be read; draw from the generator "
+                "it is given alone, or say shares_downloads = True"
+            )
+        return sent
+
     def _sent(self, download: Download) -> Sent:
         """Return a download as it arrives, and as it travels."""
         state = download.adapter.to_state_dict()
@@ -268,3 +281,11 @@ def _other_model(adapter: Adapter, sent: Adapter) -> list[str]:
         "the client trains another model than the server has (same base, target_modules, "
         "modules_to_save, bias; in PEFT's spelling)"
     ]
+
+
+def _sum(record: ArrayRecord) -> int:
+    """Return a checksum of the arrays of a record."""
+    total = 0
+    for array in record.values():
+        total = zlib.crc32(array.data, total)
+    return total

@@ -6,7 +6,6 @@ from strategies.aggregation.base import (
     AggregationResult,
     Aggregator,
     Download,
-    State,
     Update,
     make_aggregator,
     register,
@@ -16,6 +15,7 @@ from strategies.aggregation.population import Population
 from strategies.aggregation.product import FlexLoRA, Florist, RaFLoRA, RBLoRA
 from strategies.aggregation.sketching import FSLoRA
 from strategies.aggregation.stacking import FedEx, FLoRA
+from strategies.aggregation.state import State
 
 __all__ = [
     "AGGREGATIONS",

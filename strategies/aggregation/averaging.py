@@ -17,11 +17,11 @@ from strategies.aggregation.base import (
     LARGEST_WEIGHT,
     AggregationResult,
     Aggregator,
-    State,
     Update,
     register,
 )
 from strategies.aggregation.population import entry_mass
+from strategies.aggregation.state import State
 from strategies.lora import Adapter, AdapterError, LoraPair
 from strategies.lora.algebra import resize
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from strategies.aggregation.base import AggregationResult, Aggregator, State, Update, register
+from strategies.aggregation.base import AggregationResult, Aggregator, Update, register
+from strategies.aggregation.state import State
 from strategies.lora import Adapter, LoraPair
 from strategies.lora.algebra import resize
 from strategies.lora.lowrank import SVD, ProductSum, complete, in_parallel

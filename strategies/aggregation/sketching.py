@@ -8,14 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strategies.aggregation.base import (
-    AggregationResult,
-    Aggregator,
-    Download,
-    State,
-    Update,
-    register,
-)
+from strategies.aggregation.base import AggregationResult, Aggregator, Download, Update, register
+from strategies.aggregation.state import State
 from strategies.lora import Adapter, LoraPair
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from strategies.aggregation.averaging import FactorSum
-from strategies.aggregation.base import AggregationResult, Aggregator, State, Update, register
+from strategies.aggregation.base import AggregationResult, Aggregator, Update, register
 from strategies.aggregation.product import keep_product, shaped_like
+from strategies.aggregation.state import State
 from strategies.lora import Adapter, LoraPair
 from strategies.lora.lowrank import ProductSum, in_parallel
 

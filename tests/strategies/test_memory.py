@@ -2,10 +2,12 @@
 
 import tracemalloc
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from strategies import FedLoRA
+from strategies.aggregation import FSLoRA
 from strategies.messages import to_record
 from strategies.ranks import ListRank, UniformRank
 from tests.fakes import FakeGrid, random_adapter
@@ -68,3 +70,23 @@ def test_strategies_around_get_a_list():
     strategy.led = False  # as in the loop of Flower, or of a strategy around
     assert len(list(configure())) == 3
     assert isinstance(configure(), list)
+
+
+class Forgetful(FSLoRA):
+    """Draws from a generator of its own."""
+
+    name = "forgetful"
+    unbiased = True
+
+    def __init__(self):
+        super().__init__(ratio=0.5)
+        self.own = np.random.default_rng(0)
+
+    def download(self, current, rank, rng):
+        return super().download(current, rank, self.own)
+
+
+def test_a_rule_that_draws_otherwise_the_second_time_is_named():
+    _, configure, _ = start(Forgetful(), UniformRank(8), 2)
+    with pytest.raises(RuntimeError, match="forgetful: download gave something else"):
+        list(configure())
