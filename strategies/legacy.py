@@ -30,6 +30,7 @@ from flwr.server.strategy import Strategy
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
+from strategies.claims import clean
 from strategies.flower import ClientProxy
 from strategies.flower import recorddict_compat as compat
 from strategies.messages import NAMES_KEY, SCALE_KEY, NumPyProtocol, to_record
@@ -295,7 +296,7 @@ def _answers(
     answers = list(results)
     for failure in failures:
         if isinstance(failure, BaseException):
-            log(WARNING, "round %s: a client failed: %s", number, failure)
+            log(WARNING, "round %s: a client failed: %s", number, clean(str(failure)))
         else:
             answers.append(failure)
     return answers

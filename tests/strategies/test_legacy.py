@@ -17,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from strategies import FedLoRA
 from strategies.checkpoint import Checkpoints
-from strategies.legacy import LegacyFedLoRA
+from strategies.legacy import LegacyFedLoRA, _answers
 from strategies.lora import Adapter, factor_of
 from strategies.messages import from_record, to_record
 from strategies.proxy_grid import node_id_of
@@ -346,3 +346,13 @@ def test_wrong_settings_are_said_at_once():
     legacy = LegacyFedLoRA(engine(ranks=ListRank([8])), initial())
     with pytest.raises(ValueError, match="the initial adapter has rank 4"):
         legacy.initialize_parameters(SimpleClientManager())
+
+
+def test_what_a_client_raises_is_one_short_line(caplog):
+    caplog.set_level("WARNING", logger="flwr")
+    said = "\nINFO :  round 9/9 \x1b[2J" + 10_000 * "x"
+    assert _answers([], [RuntimeError(said)], 3) == []
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("round 3: a client failed: INFO : round 9/9")
+    assert line.isprintable()
+    assert len(line) < 600
