@@ -25,7 +25,13 @@ from strategies.lora import factor_of
 from strategies.messages import NAMES_KEY, from_record, to_record
 from strategies.model import MERGED, GlobalModel
 from strategies.ranks import AutoRank, ListRank, QualityRank, ReportedRank, UniformRank
-from strategies.sampling import FractionSampling, IndependentSampling
+from strategies.sampling import (
+    FractionSampling,
+    IndependentSampling,
+    StatisticalSampling,
+    WeightedSampling,
+)
+from strategies.wallclock import SimulatedClock
 from strategies.wire import WIRE_DTYPES, decode, encode
 from tests.fakes import FakeGrid, random_adapter
 
@@ -310,10 +316,13 @@ class Case:
             lambda: ReportedRank(RANK, fallback=3), lambda: QualityRank(2, RANK),
         ]  # fmt: skip
         ranks = UniformRank(RANK) if self.equal else policies[rng.integers(len(policies))]()
-        coins = not AGGREGATIONS[rule].sampling_refusal and rng.random() < 0.3
+        samplers = [IndependentSampling(0.9), StatisticalSampling(0.9), WeightedSampling(0.9)]
+        coins = not AGGREGATIONS[rule].sampling_refusal and rng.random() < 0.5
+        sampling = samplers[rng.integers(3)] if coins else FractionSampling(1.0)
+        clock = SimulatedClock("lab", base_flops=1e9, rank_flops=1e7)
         self.strategy = FedLoRA(
             aggregation=rule, ranks=ranks, client_api=api, wire_dtype=wire, scale=SCALE,
-            sampling=IndependentSampling(0.9) if coins else FractionSampling(1.0),
+            sampling=sampling, clock=[clock, None][rng.integers(2)],
             listeners=[self.records.append], seed=int(rng.integers(1000)),
         )  # fmt: skip
         start = random_adapter(RANK, seed=0, scale=SCALE, shapes=SHAPES)
