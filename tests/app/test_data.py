@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import datasets
 import numpy as np
@@ -159,6 +160,29 @@ def test_folder_with_splits_and_changed_files(tmp_path):
     assert list(load_test(config).texts) == ["barley"]
     assert load_test(config).label_names == ("crude", "earn", "grain")
     assert len(load_train(config)) == 4
+
+
+@pytest.mark.parametrize("hole", ["nan", "NA", "n/a", "null", "?"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_a_hole_is_no_class_beside_numbers(tmp_path, hole, suffix):
+    labels = [*(12 * ["0", "1", "2"]), hole, hole]
+    rows = [(f"words {i}", label) for i, label in enumerate(labels)]
+    if suffix == "jsonl":
+        text = "".join(
+            json.dumps(dict(zip(("text", "label"), r, strict=True))) + "\n" for r in rows
+        )
+    else:
+        mark = "," if suffix == "csv" else "\t"
+        text = "".join(f"{mark.join(row)}\n" for row in [("text", "label"), *rows])
+    path = tmp_path / f"d.{suffix}"
+    path.write_text(text)
+    said = f"expected a number as label, got {hole!r}; remove the row"
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        load_train(DataConfig(name=str(path)))
+    assert path.name in str(caught.value)
+    named = text.replace("0", "zero").replace("1", "one").replace("2", "two")
+    path.write_text(named)  # among words it may be one
+    assert hole in load_train(DataConfig(name=str(path))).label_names
 
 
 def test_hidden_test_labels_are_passed_over(tmp_path):
