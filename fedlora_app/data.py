@@ -161,11 +161,27 @@ def training_batches(
         yield _batch(rows, order[start : start + batch_size])
 
 
-def evaluation_batches(rows: TokenizedRows, batch_size: int) -> Iterator[Batch]:
-    """Yield every row once, sorted by length so that batches hold little padding."""
-    order = np.argsort(rows.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield _batch(rows, order[start : start + batch_size])
+def evaluation_batches(
+    rows: TokenizedRows, batch_size: int, tokens: int | None = None
+) -> Iterator[Batch]:
+    """Yield every row once, sorted by length so that batches hold little padding.
+
+    Parameters
+    ----------
+    rows : TokenizedRows
+    batch_size : int
+        Rows of a batch at most.
+    tokens : int, optional
+        A batch holds no more of them, unless its one row does.
+    """
+    order = np.argsort(-rows.lengths, kind="stable")  # so the first of a batch is its longest
+    start = 0
+    while start < len(order):
+        size = batch_size
+        if tokens is not None:
+            size = max(1, min(size, tokens // max(1, int(rows.lengths[order[start]]))))
+        yield _batch(rows, order[start : start + size])
+        start += size
 
 
 def _batch(rows: TokenizedRows, chosen: Indices) -> Batch:

@@ -397,11 +397,19 @@ def test_training_batches_see_every_row_before_any_again():
     assert seen[:5].tolist() != seen[5:10].tolist()
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5))
-def test_evaluation_batches_hold_every_row_once(lengths, batch_size):
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 90),
+)
+def test_evaluation_batches_hold_every_row_once(lengths, batch_size, tokens):
     rows = toy(lengths)
     seen = []
-    for batch in evaluation_batches(rows, batch_size):
+    for batch in evaluation_batches(rows, batch_size, tokens):
+        assert len(batch.rows) <= batch_size
+        assert (
+            tokens is None or len(batch.rows) == 1 or sum(lengths[i] for i in batch.rows) <= tokens
+        )
         longest = max(lengths[i] for i in batch.rows)
         assert longest <= batch.input_ids.shape[1] <= min(longest + 7, max(lengths))
         for i, ids, mask, label in zip(
@@ -411,7 +419,7 @@ def test_evaluation_batches_hold_every_row_once(lengths, batch_size):
             assert label == i
         seen += batch.rows.tolist()
     assert sorted(seen) == list(range(len(lengths)))
-    assert [lengths[i] for i in seen] == sorted(lengths)
+    assert [lengths[i] for i in seen] == sorted(lengths, reverse=True)
 
 
 def test_take_keeps_text_and_label_together():
