@@ -1,9 +1,11 @@
 """What a client's training step and an evaluation cost, and what each part of the speed-up gives.
 
     python -m benchmarks.training_step [--repeat 9] [--steps 3] [--rows 192] [--profile]
+    python -m benchmarks.training_step --clients 8
 
-One client of the demo on one thread. The variants take turns in one process; a ratio is the
-median over the turns of a variant's time by that of the code before in the same turn.
+One client of the demo on one thread, or several one after the other and in one batch. The variants
+take turns in one process; a ratio is the median over the turns of a variant's time by that of the
+first in the same turn.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,11 +28,15 @@ from fedlora_app import training
 from fedlora_app.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from fedlora_app.data import TokenizedRows, load_train, partition_indices, tokenize
 from fedlora_app.dropout import QuickDropout
-from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.models import MeanPoolClassifier, add_lora, build_model, build_tokenizer
+from fedlora_app.together import Job, train_together
+from strategies.client import adapter_state, load_adapter
+from strategies.lora import Adapter
 
 BEFORE = "the code before"
 NOW = "all that was kept"
 WITHOUT_END = 10**9
+HEAD = ("variant", "ms", "ratio", "middle half of the ratios")
 
 Change = Callable[[], Any]
 
@@ -111,31 +118,79 @@ class PackedLinear(torch.autograd.Function):
         return product(grad.contiguous(), ctx.back, None, "none", [], ""), None, None, None
 
 
-def ratios(run: Callable[[], Any], variants: dict[str, list[Change]], repeat: int) -> list[Any]:
-    """Return a row for each variant; the first is the code before."""
-
-    def timed(changes: list[Change]) -> float:
+def changed(run: Callable[[], Any], changes: list[Change]) -> Callable[[], Any]:
+    def other() -> None:
         with ExitStack() as stack:
             for change in changes:
                 stack.enter_context(change())
-            clock = time.perf_counter()
             run()
-            return time.perf_counter() - clock
 
-    for changes in variants.values():
-        timed(changes)
-    turns = []
+    return other
+
+
+def ratios(variants: dict[str, Callable[[], Any]], repeat: int) -> list[Any]:
+    """Return a row for each variant, with its time by that of the first."""
+
+    def timed(run: Callable[[], Any]) -> float:
+        clock = time.perf_counter()
+        run()
+        return time.perf_counter() - clock
+
+    for run in variants.values():
+        run()
+    turns, first = [], next(iter(variants))
     for turn in range(repeat):
         names = list(variants) if turn % 2 else list(reversed(variants))
         turns.append({name: timed(variants[name]) for name in names})
     rows = []
     for name in variants:
-        shares = sorted(turn[name] / turn[BEFORE] for turn in turns)
+        shares = sorted(turn[name] / turn[first] for turn in turns)
         middle = statistics.median(turn[name] for turn in turns)
         quarter = len(shares) // 4
         spread = f"{shares[quarter]:.3f} to {shares[-1 - quarter]:.3f}"
         rows.append((name, f"{1e3 * middle:.0f}", f"{statistics.median(shares):.3f}", spread))
     return rows
+
+
+def clients_together(count: int, steps: int, repeat: int) -> None:
+    """Compare clients one after the other with all in one batch, of two models."""
+    names = "one after the other", "in one batch"
+    ranks = [(4, 8, 16, 32)[i % 4] for i in range(count)]
+    for what, (model, rows) in {
+        "the packaged model": demo_client("float32", 4),
+        "2 layers of width 32, 20 tokens": tiny_client(),
+    }.items():
+        model.eval()
+        state = {key: tensor.clone() for key, tensor in adapter_state(model).items()}
+        start = Adapter.from_state_dict(state, LoraConfig().scale)
+        config = TrainConfig(steps=steps, precision="float32")
+        jobs = [Job(start.with_rank(r), rows, config, i) for i, r in enumerate(ranks)]
+
+        def alone(model: nn.Module = model, jobs: list[Job] = jobs) -> None:
+            for job in jobs:
+                load_adapter(model, job.adapter)
+                training.train(model, job.rows, job.config, seed=job.seed)
+
+        runs = dict(zip(names, (alone, partial(train_together, model, jobs)), strict=True))
+        print(f"{count} clients of {steps} steps, ranks 4 to 32, float32: {what}\n")
+        print(table(HEAD, ratios(runs, repeat)))
+
+
+def tiny_client() -> tuple[nn.Module, TokenizedRows]:
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model = MeanPoolClassifier(transformers.AutoModel.from_config(config), 3)
+    rng = np.random.default_rng(0)
+    ids, labels = rng.integers(1, 50, size=(60, 20)), rng.integers(3, size=60)
+    rows = TokenizedRows(torch.tensor(ids, dtype=torch.int32), np.full(60, 20), labels)
+    return add_lora(model, LoraConfig(), rank=4, seed=0), rows
 
 
 def train_variants(model: nn.Module, precision: str) -> dict[str, list[Change]]:
@@ -184,29 +239,34 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of one training")
     parser.add_argument("--rows", type=int, default=192, help="of one evaluation")
     parser.add_argument("--ranks", default="4,32")
+    parser.add_argument("--clients", type=int, default=0, help="compare so many in one batch")
     parser.add_argument("--profile", action="store_true", help="torch's profile of a step as well")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}\n")
-    head = ("variant", "ms", "ratio", "middle half of the ratios")
+    if args.clients:
+        clients_together(args.clients, args.steps, args.repeat)
+        return
     for precision in ("bfloat16", "float32"):
         for rank in map(int, args.ranks.split(",")):
             model, rows = demo_client(precision, rank)
             config = TrainConfig(steps=args.steps, precision=precision)
             train = partial(training.train, model, rows, config, seed=1)
             print(f"{args.steps} training steps, {precision}, rank {rank}\n")
-            print(table(head, ratios(train, train_variants(model, precision), args.repeat)))
+            found = {n: changed(train, c) for n, c in train_variants(model, precision).items()}
+            print(table(HEAD, ratios(found, args.repeat)))
             if args.profile:
                 with torch.profiler.profile() as profile:
                     train()
-                found = profile.key_averages(group_by_input_shape=True)
-                print(found.table(sort_by="self_cpu_time_total", row_limit=25))
+                events = profile.key_averages(group_by_input_shape=True)
+                print(events.table(sort_by="self_cpu_time_total", row_limit=25))
         few = rows.take(range(min(args.rows, len(rows))))
         evaluate = partial(
             training.per_sample_losses, model, few, batch_size=64, precision=precision
         )
         print(f"Evaluation of {len(few)} rows, {precision}\n")
-        print(table(head, ratios(evaluate, evaluate_variants(model, precision), args.repeat)))
+        found = {n: changed(evaluate, c) for n, c in evaluate_variants(model, precision).items()}
+        print(table(HEAD, ratios(found, args.repeat)))
         Packed.known.clear()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -123,37 +123,31 @@ def train(
         If there are no rows or nothing in the model is trainable.
     """
     start = time.perf_counter()
-    groups = _parameter_groups(model, config)
-    trained = [parameter for group in groups for parameter in group["params"]]
-    total = config.steps * config.batch_size or math.ceil(config.epochs * len(rows))
-    steps = math.ceil(total / config.batch_size)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(
+            f"expected trainable weights in {type(model).__name__}, but none requires gradients"
+        )
+    total, steps = amount(config, len(rows))
     device = default_device()
     losses = torch.zeros((), dtype=torch.float64)
     with (
         torch_threads(config.threads),
-        _mode(model, training=True),
-        _seeded(device, seed),
+        mode(model, training=True),
+        seeded(device, seed),
         _dropout(model, device, seed),
     ):
         model.to(device)
         losses = losses.to(device)
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: _rate_of(config, step, steps, min(rounds, steps))
-        )
+        updates = Updates(trained, config, steps, rounds)
         rng = np.random.default_rng(seed)
         for batch in training_batches(rows, config.batch_size, total, rng):
-            logits = _logits(model, batch, device, config.precision)
+            logits = logits_of(model, batch, device, config.precision)
             loss = nn.functional.cross_entropy(logits, batch.labels.to(device))
             objective = loss if penalty is None else loss + penalty()
-            optimizer.zero_grad()
             objective.backward()  # type: ignore[no-untyped-call]
-            if config.max_grad_norm:
-                nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-            optimizer.step()
-            schedule.step()
+            updates.step()
             losses += loss.detach()  # read once at the end: each read would wait for the GPU
-        optimizer.zero_grad()  # a resident model would otherwise keep the gradients' memory
     mean = float(losses) / steps
     return TrainResult(mean, len(rows), steps, time.perf_counter() - start)
 
@@ -222,39 +216,67 @@ def _forward_all(
     predictions = np.empty(len(rows), dtype=np.int64)
     device = default_device()
     tokens = THREAD_TOKENS * torch.get_num_threads() if device.type == "cpu" else None
-    with torch.inference_mode(), _mode(model, training=False):
+    with torch.inference_mode(), mode(model, training=False):
         model.to(device)
         for batch in evaluation_batches(rows, batch_size, tokens):
-            logits = _logits(model, batch, device, precision)
+            logits = logits_of(model, batch, device, precision)
             loss = nn.functional.cross_entropy(logits, batch.labels.to(device), reduction="none")
             losses[batch.rows] = loss.cpu().numpy()
             predictions[batch.rows] = logits.argmax(-1).cpu().numpy()
     return losses, predictions
 
 
-def _logits(model: nn.Module, batch: Batch, device: torch.device, precision: str) -> Tensor:
+class Updates:
+    """The optimiser of one client's training, its learning rates and its clipping.
+
+    Parameters
+    ----------
+    trained : Mapping[str, Tensor]
+        What is trained, by names that tell the LoRA weights.
+    config : TrainConfig
+    steps, rounds : int
+        As in ``train``.
+    """
+
+    def __init__(
+        self, trained: Mapping[str, Tensor], config: TrainConfig, steps: int, rounds: int = 1
+    ) -> None:
+        self.trained, self.clip = list(trained.values()), config.max_grad_norm
+        lora = [tensor for name, tensor in trained.items() if "lora_" in name]
+        others = [tensor for name, tensor in trained.items() if "lora_" not in name]
+        groups = [
+            {"params": lora, "lr": config.learning_rate},
+            {"params": others, "lr": config.head_learning_rate},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: _rate_of(config, step, steps, min(rounds, steps))
+        )
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Apply the gradients and forget them: a resident model would keep their memory."""
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.trained, self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+
+
+def amount(config: TrainConfig, rows: int) -> tuple[int, int]:
+    """Return how many rows are seen in training on so many, and in how many steps."""
+    total = config.steps * config.batch_size or math.ceil(config.epochs * rows)
+    return total, math.ceil(total / config.batch_size)
+
+
+def logits_of(model: nn.Module, batch: Batch, device: torch.device, precision: str) -> Tensor:
+    """Return the logits of a batch in float32, (batch, labels)."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         output = model(
             input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
         )
     logits: Tensor = output.logits
     return logits.float()
-
-
-def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    lora: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (lora if "lora_" in name else others).append(parameter)
-    if not lora and not others:
-        raise ValueError(
-            f"expected trainable weights in {type(model).__name__}, but none requires gradients"
-        )
-    return [
-        {"params": lora, "lr": config.learning_rate},
-        {"params": others, "lr": config.head_learning_rate},
-    ]
 
 
 def _rate_of(config: TrainConfig, step: int, steps: int, rounds: int) -> float:
@@ -280,7 +302,8 @@ def _rate(schedule: str, step: int, steps: int) -> float:
 
 
 @contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Have the model train or not inside the block."""
     previous = model.training
     model.train(training)
     try:
@@ -295,8 +318,8 @@ def _dropout(model: nn.Module, device: torch.device, seed: int) -> AbstractConte
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    # Torch's own dropout draws from its global generator and takes no other.
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed what torch's own dropout draws from inside the block: it takes no other generator."""
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -1,0 +1,263 @@
+"""Several clients trained in one batch: one forward and backward pass for all of them.
+
+The frozen base is shared. Every trained layer multiplies each client's rows by its own weights,
+stacked and filled up with zeros to the largest rank; what a zero is multiplied by has no gradient.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fedlora_app.config import TrainConfig
+from fedlora_app.data import Batch, TokenizedRows, training_batches
+from fedlora_app.dropout import QuickDropout, draw
+from fedlora_app.training import (
+    TrainResult,
+    Updates,
+    amount,
+    default_device,
+    logits_of,
+    mode,
+    seeded,
+    torch_threads,
+)
+from strategies.client.peft_model import adapter_parameters
+from strategies.lora import Adapter
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one client is to train.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        What it starts from, of its own rank.
+    rows : TokenizedRows
+        At least one row.
+    config : TrainConfig
+        Precision and threads are those of all jobs that are trained together.
+    seed : int
+        As in ``train``.
+    """
+
+    adapter: Adapter
+    rows: TokenizedRows
+    config: TrainConfig
+    seed: int
+
+
+def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainResult, Adapter]]:
+    """Train the adapters of several clients at once; each as if ``train`` had trained it alone.
+
+    Equal to one after the other within rounding, each with its own rank, rows, rates, clipping
+    and optimiser. With dropout as well, on a CPU and for a model whose dropout ``train`` draws
+    itself (of at least ``training.LARGE`` parameters); a GPU draws from one stream for all.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From ``add_lora``, of any rank. Its weights stay as they are.
+    jobs : sequence of Job
+        At least one. Those with fewer steps leave the batch early.
+
+    Returns
+    -------
+    list of (TrainResult, Adapter)
+        In the order of the jobs; the seconds are each one's share.
+
+    Raises
+    ------
+    ValueError
+        If the jobs cannot share a batch, or something is trained that is no linear layer's.
+    """
+    _check(model, jobs)
+    start = time.perf_counter()
+    device, config = default_device(), jobs[0].config
+    model.to(device)
+    named = dict(adapter_parameters(model, "default", all_parameters=False))
+    clients = [_Client(job, named, device) for job in jobs]
+    with (
+        torch_threads(config.threads),
+        mode(model, training=True),
+        seeded(device, jobs[0].seed),
+    ):
+        while going := [client for client in clients if client.load()]:
+            batch, sizes = _joined([client.batch for client in going], _padding(model))
+            with _Own(named, going), _OwnDropout(going, batch.input_ids.shape[1]):
+                logits = logits_of(model, batch, device, config.precision)
+            losses = [
+                functional.cross_entropy(own[:size], client.batch.labels.to(device))
+                for client, own, size in zip(
+                    going, logits.view(len(going), -1, logits.shape[-1]), sizes, strict=True
+                )
+            ]
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            for client, loss in zip(going, losses, strict=True):
+                client.update(loss.detach())
+    seconds = (time.perf_counter() - start) / sum(client.steps for client in clients)
+    return [client.result(seconds) for client in clients]
+
+
+def _check(model: nn.Module, jobs: Sequence[Job]) -> None:
+    if not jobs:
+        raise ValueError("expected jobs to train together, got none")
+    for key in ("precision", "threads"):
+        found = {getattr(job.config, key) for job in jobs}
+        if len(found) > 1:
+            raise ValueError(f"train.{key}: expected one for all jobs, got {sorted(found)}")
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    held = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if others:
+        raise ValueError(
+            f"only linear layers can be trained together, but {others[0]!r} is trained as well; "
+            "train these clients one after the other"
+        )
+    named = dict(adapter_parameters(model, "default", all_parameters=False))
+    scales = {name: layer.scaling["default"] for name, layer in model.named_modules()
+              if "default" in getattr(layer, "lora_A", {})}  # fmt: skip
+    for number, job in enumerate(jobs):
+        if job.adapter.to_state_dict().keys() != named.keys():
+            raise ValueError(f"job {number}: its adapter and what this model trains differ")
+        for name, pair in job.adapter.pairs.items():
+            if not np.isclose(pair.scale, scales[name]):
+                raise ValueError(
+                    f"job {number}: expected LoRA scale {scales[name]:g} as in the model, got "
+                    f"{pair.scale:g} for {name!r}; convert it (LoraPair.with_scale)"
+                )
+
+
+def _padding(model: nn.Module) -> int:
+    return int(getattr(getattr(model, "config", None), "pad_token_id", None) or 0)
+
+
+@dataclass
+class _Client:
+    """A job in work: its own weights, optimiser, rows and random numbers."""
+
+    job: Job
+    named: dict[str, Tensor]
+    device: torch.device
+    batch: Batch = field(init=False)
+
+    def __post_init__(self) -> None:
+        job = self.job
+        self.weights = {}
+        for key, value in job.adapter.to_state_dict().items():
+            own = value.detach().to(self.device, self.named[key].dtype, copy=True)
+            self.weights[key] = own.requires_grad_(self.named[key].requires_grad)
+        total, self.steps = amount(job.config, len(job.rows))
+        trained = {key: weight for key, weight in self.weights.items() if weight.requires_grad}
+        self.updates = Updates(trained, job.config, self.steps)
+        self.bits = np.random.SFC64(job.seed)
+        rng = np.random.default_rng(job.seed)
+        self.batches = training_batches(job.rows, job.config.batch_size, total, rng)
+        self.losses = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def load(self) -> bool:
+        """Take the next batch; return whether there is one."""
+        found = next(self.batches, None)
+        if found is not None:
+            self.batch = found
+        return found is not None
+
+    def update(self, loss: Tensor) -> None:
+        self.updates.step()
+        self.losses += loss
+
+    def result(self, seconds: float) -> tuple[TrainResult, Adapter]:
+        done = TrainResult(
+            float(self.losses) / self.steps, len(self.job.rows), self.steps, seconds * self.steps
+        )
+        state = {key: weight.detach() for key, weight in self.weights.items()}
+        scale = next((pair.scale for pair in self.job.adapter.pairs.values()), 1.0)
+        return done, Adapter.from_state_dict(state, scale, check_finite=False)
+
+
+def _joined(batches: Sequence[Batch], padding: int) -> tuple[Batch, list[int]]:
+    """Return one batch with the same number of rows and tokens for each, and their own numbers."""
+    sizes = [len(batch.labels) for batch in batches]
+    width = max(batch.input_ids.shape[1] for batch in batches)
+
+    def widened(tensor: Tensor, value: int) -> Tensor:
+        wide = functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
+        # Rows that only fill up are some that there are: a row of padding alone may give NaN.
+        return torch.cat([wide, wide[:1].expand(max(sizes) - len(wide), -1)])
+
+    ids = torch.cat([widened(batch.input_ids, padding) for batch in batches])
+    mask = torch.cat([widened(batch.attention_mask, 0) for batch in batches])
+    none = batches[0]
+    return Batch(ids, mask, none.labels, none.rows), sizes
+
+
+class _Own(TorchFunctionMode):
+    """Inside the block, the trained linear layers multiply by each client's own weights."""
+
+    def __init__(self, named: dict[str, Tensor], clients: Sequence[_Client]) -> None:
+        super().__init__()
+        self.stacks = {
+            id(parameter): _stacked([client.weights[key] for client in clients])
+            for key, parameter in named.items()
+        }
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.linear and id(args[1]) in self.stacks:
+            return self._linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        weights = self.stacks[id(weight)]
+        rows = x.reshape(len(weights), -1, x.shape[-1])
+        if bias is None:
+            out = torch.bmm(rows, weights.mT)
+        else:
+            biases = self.stacks.get(id(bias), bias.expand(len(weights), -1))
+            out = torch.baddbmm(biases.unsqueeze(1), rows, weights.mT)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of different sizes, filled up with zeros to the largest."""
+    shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+    filled = []
+    for tensor in tensors:
+        missing = [n - m for n, m in zip(shape, tensor.shape, strict=True)]
+        filled.append(functional.pad(tensor, [x for n in reversed(missing) for x in (0, n)]))
+    return torch.stack(filled)
+
+
+class _OwnDropout(QuickDropout):
+    """Each client draws what it would draw alone: for its own rows, tokens and no others."""
+
+    def __init__(self, clients: Sequence[_Client], width: int) -> None:
+        super().__init__(0)
+        self.clients, self.width = clients, width
+
+    def noise(self, shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
+        found = torch.ones(len(self.clients), shape[0] // len(self.clients), *shape[1:]).to(dtype)
+        # Which axes count tokens: of states (rows, tokens, features) one, of attention's shares
+        # (rows, heads, tokens, tokens) two.
+        axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
+        for client, part in zip(self.clients, found, strict=True):
+            rows, tokens = client.batch.input_ids.shape
+            own = [rows, *shape[1:]]
+            for axis in axes:
+                own[axis] = tokens if own[axis] == self.width else own[axis]
+            part[tuple(slice(n) for n in own)] = draw(client.bits, own, dtype, p)
+        return found.view(shape)
