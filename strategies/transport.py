@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from logging import INFO
 
 from flwr.app import Error, Message, RecordDict
@@ -32,6 +34,7 @@ def exchange(
     on_arrival: OnArrival | None = None,
     name: Callable[[int], str] = "node {}".format,
     window: int = WINDOW,
+    batch: int = 1,
     poll_seconds: float = 0.1,
 ) -> Iterator[Message]:
     """Send messages and yield the replies in the order of the messages.
@@ -46,7 +49,6 @@ def exchange(
     ----------
     grid : Grid
     messages : Iterable[Message]
-        Sent one by one, so that not all of them are in memory together.
     timeout : float
         Seconds to wait for all replies; what is missing then is left out.
     on_arrival : callable, optional
@@ -56,41 +58,57 @@ def exchange(
     name : callable
         Returns how the log calls a node. (default: ``node 123``)
     window : int (default: 32)
+    batch : int (default: 1)
+        So many messages are handed to the grid together. One: those with arrays need not all be in
+        memory at once.
     poll_seconds : float (default: 0.1)
-        Pause between looks at the SuperLink.
+        Pause after a look at the SuperLink by which nobody's turn came.
     """
-    pending: list[str] = []
+    pending: deque[str] = deque()
     asked: dict[str, tuple[int, str]] = {}
     looked: dict[str, float] = {}  # when a message was last looked at
-    for message in messages:
-        pushed = [str(i) for i in grid.push_messages([message]) if i]
-        pending += pushed  # empty when the node is gone
-        node = message.metadata.dst_node_id, message.metadata.message_type
-        asked.update(dict.fromkeys(pushed, node))
-        looked.update(dict.fromkeys(pushed, time.monotonic()))
+    rest = iter(messages)
+    while some := list(islice(rest, batch)):
+        for message_id, message in _push(grid, some):
+            pending.append(message_id)
+            asked[message_id] = message.metadata.dst_node_id, message.metadata.message_type
+            looked[message_id] = time.monotonic()
     early: dict[str, Message] = {}
     deadline = time.monotonic() + timeout
     tell_at = time.monotonic() + PATIENCE
     while pending:
         now = time.monotonic()
         late = now >= deadline
-        # At the deadline, one last look at everything.
-        wanted = [i for i in pending[: None if late else window] if i not in early]
+        wanted = [i for i in islice(pending, window) if i not in early]
         for message_id, reply in _pull(grid, wanted, asked):
             early[message_id] = reply
             if on_arrival is not None:
                 on_arrival(reply, now - looked[message_id] <= max(BLUR, 2 * poll_seconds))
         looked.update(dict.fromkeys(wanted, now))
-        while pending and (late or pending[0] in early):
-            first = pending.pop(0)
+        moved = False
+        # At the deadline, one last look at everything, a window after the other.
+        for _ in range(min(window, len(pending))):
+            if not (late or pending[0] in early):
+                break
+            moved = True
+            first = pending.popleft()
             if first in early:
                 yield early.pop(first)
-        if pending and now >= tell_at:
+        if pending and not late and now >= tell_at:
             tell_at = now + PATIENCE
             silent = [name(asked[i][0]) for i in pending if i not in early]
             log(INFO, "waiting for %s, up to %s more", _listed(silent), duration(deadline - now))
-        if pending:
+        if pending and not moved:  # else others are in the window now, and may be there
             time.sleep(poll_seconds)
+
+
+def _push(grid: Grid, messages: Sequence[Message]) -> list[tuple[str, Message]]:
+    """Send messages; return those that were taken with their ids. The node of others is gone."""
+    ids = [None if i is None else str(i) for i in grid.push_messages(messages)]
+    if len(ids) == len(messages):
+        return [(i, message) for i, message in zip(ids, messages, strict=True) if i]
+    taken = set(ids)  # a simulation leaves out what it did not take
+    return [(m.metadata.message_id, m) for m in messages if m.metadata.message_id in taken]
 
 
 def _pull(
