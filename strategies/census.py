@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from strategies.claims import clean
 from strategies.clients import Client, Roster, whole
 from strategies.guard import OTHERS_FACTOR, believed_counts
+from strategies.listing import listed, log_each
 from strategies.messages import COUNT_KEY, Protocol, reply_error
 from strategies.ranks import RankPolicy
 from strategies.transport import PATIENCE, exchange
@@ -22,14 +23,19 @@ Answer = Mapping[str, Any]
 
 #: A node that gives no answer is asked again in the next rounds, so many times in all.
 MOST_TRIES = 3
+#: And of those, so many in one round: where no app answers, all of thousands need not be asked.
+MOST_AGAIN = 100
+#: So many queries are handed to the grid together, and so many answers are looked for.
+BATCH = 256
 
 
 class Census:
     """Finds the connected nodes; asks newcomers who they are, and for a profile if need be.
 
-    Two queries, one after the other: a client that takes too long over its profile, or
-    fails at it, has still said who it is. A node is asked again who it is if it gave no answer, if
-    it was away, or if its last training failed: its limit may not be known, or be another by now.
+    At the start of a run one query asks for both, where the rank policy wants everybody's profile;
+    who fails at it, or takes too long, is then asked alone who it is. Newcomers are asked for a
+    profile after that. A node is asked again who it is if it gave no answer, if it was away, or if
+    its last training failed: its limit may not be known, or be another by now.
 
     Parameters
     ----------
@@ -91,27 +97,36 @@ class Census:
         """
         node_ids = self._wait(grid)
         new = self.roster.unknown(node_ids)
-        again = self._to_ask_again(node_ids, server_round) if self.introduce else []
+        again, left = self._to_ask_again(node_ids, server_round) if self.introduce else ([], [])
         known: Mapping[int, Answer] = {}
+        profiled: Mapping[int, Answer | None] = {}
         if self.introduce and (new or again):
             more: Mapping[str, Any] = {**config, COUNT_KEY: True} if self.counts else {}
             settings = ConfigRecord({**more, **self.told})
-            known = self._ask(grid, [*new, *again], settings, self.timeout)
+            if policy.profiles_everyone and not self.roster.clients:
+                both = ConfigRecord({**config, **settings, **policy.profile_settings()})
+                answers = self._ask(grid, new, both, self.profile_timeout)
+                profiled = {node_id: answers.get(node_id) for node_id in new}
+                known = {n: answer for n, answer in answers.items() if "partition-id" in answer}
+            rest = [node_id for node_id in (*new, *again) if node_id not in known]
+            known = {**known, **self._ask(grid, rest, settings, self.timeout)}
+            if not any(node_id in known for node_id in again):
+                again += left  # they would not answer either
             for node_id in (*new, *again):
                 tried = 0 if node_id in known else self._tries.get(node_id, 0) + 1
                 self._tries[node_id], self._asked[node_id] = tried, server_round
             for node_id in again:
                 self._learn_limit(node_id, known.get(node_id))
         if new:
-            answers: dict[int, Answer] = {node_id: {} for node_id in new}
+            said: dict[int, Answer] = {node_id: {} for node_id in new}
             if self.introduce:
-                answers |= {node_id: known[node_id] for node_id in new if node_id in known}
+                said |= {node_id: known[node_id] for node_id in new if node_id in known}
                 if not known.keys() >= set(new):
                     log(INFO, "%s of %s new nodes do not say who they are: no limit of theirs is "
                         "known, and seeded choices go by their node ids; a Message API app answers "
                         "with register_identity(app)",
                         len(set(new) - known.keys()), len(new))  # fmt: skip
-            self.roster.join(answers, present=node_ids)
+            self.roster.join(said, present=node_ids)
             for index in self.roster.handed_on:
                 policy.forget(index)
             for node_id, index in self.roster.doubles.items():
@@ -119,7 +134,7 @@ class Census:
                     "connected; it joins when that one is gone", node_id, index)  # fmt: skip
         clients = self.roster.present(node_ids)
         if asked := policy.to_profile(clients, server_round):
-            self._profile(grid, policy, asked, config, server_round)
+            self._profile(grid, policy, asked, config, server_round, profiled)
             clients = self.roster.present(node_ids)
         if known or asked:
             self._disbelieve(clients)
@@ -131,20 +146,29 @@ class Census:
         """Have a node asked again in the next round: its training failed."""
         self._doubted.add(node_id)
 
-    def _to_ask_again(self, node_ids: Sequence[int], server_round: int) -> list[int]:
-        """Return the known nodes whose limit is unknown or may have changed; once a round each."""
+    def _to_ask_again(
+        self, node_ids: Sequence[int], server_round: int
+    ) -> tuple[list[int], list[int]]:
+        """Return the known nodes whose limit is unknown or may have changed; once a round each.
+
+        And those that are left out this time, since enough others are asked that never answered.
+        """
         here = self._here or {}
-        found = []
+        found: list[int] = []
+        silent: list[int] = []
         for node_id in sorted(set(node_ids) & self.roster.clients.keys()):
             tries = self._tries.get(node_id, 0)
             if node_id not in here:  # it was away, or this run goes on from a checkpoint
                 found.append(node_id)
             elif self._asked.get(node_id) == server_round or tries >= MOST_TRIES:
                 continue
-            elif tries or node_id in self._doubted:
+            elif node_id in self._doubted:
                 found.append(node_id)
+            elif tries:
+                silent.append(node_id)
         self._doubted -= set(found)
-        return found
+        silent.sort(key=lambda node_id: self._tries[node_id])
+        return found + silent[:MOST_AGAIN], silent[MOST_AGAIN:]
 
     def _learn_limit(self, node_id: int, answer: Answer | None) -> None:
         """Take the limit of a node that was asked again."""
@@ -173,10 +197,9 @@ class Census:
         before, self._here = self._here, {client.node_id: client.name for client in clients}
         if before is None:
             return
-        for node_id in before.keys() - self._here.keys():
-            log(WARNING, "%s is gone", before[node_id])
-        for node_id in self._here.keys() - before.keys():
-            log(INFO, "%s is here now", self._here[node_id])
+        log_each([f"{name} is gone" for n, name in before.items() if n not in self._here])
+        new = [f"{name} is here now" for n, name in self._here.items() if n not in before]
+        log_each(new, INFO)
 
     def _wait(self, grid: Grid) -> list[int]:
         """Return who is connected, once enough are; say every minute who is missing."""
@@ -185,9 +208,10 @@ class Census:
         while len(node_ids := list(grid.get_node_ids())) < wanted:
             if time.monotonic() >= tell_at:
                 tell_at = time.monotonic() + PATIENCE
-                gone = [name for node, name in (self._here or {}).items() if node not in node_ids]
+                here = set(node_ids)
+                gone = [name for node, name in (self._here or {}).items() if node not in here]
                 log(INFO, "waiting for nodes: %s of %s%s", len(node_ids), wanted,
-                    f"; gone since the last round: {', '.join(gone)}" if gone else "")  # fmt: skip
+                    f"; gone since the last round: {listed(gone)}" if gone else "")  # fmt: skip
             time.sleep(1)
         return node_ids
 
@@ -198,18 +222,22 @@ class Census:
         clients: Sequence[Client],
         config: ConfigRecord,
         server_round: int,
+        answered: Mapping[int, Answer | None],
     ) -> None:
+        """Have the policy learn profiles; ask those clients for one that were not asked yet."""
         settings = ConfigRecord({**config, **policy.profile_settings()})
-        node_ids = [client.node_id for client in clients]
-        answers = self._ask(grid, node_ids, settings, self.profile_timeout)
+        node_ids = [client.node_id for client in clients if client.node_id not in answered]
+        answers = {**answered, **self._ask(grid, node_ids, settings, self.profile_timeout)}
+        unusable = []
         for client in clients:
             answer = answers.get(client.node_id)
             try:
                 policy.learn(client, answer, server_round)
             except ValueError as error:
-                log(WARNING, "profile of %s left out: %s", client.name, clean(str(error)))
+                unusable.append(f"profile of {client.name} left out: {clean(str(error))}")
             if count := whole((answer or {}).get("num-examples"), low=1):
                 self.roster.observe(client.node_id, count)
+        log_each(unusable)
 
     def _ask(
         self, grid: Grid, node_ids: Sequence[int], config: ConfigRecord, timeout: float
@@ -221,17 +249,20 @@ class Census:
         ]
         answers: dict[int, Answer] = {}
         silent = set(node_ids)
-        for message in exchange(grid, messages, timeout):
+        failed: list[str] = []
+        for message in exchange(grid, messages, timeout, window=BATCH, batch=BATCH):
             node_id = message.metadata.src_node_id
             silent.discard(node_id)
             if reason := reply_error(message):
-                log(WARNING, "node %s did not answer a query: %s", node_id, reason)
+                failed.append(f"node {node_id} did not answer a query: {reason}")
                 continue
             try:
                 answers[node_id] = self.protocol.read_query(message.content)
             except (ValueError, KeyError, TypeError) as error:
-                log(WARNING, "node %s answered a query with what cannot be read: %s",
-                    node_id, clean(str(error)))  # fmt: skip
-        for node_id in sorted(silent):
-            log(WARNING, "node %s gave no answer to a query within %g s", node_id, timeout)
+                said = clean(str(error))
+                failed.append(f"node {node_id} answered a query with what cannot be read: {said}")
+        failed += [
+            f"node {n} gave no answer to a query within {timeout:g} s" for n in sorted(silent)
+        ]
+        log_each(failed)
         return answers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,11 +109,11 @@ class Roster:
             named.add(index)
             taken.add(index)
             self._add(node_id, index, properties[node_id], before.get(index))
-        left = sorted(i for i, n in gone.items() if not self.clients[n].named)
+        left = deque(sorted(i for i, n in gone.items() if not self.clients[n].named))
         free = 0
         for node_id in waiting:
             if left:
-                index = left.pop(0)
+                index = left.popleft()
                 self.clients.pop(gone[index])
                 self.handed_on.add(index)
             else:

@@ -29,6 +29,7 @@ from strategies.claims import REASON_LENGTH, ReplyError, clean
 from strategies.clients import Client
 from strategies.doors import made, refuse_unknown
 from strategies.flower import aggregate_metricrecords
+from strategies.listing import listed
 from strategies.loop import Listener, StreamingStrategy
 from strategies.lora import Adapter
 from strategies.messages import (
@@ -257,7 +258,7 @@ class FedLoRA(StreamingStrategy):
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or aggregate_metricrecords
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or aggregate_metricrecords
         self._ranks: dict[int, int] = {}  # of the round in progress, by node id
-        self._ranks_told: Mapping[str, Any] = {}
+        self._ranks_told: list[Any] = []
         self._door: tuple[ArrayRecord, GlobalModel] | None = None
         self._packing: Packing | None = None
         self._late: frozenset[int] = frozenset()  # indices of who will miss the deadline
@@ -607,8 +608,7 @@ class FedLoRA(StreamingStrategy):
         known = {client.index: client.name for client in self.roster.clients.values()}
         names = [known.get(i, f"client {i}") for i in silent]
         if names:
-            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-            log(WARNING, "asked, but never took part: %s%s", ", ".join(names[:20]), more)
+            log(WARNING, "asked, but never took part: %s", listed(names))
         if not self.participation.anyone_answered and self.progress.rounds:
             log(WARNING, "no reply was ever accepted: the model is the initial one")
         return names
@@ -717,8 +717,11 @@ class FedLoRA(StreamingStrategy):
         ranks = {**self.ranks.assign(clients, server_round), **self._ranks}
         self._ranks = ranks
         record = rank_record(self.ranks, clients, ranks, server_round)
-        if {**record, "round": 0} != self._ranks_told:
-            self._ranks_told = {**record, "round": 0}
+        # Numbers of examples come in with the replies of every round: no reason to tell it all.
+        entries = [{**entry, "samples": None} for entry in record["clients"]]
+        news = [record["weights"], record["notes"], entries]
+        if news != self._ranks_told:
+            self._ranks_told = news
             self._emit(record)
             for line in rank_table(record):
                 log(INFO, "%s", line)

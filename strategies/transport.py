@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from strategies.durations import duration
 from strategies.flower import is_transport_error
+from strategies.listing import listed
 
 # Replies past this many unanswered messages stay on the SuperLink, not in this process.
 WINDOW = 32
@@ -97,7 +98,7 @@ def exchange(
         if pending and not late and now >= tell_at:
             tell_at = now + PATIENCE
             silent = [name(asked[i][0]) for i in pending if i not in early]
-            log(INFO, "waiting for %s, up to %s more", _listed(silent), duration(deadline - now))
+            log(INFO, "waiting for %s, up to %s more", listed(silent, 5), duration(deadline - now))
         if pending and not moved:  # else others are in the window now, and may be there
             time.sleep(poll_seconds)
 
@@ -146,8 +147,3 @@ def _in_the_name_of(asked: tuple[int, str], reply: Message) -> Message:
 def _error(asked: tuple[int, str], error: Error) -> Message:
     node_id, message_type = asked
     return Message(error, reply_to=Message(RecordDict(), node_id, message_type))
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

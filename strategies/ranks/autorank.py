@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.clients import Client
+from strategies.listing import listed
 from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, checked_profile
 from strategies.ranks.base import Explanation, RankPolicy, Settings, at_least_one
 from strategies.ranks.mcda import (
@@ -79,6 +80,7 @@ class AutoRank(RankPolicy):
 
     name = "autorank"
     profiles = True
+    profiles_everyone = True
     metrics = METRICS
 
     def __init__(
@@ -216,7 +218,7 @@ class AutoRank(RankPolicy):
         profiled = [client for client in clients if client.index in scores]
         notes: list[str] = []
         if len(profiled) < len(clients):
-            names = ", ".join(c.name for c in clients if c.index not in scores)
+            names = listed([c.name for c in clients if c.index not in scores])
             notes.append(f"no usable profile, so rank {self.fallback} (fallback): {names}")
         total = self._total(clients, notes)
         if total is None:

@@ -48,6 +48,9 @@ class RankPolicy(ABC):
     accepts_other_ranks: ClassVar[bool] = False
     #: Whether the policy asks clients for a profile, and so wants to know who they are.
     profiles: ClassVar[bool] = False
+    #: Whether it asks everyone for a profile at the start, whoever they are, so that the server may
+    #: ask both with one query.
+    profiles_everyone: ClassVar[bool] = False
     #: Whether ``learn_cost`` is to be called before each round.
     counts_bytes: bool = False
     #: Metrics of a reply that are meant for the policy and not for averages over clients.

@@ -8,6 +8,9 @@ from typing import Any
 from strategies.clients import Client
 from strategies.ranks.base import RankPolicy
 
+#: So many clients have a line in the log; all are in the record.
+MOST_LINES = 50
+
 
 def rank_record(
     policy: RankPolicy, clients: Sequence[Client], ranks: Mapping[int, int], server_round: int
@@ -54,7 +57,10 @@ def rank_table(record: Mapping[str, Any]) -> list[str]:
         cells = [record["weights"].get(column, "") for column in columns]
         cells[0] = "weights"
         lines.append("  ".join(_cell(x, width[c]) for x, c in zip(cells, columns, strict=True)))
-    lines += ["  ".join(_cell(entry[c], width[c]) for c in columns) for entry in entries]
+    shown = entries[:MOST_LINES]
+    lines += ["  ".join(_cell(entry[c], width[c]) for c in columns) for entry in shown]
+    if len(entries) > len(shown):
+        lines.append(f"… and {len(entries) - len(shown)} clients more")
     return lines
 
 
