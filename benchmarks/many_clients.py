@@ -3,8 +3,8 @@
     python -m benchmarks.many_clients [--nodes 10000] [--asked 100] [--rounds 10] [--ray 1000]
 
 First on a grid in this process, whose clients answer at once, so that nothing but the strategies is
-seen; then, with ``--ray N``, on Flower's own simulation of N clients whose app sends back what it
-got. On either, FedAvg on the same grid is what Flower itself takes for the same messages.
+seen; then, with ``--ray N``, on Flower's own simulation of N clients whose app does nothing. On
+either, FedAvg on the same grid is what Flower itself takes for the same messages.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from strategies import FedLoRA
 from strategies.checkpoint import Checkpoints
 from strategies.client import register_profile
 from strategies.lora import Adapter, LoraPair
-from strategies.messages import to_record
+from strategies.messages import from_record, to_record
 from strategies.proxy_grid import identify
 from strategies.ranks import AutoRank
 from strategies.sampling import FractionSampling, IndependentSampling, PlannedSampling, Sampler
@@ -53,21 +53,26 @@ def tiny(rank: int = HIGH) -> ArrayRecord:
     return to_record(Adapter(pairs, {"head.bias": torch.zeros(4)}).to_state_dict())
 
 
-# ----- clients that send back what they got ----------------------------------------------------
+# ----- clients that do nothing -------------------------------------------------------------------
 
 app = ClientApp()
+_trained: dict[tuple[str, ...], ArrayRecord] = {}
 
 
 @app.train()
-def echo(message: Message, context: Context) -> Message:
-    """Send the arrays back."""
-    return Message(echoed(message), reply_to=message)
+def train(message: Message, context: Context) -> Message:
+    """Send back arrays like those that came."""
+    return Message(answer(message), reply_to=message)
 
 
-def echoed(message: Message) -> RecordDict:
+def answer(message: Message) -> RecordDict:
+    """Return a training reply: the same arrays, moved a little, made once for each rank."""
     (arrays,) = message.content.array_records.values()
-    metrics = MetricRecord({"num-examples": 10, "loss": 0.5, "train_loss": 0.5})
-    return RecordDict({"arrays": arrays, "metrics": metrics})
+    key = tuple(f"{name} {array.shape}" for name, array in arrays.items())
+    if key not in _trained:
+        _trained[key] = to_record({k: t + 0.01 for k, t in from_record(arrays).items()})
+    metrics = MetricRecord({"num-examples": 10, "loss": 0.5})
+    return RecordDict({"arrays": _trained[key], "metrics": metrics})
 
 
 def measured(i: int) -> tuple[list[float], list[int]]:
@@ -105,7 +110,7 @@ class Here(Grid):
                 self.queries += 1
                 reply = app(message, self.contexts[message.metadata.dst_node_id])
             else:
-                reply = Message(echoed(message), reply_to=message)
+                reply = Message(answer(message), reply_to=message)
             self._replies[ids[-1]] = reply
         return ids
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from strategies.wallclock.bandwidth import equal_shares
 from strategies.wallclock.clock import Clock, RoundTime, Work, by_client, reported
@@ -83,7 +84,7 @@ class MeasuredClock(Clock):
         works = by_client(works)
         if not works or not self._paces:
             return RoundTime(math.nan if works else 0.0)
-        paces = [self._pace(work.client) for work in works]
+        paces = self._known([work.client for work in works])
         compute = np.array([self._compute(p, w) for p, w in zip(paces, works, strict=True)])
         upload = np.array(
             [p.byte_seconds * w.upload_bytes for p, w in zip(paces, works, strict=True)]
@@ -114,14 +115,19 @@ class MeasuredClock(Clock):
                 upload[work.client] = elapsed - compute[work.client]
         if not compute:
             return RoundTime(0.0)
+        usual: Pace | None = None  # looked up once: there may be thousands of clients
         for work in works:
             if work.answered and work.client in compute:
                 i = work.client
                 # On a shared line the transfer alone would have been this much faster.
                 alone = upload[i] / (len(compute) if self.shared_band else 1)
                 # Of who was not looked at when it answered, only the training is known.
-                timed = reported(work.elapsed_seconds) is not None
-                self._learn(work, compute[i], alone if timed else None)
+                if reported(work.elapsed_seconds) is None:
+                    if i not in self._paces and usual is None and self._paces:
+                        usual = self._mean()
+                    pace = self._paces.get(i, usual)
+                    alone = (pace.byte_seconds if pace else 0.0) * max(work.upload_bytes, 1)
+                self._learn(work, compute[i], alone)
         slowest = max(compute, key=lambda i: compute[i] + upload[i])
         seconds = compute[slowest] + upload[slowest]
         return RoundTime(seconds, slowest, compute, upload)
@@ -151,8 +157,8 @@ class MeasuredClock(Clock):
                 "before a plan; plan after the first round"
             )
         fixed, per_rank = max(upload_bytes[0], 0.0), upload_bytes[1]
-        paces = np.array([astuple(self._pace(client)) for client in clients])
-        step_seconds, byte_seconds, steps = paces.T
+        paces = self._known(clients)
+        step_seconds, byte_seconds, steps = _table(paces).T
         base, slope = steps * step_seconds, steps * step_seconds * self.rank_share
         if self.shared_band:
             efficiency = 8 / np.maximum(byte_seconds, _LEAST_BYTE_SECONDS)
@@ -187,11 +193,8 @@ class MeasuredClock(Clock):
         lines = "one shared band" if self.shared_band else "lines of their own"
         return f"{self.name} ({lines}, smoothing {self.smoothing:g})"
 
-    def _learn(self, work: Work, compute: float, transfer: float | None) -> None:
+    def _learn(self, work: Work, compute: float, transfer: float) -> None:
         old = self._paces.get(work.client)
-        if transfer is None:
-            known = self._pace(work.client).byte_seconds if self._paces else 0.0
-            transfer = known * max(work.upload_bytes, 1)
         steps = reported(work.steps) or (old.steps if old else 1.0)
         step = compute / (steps * (1 + self.rank_share * work.rank))
         byte = transfer / max(work.upload_bytes, 1)
@@ -200,12 +203,19 @@ class MeasuredClock(Clock):
             byte = old.byte_seconds + self.smoothing * (byte - old.byte_seconds)
         self._paces[work.client] = Pace(step, byte, steps)
 
-    def _pace(self, client: int) -> Pace:
-        if client in self._paces:
-            return self._paces[client]
-        known = np.array([astuple(pace) for pace in self._paces.values()])
-        return Pace(*known.mean(axis=0).tolist())
+    def _known(self, clients: Sequence[int]) -> list[Pace]:
+        """Return what is known of clients; others count as the mean of all that are known."""
+        usual = self._mean()
+        return [self._paces.get(client, usual) for client in clients]
+
+    def _mean(self) -> Pace:
+        return Pace(*_table(list(self._paces.values())).mean(axis=0).tolist())
 
     def _compute(self, pace: Pace, work: Work) -> float:
         steps = reported(work.steps) or pace.steps
         return steps * pace.step_seconds * (1 + self.rank_share * work.rank)
+
+
+def _table(paces: Sequence[Pace]) -> NDArray[np.float64]:
+    """Return one row a client."""
+    return np.array([(p.step_seconds, p.byte_seconds, p.steps) for p in paces])
