@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flwr.app import Message
 
 from strategies.claims import ReplyError
+from strategies.counts import Counts
 from strategies.lora import Adapter
 
 #: A change may be so many times the median of the last ones.
@@ -50,8 +51,11 @@ class Guard:
         # it does not judge the others.
         self._norms: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
         self._fresh: list[tuple[int, float]] = []
+        self._usual: float | None = None  # median of those; None: too few, or not looked for yet
         self._first: dict[int, float] = {}  # count of the first good reply, by client index
-        self._round: dict[int, float] = {}  # those of this round, some of them seen beforehand
+        # What a count is compared with: the first ones, and those of this round, some of which are
+        # seen beforehand.
+        self._counts = Counts()
         self._lasting = True
 
     def check_norm(self, norm: float, sent: Adapter, noise: float = 0.0) -> None:
@@ -75,14 +79,12 @@ class Guard:
         if not norm <= bound:  # only then is it worth a pass over all that was sent
             squares = sum(float(t.double().square().sum()) for t in sent.tensors())
             bound += NORM_FACTOR * math.sqrt(squares)
-        each: dict[int, list[float]] = {}
-        for index, one in self._norms:
-            each.setdefault(index, []).append(one)
-        if len(each) >= FEWEST:
+        if self._usual is None:
+            self._usual = self._usual_norm()
+        if self._usual is not None:
             # Noise is no part of a bad will, and it may be all there is.
             least = noise * math.sqrt(sent.num_parameters)
-            usual = _median(_median(norms) for norms in each.values())
-            bound = min(bound, NORM_FACTOR * max(usual, least))
+            bound = min(bound, NORM_FACTOR * max(self._usual, least))
         if not norm <= bound:
             raise ReplyError(
                 f"its change has the norm {norm:.3g}, {NORM_FACTOR:g} times what others send is "
@@ -107,14 +109,14 @@ class Guard:
             Whether counts are comparable with those of other rounds, as numbers of examples are.
         """
         self._settle()
-        self._round, self._lasting = {}, lasting
+        self._counts, self._lasting = Counts(self._first if lasting else None), lasting
         rest, held = iter(replies), []
-        while len(self._known()) < AHEAD:
+        while len(self._counts) < AHEAD:
             if (message := next(rest, None)) is None:
                 break
             held.append(message)
             if (found := count_of(message)) is not None:
-                self._round[found[0]] = found[1]
+                self._see(*found)
         held.reverse()
         while held:  # not kept here longer than by the caller
             yield held.pop()
@@ -128,17 +130,14 @@ class Guard:
         ReplyError
             With what others report.
         """
-        counts = self._known()
-        counts.pop(index, None)
-        if counts and count <= OTHERS_FACTOR * min(counts.values()):
-            return  # the usual case, without a median over everybody
-        usual = _median(counts.values()) if counts else 0.0
-        most = OTHERS_FACTOR * usual if counts else MOST_ALONE
+        most, than = MOST_ALONE, "is believed"
+        if (others := self._counts.median_of_others(index)) is not None:
+            most = OTHERS_FACTOR * others
+            than = f"{OTHERS_FACTOR:g} times what others report ({others:g})"
         if count > most:
-            than = f"{OTHERS_FACTOR:g} times what others report ({usual:g})"
             raise ReplyError(
-                f"{what} is {count:g}, more than {than if counts else 'is believed'}; if it has so "
-                f"much more, let it report {most:g} at most"
+                f"{what} is {count:g}, more than {than}; if it has so much more, let it report "
+                f"{most:g} at most"
             )
 
     def check_count(self, index: int, count: float) -> None:
@@ -182,15 +181,24 @@ class Guard:
         if norm > 0:
             self._fresh.append((index, norm))
         self._first.setdefault(index, count)
-        self._round[index] = count
+        self._see(index, count)
 
-    def _known(self) -> dict[int, float]:
-        """Return what a count is compared with, by client index."""
-        return {**self._round, **(self._first if self._lasting else {})}
+    def _see(self, index: int, count: float) -> None:
+        """Have later counts compared with this one, or with the client's first where that lasts."""
+        self._counts.set(index, self._first.get(index, count) if self._lasting else count)
 
     def _settle(self) -> None:
-        self._norms.extend(self._fresh)
-        self._fresh = []
+        if self._fresh:
+            self._norms.extend(self._fresh)
+            self._fresh, self._usual = [], None
+
+    def _usual_norm(self) -> float | None:
+        each: dict[int, list[float]] = {}
+        for index, one in self._norms:
+            each.setdefault(index, []).append(one)
+        if len(each) < FEWEST:
+            return None
+        return _median([_median(norms) for norms in each.values()])
 
     def forget(self, index: int) -> None:
         """Forget a client's first count: the place is another's now, and so are its rows."""
@@ -207,22 +215,20 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned; nothing is known to an older checkpoint."""
         changes = ((index, norm) for index, norm in state.get("changes", ()))
-        self._norms = deque(changes, maxlen=REMEMBERED)
+        self._norms, self._usual = deque(changes, maxlen=REMEMBERED), None
         self._first = {int(index): count for index, count in state.get("first", {}).items()}
+        self._counts = Counts(self._first)
 
 
 def believed_counts(counts: Mapping[int, float]) -> dict[int, float]:
     """Return those of the counts that no other contradicts: see ``OTHERS_FACTOR``."""
-    sure = OTHERS_FACTOR * min(counts.values(), default=0)
-    good = {}
+    everyone, good = Counts(counts), {}
     for key, count in counts.items():
-        if count > sure or len(counts) == 1:
-            others = [other for k, other in counts.items() if k != key]
-            if count > (OTHERS_FACTOR * _median(others) if others else MOST_ALONE):
-                continue
-        good[key] = count
+        others = everyone.median_of_others(key)
+        if count <= (MOST_ALONE if others is None else OTHERS_FACTOR * others):
+            good[key] = count
     return good
 
 
-def _median(counts: Iterable[float]) -> float:
-    return float(np.median(list(counts)))
+def _median(numbers: Sequence[float]) -> float:
+    return float(np.median(numbers))

@@ -2,16 +2,22 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from strategies import FedLoRA, transport
 from strategies.census import BATCH, MOST_AGAIN
+from strategies.counts import Counts
+from strategies.guard import Guard, believed_counts
 from strategies.messages import to_record
 from strategies.ranks import AutoRank, UniformRank
 from strategies.sampling import FractionSampling
 from strategies.transport import WINDOW, exchange
+from strategies.wallclock import MeasuredClock
+from strategies.wallclock.clock import Work
 from tests.fakes import FakeGrid, random_adapter
 
 RANK, ASKED = 4, 5
@@ -155,3 +161,91 @@ def test_a_message_that_a_grid_leaves_out_is_not_waited_for():
     messages = [Message(content, n, "train") for n in grid.nodes]
     replies = list(exchange(grid, messages, 5, batch=7))
     assert [r.metadata.src_node_id for r in replies] == [n for n in range(20) if n % 3]
+
+
+def test_the_median_of_others():
+    rng = np.random.default_rng(0)
+    counts, seen = Counts(), {}
+    for _ in range(300):
+        client, count = int(rng.integers(40)), float(rng.integers(1, 9))
+        counts.set(client, count)
+        seen[client] = count
+        for one in (client, 99):
+            others = [value for key, value in seen.items() if key != one]
+            assert counts.median_of_others(one) == (np.median(others) if others else None)
+    assert len(counts) == len(seen)
+
+
+class Compared(float):
+    """Counts how often it is compared."""
+
+    times = 0
+
+    def __lt__(self, other):
+        Compared.times += 1
+        return float(self) < other
+
+
+@pytest.mark.parametrize("low", [1, 2000])  # with 1 everybody is a thousand times the least
+def test_whom_to_believe_is_found_without_comparing_everyone_with_everyone(low):
+    n = 3000
+    counts = {i: Compared(low if i == 7 else 2000 + i) for i in range(n)} | {n: Compared(1e9)}
+    Compared.times = 0
+    assert believed_counts(counts).keys() == set(range(n))
+    assert Compared.times < 5 * n * math.log2(n)
+
+
+def test_the_guard_looks_for_the_usual_norm_once_a_round(monkeypatch):
+    looked = []
+    usual = Guard._usual_norm
+    monkeypatch.setattr(Guard, "_usual_norm", lambda guard: looked.append(1) or usual(guard))
+    guard, sent = Guard(), random_adapter(RANK, seed=0)
+    for server_round in range(1, 4):
+        list(guard.look_ahead([], lambda message: None))
+        looked.clear()
+        for client in range(50):
+            guard.check_norm(1.0, sent)
+            guard.check_share(client, 10)
+            guard.accept(client, 1.0, 10)
+        assert len(looked) == 1 or server_round == 1
+
+
+def test_the_mean_pace_is_taken_once_a_round(monkeypatch):
+    taken = []
+    mean = MeasuredClock._mean
+    monkeypatch.setattr(MeasuredClock, "_mean", lambda clock: taken.append(1) or mean(clock))
+    clock = MeasuredClock()
+    for server_round in range(1, 4):
+        clients = range(100 * server_round, 100 * server_round + 100)  # none measured before
+        clock.forecast([Work(i, RANK, 1000) for i in clients], server_round)
+        # Nobody looked when they answered.
+        works = [Work(i, RANK, 1000, train_seconds=1.0, answered=True) for i in clients]
+        clock.finish(works, server_round)
+        assert len(taken) <= 2
+        taken.clear()
+
+
+def leaves(state):
+    """Return how many numbers a state holds."""
+    if isinstance(state, Mapping):
+        return sum(map(leaves, state.values()))
+    if isinstance(state, list | tuple | set):
+        return sum(map(leaves, state))
+    return 1
+
+
+def test_nothing_that_lasts_grows_by_the_round():
+    sizes = []
+
+    class Weighed(FedLoRA):
+        def round_over(self, server_round, result):
+            super().round_over(server_round, result)
+            kept = [part.state_dict() for part in self._parts().values()]
+            census = [self.census._tries, self.census._asked, self.census._doubted, self._unmoved]
+            book = [self.round.assignments.keys(), self._ranks, self._ranks_told]
+            sizes.append(leaves([*kept, *census, *map(list, book)]))
+
+    strategy = Weighed(aggregation="zero-padding", ranks=AutoRank(1, RANK), evaluate_fraction=1.0)
+    arrays = to_record(random_adapter(RANK, seed=0).to_state_dict())
+    strategy.start(Counting(range(70)), arrays, num_rounds=6, timeout=5)
+    assert sizes[2] == sizes[6] > 70 * 5
