@@ -191,6 +191,7 @@ def run_ours(grid: Grid, nodes: int, asked: int, rounds: int, **options: Any) ->
         "sampling": FractionSampling(clients=asked),
         "evaluate_fraction": 0.0,
         "min_available_nodes": nodes,
+        "query_timeout": 600.0,  # all of them together
     }
     strategy = Ours(**{**settings, **options})
     strategy.start(grid, tiny(), num_rounds=rounds, timeout=600)
@@ -269,7 +270,7 @@ def on_ray(nodes: int, asked: int, rounds: int) -> None:
     ours = found["ours"]
     flower = [a_round(run.over) / asked for run in found["flower"]]
     own = a_round(ours.over) / asked
-    print(f"On Flower's simulation, {nodes} clients, {asked} a round.\n")
+    print(f"On Flower's simulation, {nodes} clients, {asked} a round.\n", flush=True)
     rows = [
         ["census and profiles, a client", seconds(ours.census_seconds / nodes)],
         ["ours, a message", seconds(own)],

@@ -20,6 +20,8 @@ from strategies.listing import listed
 WINDOW = 32
 # Seconds between two looks at a message, above which nobody knows when its reply came.
 BLUR = 0.5
+# Seconds to the next look after one by which somebody's turn came; it grows to ``poll_seconds``.
+SOON, SLOWER = 0.01, 1.5
 # Seconds between two lines of the log that say whom a run waits for.
 PATIENCE = 60.0
 UNREADABLE = 0  # Flower's code of an unknown error
@@ -63,7 +65,7 @@ def exchange(
         So many messages are handed to the grid together. One: those with arrays need not all be in
         memory at once.
     poll_seconds : float (default: 0.1)
-        Pause after a look at the SuperLink by which nobody's turn came.
+        The longest pause after a look at the SuperLink by which nobody's turn came.
     """
     pending: deque[str] = deque()
     asked: dict[str, tuple[int, str]] = {}
@@ -77,6 +79,7 @@ def exchange(
     early: dict[str, Message] = {}
     deadline = time.monotonic() + timeout
     tell_at = time.monotonic() + PATIENCE
+    pause = SOON
     while pending:
         now = time.monotonic()
         late = now >= deadline
@@ -99,8 +102,11 @@ def exchange(
             tell_at = now + PATIENCE
             silent = [name(asked[i][0]) for i in pending if i not in early]
             log(INFO, "waiting for %s, up to %s more", listed(silent, 5), duration(deadline - now))
-        if pending and not moved:  # else others are in the window now, and may be there
-            time.sleep(poll_seconds)
+        if moved:  # then others are in the window now, and may be there
+            pause = SOON
+        elif pending:
+            time.sleep(min(pause, poll_seconds))
+            pause = min(SLOWER * pause, poll_seconds)
 
 
 def _push(grid: Grid, messages: Sequence[Message]) -> list[tuple[str, Message]]:
