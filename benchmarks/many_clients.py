@@ -214,7 +214,7 @@ def samplers(asked: int, nodes: int) -> dict[str, Callable[[], Sampler]]:
         "a number of clients": lambda: FractionSampling(clients=asked),
         "independent coins": lambda: IndependentSampling(asked / nodes),
         "planned, simulated clock": lambda: PlannedSampling(
-            alpha=1.0, beta=100.0, q_min=min(0.1, asked / nodes / 10)
+            alpha=1.0, beta=100.0, q_min=asked / nodes
         ),
     }
 
