@@ -10,12 +10,15 @@ Ray cluster named with ``--ray-address`` lacks something, 130: Ctrl-C).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,10 @@ from typing import Any
 from fedlora_app import cluster
 from fedlora_app.config import ConfigError, RunConfig, Scalar
 from fedlora_app.console import Console
+from fedlora_app.copies import Copies
 from fedlora_app.flower import flatten_dict
 from fedlora_app.folders import refuse_used
+from fedlora_app.ray_head import RayHead
 from fedlora_app.superlink import SuperLink, SuperLinkError, exit_on_signals
 
 PROJECT = Path(__file__).resolve().parent
@@ -62,23 +67,30 @@ def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dic
     return config, changes
 
 
-def check_start(config: RunConfig, args: argparse.Namespace, folder: Path) -> None:
+def check_start(config: RunConfig, args: argparse.Namespace, folder: Path, copies: Copies) -> None:
     """Look at resources, data and model, so that what cannot run stops before anything starts.
 
     Raises
     ------
-    ValueError or FileNotFoundError
+    ValueError
         With what is wrong and what to do.
     """
-    from fedlora_app.door import check_run, resource_problems
     from fedlora_app.inspection import inspect
 
-    problems = resource_problems(args.cpus_per_client, args.gpus_per_client)
-    if problems and not args.ray_address:  # a cluster is asked itself
-        raise ConfigError(problems)
-    data = inspect(config.data, clients=args.clients, seed=config.seed)
-    print(data, flush=True)
-    print(f"{config.model.name}: {check_run(config, folder, data)}", flush=True)
+    print(inspect(config.data), flush=True)
+    question = {
+        "config": config.to_flat(),
+        "folder": str(folder),
+        "clients": args.clients,
+        # A cluster is asked itself.
+        "resources": None if args.ray_address else [args.cpus_per_client, args.gpus_per_client],
+    }
+    command = copies.command("-m", "fedlora_app.door", json.dumps(question))
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        raise ValueError(done.stderr.rstrip())
+    print(done.stderr, end="", file=sys.stderr, flush=True)
 
 
 def check_cluster(config: RunConfig, args: argparse.Namespace) -> None:
@@ -96,7 +108,12 @@ def check_cluster(config: RunConfig, args: argparse.Namespace) -> None:
 
 
 def simulate(
-    project: Path, args: argparse.Namespace, config: RunConfig, changes: Mapping[str, Scalar]
+    project: Path,
+    args: argparse.Namespace,
+    config: RunConfig,
+    changes: Mapping[str, Scalar],
+    copies: Copies | None = None,
+    ray_head: RayHead | None = None,
 ) -> bool:
     """Run the app in ``project`` and return whether the run completed."""
     output = Path(str(changes["output"]))
@@ -107,7 +124,14 @@ def simulate(
     }
     console = Console(output / "metrics.jsonl", config.rounds, verbose=args.verbose)
     print(f"{args.clients} simulated clients, {config.rounds} rounds → {output}", flush=True)
-    with SuperLink(simulation=True, ray_address=args.ray_address) as link, console:
+    link = SuperLink(
+        simulation=True,
+        ray_address=args.ray_address,
+        copies=copies,
+        ray_head=ray_head,
+        environment={"FEDLORA_CHECKED": "1"} if copies is not None else {},
+    )
+    with link, console:
         run_id = link.run(project, changes, federation)
         for line in link.stream(run_id):
             console.show(line)
@@ -127,16 +151,25 @@ def main(argv: Sequence[str] | None = None, project: Path = PROJECT) -> int:
     args = _parser().parse_args(argv)
     try:
         config, changes = read_config(project, args)
-        if project == PROJECT:
-            check_start(config, args, Path(str(changes["output"])))
-            if args.ray_address:
-                check_cluster(config, args)
-    except (ConfigError, ValueError, FileNotFoundError, cluster.ClusterError) as error:
+    except (ConfigError, ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    with exit_on_signals():
+    ours = project == PROJECT
+    with (
+        exit_on_signals(),
+        Copies() if ours else nullcontext() as copies,
+        RayHead() if ours and not args.ray_address else nullcontext() as ray_head,
+    ):
         try:
-            return 0 if simulate(project, args, config, changes) else 1
+            if copies is not None:
+                check_start(config, args, Path(str(changes["output"])), copies)
+                if args.ray_address:
+                    check_cluster(config, args)
+        except (ConfigError, ValueError, FileNotFoundError, cluster.ClusterError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        try:
+            return 0 if simulate(project, args, config, changes, copies, ray_head) else 1
         except SuperLinkError as error:
             print(error, file=sys.stderr)
             return 1

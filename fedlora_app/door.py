@@ -1,13 +1,19 @@
 """What is checked in seconds, before anything starts or is written.
 
-At the command line, and again in the ServerApp, which ``flwr run`` reaches without us.
+At the command line, and in the ServerApp, which ``flwr run`` reaches without us.
+
+    python -m fedlora_app.door QUESTION
+
+answers for ``run_simulation.py``, whose own process imports nothing that takes seconds.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +23,15 @@ from torch import nn
 
 from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.folders import output_problems
-from fedlora_app.inspection import Report
+from fedlora_app.inspection import Report, inspect
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.resuming import check_resume
 from strategies.aggregation import make_aggregator
 from strategies.client import check_mergeable
 from strategies.wallclock import PROFILES, devices_from_csv
+
+CHECKED = "FEDLORA_CHECKED"
+"""An environment variable that says that a run was checked before it was submitted."""
 
 LOOKED_AT = 200  # texts that show whether the tokenizer knows their words
 UNKNOWN = 0.5  # of their tokens: more, and it is the tokenizer of another model
@@ -169,3 +178,30 @@ def _optional(config: RunConfig) -> list[str]:
         except (OSError, ValueError) as error:
             problems.append(f"clock.profile: {error}")
     return problems
+
+
+def main(question: str) -> int:
+    """Check a run before it starts, print what was found, and return the exit code.
+
+    Parameters
+    ----------
+    question : str
+        JSON: ``config`` (flat), ``folder``, ``clients``, and ``resources``, the CPUs and GPUs of
+        a client, or null.
+    """
+    asked = json.loads(question)
+    try:
+        if asked["resources"] and (problems := resource_problems(*asked["resources"])):
+            raise ConfigError(problems)
+        config = RunConfig.from_flat(asked["config"])
+        data = inspect(config.data, clients=asked["clients"], seed=config.seed)
+        print(data.shared_out, flush=True)
+        print(f"{config.model.name}: {check_run(config, Path(asked['folder']), data)}", flush=True)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -45,10 +45,15 @@ class Report:
 
     def __str__(self) -> str:
         lines = [*block("train", self.train), *block("test", self.test)]
-        if self.shares:
-            low, high = min(self.shares), max(self.shares)
-            lines.append(f"shares: {len(self.shares)} clients with {low} to {high} rows each")
-        return "\n".join(lines)
+        return "\n".join([*lines, self.shared_out] if self.shares else lines)
+
+    @property
+    def shared_out(self) -> str:
+        """A line about the shares of simulated clients; empty without them."""
+        if not self.shares:
+            return ""
+        low, high = min(self.shares), max(self.shares)
+        return f"shares: {len(self.shares)} clients with {low} to {high} rows each"
 
 
 def inspect(config: DataConfig, *, clients: int | None = None, seed: int = 42) -> Report:

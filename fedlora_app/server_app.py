@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora_app.client_app import LABELS_KEY, TIMES_KEY
 from fedlora_app.config import RunConfig
 from fedlora_app.data import TextRows, TokenizedRows, load_test, tokenize
-from fedlora_app.door import check_run
+from fedlora_app.door import CHECKED, check_run
 from fedlora_app.inspection import inspect
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.precision import with_precision
@@ -67,8 +67,9 @@ def main(grid: Grid, context: Context) -> None:
     began = time.perf_counter()
     path = Path(config.output or default).expanduser().absolute()
     data = inspect(config.data)
-    log(INFO, "%s", data)
-    loaded = check_run(config, path, data)
+    if CHECKED not in os.environ:  # ``flwr run`` comes without the door of run_simulation.py
+        log(INFO, "%s", data)
+        log(INFO, "%s: %s", config.model.name, check_run(config, path, data))
     test = TestSet(config, data.test)
     model, adapter = initial_adapter(config, len(test.label_names))
     saver = make_saver(config, path, test.label_names)
@@ -76,7 +77,6 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(path, config, test.label_names, resume_round=resumed)
     log(INFO, "%s: %s on %s in %s, %s", config.method, config.model.name, config.data.name,
         config.train.precision, adapter)  # fmt: skip
-    log(INFO, "%s: %s", config.model.name, loaded)
 
     strategy = make_strategy(config, folder, test, model, saver)
     arrays = to_record(adapter.to_state_dict())

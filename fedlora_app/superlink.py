@@ -28,8 +28,10 @@ from typing import IO, Any, NamedTuple
 import psutil
 
 from fedlora_app.cluster import HOOK
+from fedlora_app.copies import Copies
 from fedlora_app.ports import free_port
 from fedlora_app.processes import die_with
+from fedlora_app.ray_head import RayHead
 
 Scalar = bool | int | float | str
 
@@ -68,6 +70,13 @@ class SuperLink:
         empty: on a Ray of its own.
     timeout : float (default: 60)
         Seconds the SuperLink may take to come up.
+    copies : Copies, optional
+        Starts everything as copies of a process that has imported it (default: every process
+        is a new Python).
+    ray_head : RayHead, optional
+        Simulate on this Ray (default: Flower starts one for each run).
+    environment : Mapping[str, str], optional
+        What the environment of runs is to have more.
 
     Examples
     --------
@@ -79,11 +88,21 @@ class SuperLink:
     """
 
     def __init__(
-        self, *, simulation: bool = False, ray_address: str = "", timeout: float = 60
+        self,
+        *,
+        simulation: bool = False,
+        ray_address: str = "",
+        timeout: float = 60,
+        copies: Copies | None = None,
+        ray_head: RayHead | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.simulation = simulation
         self.ray_address = ray_address
         self.timeout = timeout
+        self.copies = copies
+        self.ray_head = ray_head
+        self.environment = dict(environment or {})
         self.address = f"127.0.0.1:{free_port()}"
         # Not below TMPDIR, which may be long: Ray keeps its sockets in here, and the path
         # of a socket ends at 107 characters.
@@ -147,7 +166,7 @@ class SuperLink:
         The end of the stream does not say how the run ended; ``status`` does.
         """
         process = subprocess.Popen(
-            ["flwr", "log", str(run_id), "link", "--stream"],
+            self._command("flwr", "log", str(run_id), "link", "--stream"),
             env=self._environment() | {"PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -237,7 +256,7 @@ class SuperLink:
             f'[superlink.link]\naddress = "{self.address}"\ninsecure = true\n',
             encoding="utf-8",
         )
-        command = ["flower-superlink", "--insecure", "--isolation", "subprocess"]
+        command = self._command("flower-superlink", "--insecure", "--isolation", "subprocess")
         command += ["--disable-runtime-dependency-installation", "--host", host, "--port", port]
         if self.simulation:
             command.append("--simulation")
@@ -269,7 +288,7 @@ class SuperLink:
     def _flwr(self, *command: str) -> dict[str, Any]:
         """Run a command of Flower's CLI and return its JSON answer."""
         done = subprocess.run(
-            ["flwr", *command, "--format", "json"],
+            self._command("flwr", *command, "--format", "json"),
             env=self._environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -286,6 +305,9 @@ class SuperLink:
             reason = str(answer.get("error-message", done.stdout)).strip()
             raise SuperLinkError(f"flwr {command[0]} failed: {reason}")
         return answer
+
+    def _command(self, name: str, *arguments: str) -> list[str]:
+        return self.copies.command(name, *arguments) if self.copies else [name, *arguments]
 
     def _spawn(
         self, command: list[str], log: IO[bytes], home: Path | None = None
@@ -316,12 +338,19 @@ class SuperLink:
             "FLWR_HOME": str(home or self.home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
+            **self.environment,
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # both are on this machine
         }
         if self.ray_address:
-            return environment | {"RAY_ADDRESS": self.ray_address, "RAY_RUNTIME_ENV_HOOK": HOOK}
+            environment |= {"RAY_ADDRESS": self.ray_address, "RAY_RUNTIME_ENV_HOOK": HOOK}
+            return environment
+        if self.copies:
+            environment |= self.copies.environment()
+        if self.ray_head is not None and self.ray_head.address:
+            return environment | {"RAY_ADDRESS": self.ray_head.address}
         # Ray would attach to a cluster of this machine that it finds in either of them.
         environment.pop("RAY_ADDRESS", None)
         return environment | {"RAY_TMPDIR": str(self.home)}

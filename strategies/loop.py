@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from logging import INFO
 from typing import Any
 
@@ -15,7 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from strategies.durations import duration
 from strategies.rounds import Round
-from strategies.transport import exchange
+from strategies.transport import Meanwhile, exchange
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 StopFn = Callable[[int, Result], bool]
@@ -72,13 +73,15 @@ class StreamingStrategy(Strategy):
         result = Result(arrays=initial_arrays)
         done = self.resume(result)
         began = time.perf_counter()
+        meanwhile = None
         if not done:
             if evaluate_fn is not None:
-                self._evaluate_on_server(0, initial_arrays, evaluate_fn, result)
-                if self.round.evaluation:
-                    scores = " ".join(f"{k} {v:.3f}" for k, v in self.round.evaluation.items())
-                    log(INFO, "start: %s", scores)
-                self._emit(self.round.record())
+                first = partial(self._evaluate_on_server, 0, initial_arrays, evaluate_fn, result)
+                meanwhile = Meanwhile(partial(first, self.round), partial(self._begun, self.round))
+            if meanwhile is not None and not self.evaluation_can_wait:
+                meanwhile.start()
+                meanwhile.finish()
+                meanwhile = None
             self.round_over(0, result)
         self.ended = "" if done < num_rounds else f"all {num_rounds} rounds were done before"
         server_round = done
@@ -88,7 +91,11 @@ class StreamingStrategy(Strategy):
             messages = self.configure_train(
                 server_round, arrays, train_config or ConfigRecord(), grid
             )
-            replies = exchange(grid, messages, timeout, on_arrival=self._arrived, name=self.name_of)
+            replies = exchange(
+                grid, messages, timeout,
+                on_arrival=self._arrived, name=self.name_of, meanwhile=meanwhile,
+            )  # fmt: skip
+            meanwhile = None
             new_arrays, metrics = self.aggregate_train(server_round, replies)
             if new_arrays is not None:
                 arrays = result.arrays = new_arrays
@@ -103,7 +110,7 @@ class StreamingStrategy(Strategy):
                 if metrics is not None:
                     result.evaluate_metrics_clientapp[server_round] = metrics
                 if evaluate_fn is not None:
-                    self._evaluate_on_server(server_round, arrays, evaluate_fn, result)
+                    self._evaluate_on_server(server_round, arrays, evaluate_fn, result, self.round)
             self._emit(self.round.record())
             elapsed = time.perf_counter() - began
             left = elapsed / (server_round - done) * (num_rounds - server_round)
@@ -163,12 +170,27 @@ class StreamingStrategy(Strategy):
         for listener in self.listeners:
             listener(record)
 
+    @property
+    def evaluation_can_wait(self) -> bool:
+        """Whether the first round may begin before the initial model is evaluated."""
+        return True
+
+    def _begun(self, book: Round) -> None:
+        if book.evaluation:
+            log(INFO, "start: %s", " ".join(f"{k} {v:.3f}" for k, v in book.evaluation.items()))
+        self._emit(book.record())
+
     def _evaluate_on_server(
-        self, server_round: int, arrays: ArrayRecord, evaluate_fn: EvaluateFn, result: Result
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        evaluate_fn: EvaluateFn,
+        result: Result,
+        book: Round,
     ) -> None:
         metrics = evaluate_fn(server_round, arrays)
         if metrics is not None:
             result.evaluate_metrics_serverapp[server_round] = metrics
-            self.round.evaluation = {
+            book.evaluation = {
                 k: float(v) for k, v in metrics.items() if isinstance(v, int | float)
             }

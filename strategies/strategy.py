@@ -575,6 +575,11 @@ class FedLoRA(StreamingStrategy):
         """Return whether the model is evaluated after a round; after each while pilots run."""
         return self.participation.sampler.wants_loss or super().evaluates(server_round)
 
+    @property
+    def evaluation_can_wait(self) -> bool:
+        """Whether the first round may begin before the initial model is evaluated."""
+        return not self.participation.sampler.wants_loss
+
     def round_line(self, num_rounds: int, seconds_left: float) -> str:
         """Return the line of the log for the round that is over."""
         simulated = isinstance(self.participation.clock, SimulatedClock)

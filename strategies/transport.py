@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from logging import INFO
+from threading import Thread
 
 from flwr.app import Error, Message, RecordDict
 from flwr.common import log
@@ -29,6 +30,46 @@ UNREADABLE = 0  # Flower's code of an unknown error
 OnArrival = Callable[[Message, bool], None]
 
 
+class Meanwhile:
+    """Work for the time in which clients train; in a thread of its own.
+
+    Parameters
+    ----------
+    work : callable
+        Must not touch what sending and collecting replies does.
+    then : callable
+        What is to be done with it in the thread of the caller, before the first reply is used.
+    """
+
+    def __init__(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+        self._work = work
+        self._then = then
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether it is still at it."""
+        return self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for the end of it; raise what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        self._then()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+
+
 def exchange(
     grid: Grid,
     messages: Iterable[Message],
@@ -36,6 +77,7 @@ def exchange(
     *,
     on_arrival: OnArrival | None = None,
     name: Callable[[int], str] = "node {}".format,
+    meanwhile: Meanwhile | None = None,
     window: int = WINDOW,
     batch: int = 1,
     poll_seconds: float = 0.1,
@@ -60,6 +102,8 @@ def exchange(
         was busy, so that the time says nothing about the client.
     name : callable
         Returns how the log calls a node. (default: ``node 123``)
+    meanwhile : Meanwhile, optional
+        Begun when all messages are on their way, and finished before the first reply is yielded.
     window : int (default: 32)
     batch : int (default: 1)
         So many messages are handed to the grid together. One: those with arrays need not all be in
@@ -76,6 +120,8 @@ def exchange(
             pending.append(message_id)
             asked[message_id] = message.metadata.dst_node_id, message.metadata.message_type
             looked[message_id] = time.monotonic()
+    if meanwhile is not None:
+        meanwhile.start()
     early: dict[str, Message] = {}
     deadline = time.monotonic() + timeout
     tell_at = time.monotonic() + PATIENCE
@@ -89,6 +135,12 @@ def exchange(
             if on_arrival is not None:
                 on_arrival(reply, now - looked[message_id] <= max(BLUR, 2 * poll_seconds))
         looked.update(dict.fromkeys(wanted, now))
+        if meanwhile is not None:
+            if meanwhile.running and not late:
+                time.sleep(poll_seconds)
+                continue
+            meanwhile.finish()
+            meanwhile = None
         moved = False
         # At the deadline, one last look at everything, a window after the other.
         for _ in range(min(window, len(pending))):
@@ -107,6 +159,8 @@ def exchange(
         elif pending:
             time.sleep(min(pause, poll_seconds))
             pause = min(SLOWER * pause, poll_seconds)
+    if meanwhile is not None:  # nobody was there to be asked
+        meanwhile.finish()
 
 
 def _push(grid: Grid, messages: Sequence[Message]) -> list[tuple[str, Message]]:
