@@ -40,6 +40,8 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.aggregation
+	$(BIN)/python -m benchmarks.many_clients
+	$(BIN)/python -m benchmarks.training_step
 
 docs: $(VENV)/.docs  ## the pages and the API reference, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
