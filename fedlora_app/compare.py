@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 from fedlora_app.config import ConfigError, RunConfig, Scalar
+from fedlora_app.copies import Copies
 from fedlora_app.flower import flatten_dict
 from fedlora_app.plots import megabytes
+from fedlora_app.ray_head import RayHead
 from fedlora_app.records import of_kind, plan_periods, read_json, read_records
 from fedlora_app.retiming import retime_folder, training_of
 from fedlora_app.study_plots import plot_ranks, plot_study
@@ -136,7 +138,11 @@ def execute(study: Study, folder: Path) -> int:
         return 0
     failed = 0
     federation: Flat = {"num-supernodes": study.clients, "client-resources-num-cpus": 1}
-    with SuperLink(simulation=True) as link:
+    with (
+        Copies() as copies,
+        RayHead() as ray_head,
+        SuperLink(simulation=True, copies=copies, ray_head=ray_head) as link,
+    ):
         for number, run in enumerate(todo, start=1):
             if run.done:  # timed again from one of the runs before it
                 continue
