@@ -25,6 +25,8 @@ Answer = Mapping[str, Any]
 MOST_TRIES = 3
 #: And of those, so many in one round: where no app answers, all of thousands need not be asked.
 MOST_AGAIN = 100
+#: And so long: a node that hangs must not hold up the rounds it is asked before.
+AGAIN_SECONDS = 20.0
 #: So many queries are handed to the grid together, and so many answers are looked for.
 BATCH = 256
 
@@ -108,8 +110,10 @@ class Census:
                 answers = self._ask(grid, new, both, self.profile_timeout)
                 profiled = {node_id: answers.get(node_id) for node_id in new}
                 known = {n: answer for n, answer in answers.items() if "partition-id" in answer}
-            rest = [node_id for node_id in (*new, *again) if node_id not in known]
+            rest = [node_id for node_id in new if node_id not in known]
             known = {**known, **self._ask(grid, rest, settings, self.timeout)}
+            soon = min(self.timeout, AGAIN_SECONDS)
+            known = {**known, **self._ask(grid, again, settings, soon)}
             if not any(node_id in known for node_id in again):
                 again += left  # they would not answer either
             for node_id in (*new, *again):

@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from strategies import FedLoRA
+from strategies import FedLoRA, census, transport
 from strategies.claims import LARGEST, LONGEST_NAME, MOST_METRICS, ReplyError, clean, numbers
 from strategies.client import (
     apply_adapter,
@@ -31,7 +31,7 @@ from strategies.messages import (
     to_record,
 )
 from strategies.ranks import ListRank, QualityRank, ReportedRank, UniformRank
-from strategies.sampling import IndependentSampling
+from strategies.sampling import FractionSampling, IndependentSampling
 from tests.fakes import FakeGrid, Nodes, message_reply, query_reply, random_adapter
 
 SCALE = 2.0
@@ -515,3 +515,30 @@ def test_another_model_is_said_first(rename, said):
     assert said in record["reason"].partition(";")[0]
     assert "is missing" in record["reason"]
     assert len(record["reason"]) <= 1000
+
+
+def test_a_node_that_hangs_does_not_hold_up_the_rounds_it_is_asked_before(monkeypatch):
+    """Once known it is waited for as a node is that trains, not for as long as a newcomer."""
+    waited = []
+
+    def exchange(grid, messages, timeout, **options):
+        waited.append((len(messages), timeout))
+        return transport.exchange(grid, messages, min(timeout, 0.05), **options)
+
+    monkeypatch.setattr(census, "exchange", exchange)
+
+    def hangs(message):
+        if message.metadata.message_type == "query" and len(waited) == 1:
+            return query_reply(**{"partition-id": message.metadata.dst_node_id})
+        if message.metadata.dst_node_id == 1:
+            return None
+        return message_reply(random_adapter(4, seed=1))
+
+    strategy = FedLoRA(
+        ranks=UniformRank(4), scale=2.0, sampling=FractionSampling(1.0), query_timeout=600,
+        evaluate_fraction=0.0, min_answering=0.0,
+    )  # fmt: skip
+    arrays = to_record(random_adapter(4, seed=0).to_state_dict())
+    strategy.start(FakeGrid([1, 2, 3], hangs), arrays, num_rounds=6, timeout=0.3)
+    asked = [(count, timeout) for count, timeout in waited if count]
+    assert asked == [(3, 600)] + 3 * [(1, census.AGAIN_SECONDS)]
