@@ -36,6 +36,7 @@ from strategies.lora import Adapter
 BEFORE = "the code before"
 NOW = "all that was kept"
 WITHOUT_END = 10**9
+TINY = "2 layers of width 32, 20 tokens"
 HEAD = ("variant", "ms", "ratio", "middle half of the ratios")
 
 Change = Callable[[], Any]
@@ -158,7 +159,7 @@ def clients_together(count: int, steps: int, repeat: int) -> None:
     ranks = [(4, 8, 16, 32)[i % 4] for i in range(count)]
     for what, (model, rows) in {
         "the packaged model": demo_client("float32", 4),
-        "2 layers of width 32, 20 tokens": tiny_client(),
+        TINY: tiny_client(),
     }.items():
         model.eval()
         state = {key: tensor.clone() for key, tensor in adapter_state(model).items()}
@@ -233,6 +234,25 @@ def demo_client(precision: str, rank: int) -> tuple[nn.Module, TokenizedRows]:
     return add_lora(base, LoraConfig(), rank=rank, seed=42), rows
 
 
+def compare_training(
+    title: str,
+    model: nn.Module,
+    rows: TokenizedRows,
+    config: TrainConfig,
+    args: argparse.Namespace,
+) -> None:
+    train = partial(training.train, model, rows, config, seed=1)
+    print(f"{config.steps} training steps, {config.precision}, {title}\n")
+    variants = train_variants(model, config.precision)
+    found = {name: changed(train, changes) for name, changes in variants.items()}
+    print(table(HEAD, ratios(found, args.repeat)))
+    if args.profile:
+        with torch.profiler.profile() as profile:
+            train()
+        events = profile.key_averages(group_by_input_shape=True)
+        print(events.table(sort_by="self_cpu_time_total", row_limit=25))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--repeat", type=int, default=9)
@@ -251,15 +271,7 @@ def main() -> None:
         for rank in map(int, args.ranks.split(",")):
             model, rows = demo_client(precision, rank)
             config = TrainConfig(steps=args.steps, precision=precision)
-            train = partial(training.train, model, rows, config, seed=1)
-            print(f"{args.steps} training steps, {precision}, rank {rank}\n")
-            found = {n: changed(train, c) for n, c in train_variants(model, precision).items()}
-            print(table(HEAD, ratios(found, args.repeat)))
-            if args.profile:
-                with torch.profiler.profile() as profile:
-                    train()
-                events = profile.key_averages(group_by_input_shape=True)
-                print(events.table(sort_by="self_cpu_time_total", row_limit=25))
+            compare_training(f"rank {rank}", model, rows, config, args)
         few = rows.take(range(min(args.rows, len(rows))))
         evaluate = partial(
             training.per_sample_losses, model, few, batch_size=64, precision=precision
@@ -268,6 +280,9 @@ def main() -> None:
         found = {n: changed(evaluate, c) for n, c in evaluate_variants(model, precision).items()}
         print(table(HEAD, ratios(found, args.repeat)))
         Packed.known.clear()
+    config = TrainConfig(steps=10 * args.steps, precision="float32")
+    args.repeat *= 3  # a turn takes a blink
+    compare_training(TINY, *tiny_client(), config, args)
 
 
 if __name__ == "__main__":
