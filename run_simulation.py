@@ -29,6 +29,7 @@ from fedlora_app.console import Console
 from fedlora_app.copies import Copies
 from fedlora_app.flower import flatten_dict
 from fedlora_app.folders import refuse_used
+from fedlora_app.inspection import CHECKED, inspect
 from fedlora_app.ray_head import RayHead
 from fedlora_app.superlink import SuperLink, SuperLinkError, exit_on_signals
 
@@ -75,8 +76,6 @@ def check_start(config: RunConfig, args: argparse.Namespace, folder: Path, copie
     ValueError
         With what is wrong and what to do.
     """
-    from fedlora_app.inspection import inspect
-
     print(inspect(config.data), flush=True)
     question = {
         "config": config.to_flat(),
@@ -129,7 +128,7 @@ def simulate(
         ray_address=args.ray_address,
         copies=copies,
         ray_head=ray_head,
-        environment={"FEDLORA_CHECKED": "1"} if copies is not None else {},
+        environment={CHECKED: "1"} if copies is not None else {},
     )
     with link, console:
         run_id = link.run(project, changes, federation)

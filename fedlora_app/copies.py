@@ -34,15 +34,17 @@ from typing import Any
 from fedlora_app.ask import FORWARDED, NUMBER
 from fedlora_app.processes import die_with
 
-PRELOAD = (
+MODELS = (
     "torch",
     "peft",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.modeling_bert",
     "transformers.models.bert.tokenization_bert",
-    "flwr_datasets.partitioner",
 )
+"""What building a model imports, the packaged models' own modules among it."""
+
+PRELOAD = (*MODELS, "flwr_datasets.partitioner")
 """What the check of a run imports, and a simulation and its workers too."""
 
 LATER = (
@@ -161,8 +163,6 @@ def preload(names: Sequence[str]) -> None:
     """Import modules, and make them cheap to share."""
     # A CUDA driver that was asked before the copy was made would not work in it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    # Nor do threads: a copy has one, whatever its original had. It may start its own.
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     for name in filter(None, names):
         try:
             importlib.import_module(name)
@@ -172,13 +172,17 @@ def preload(names: Sequence[str]) -> None:
     gc.freeze()  # a collection in a copy would write to every page of it
 
 
-def start_anew() -> None:
-    """Give a copy a chance and threads of its own, as a new Python has them."""
+def forget_app() -> None:
+    """Have the app imported anew: every message and run brings its own version."""
+    for name in [m for m in sys.modules if m.partition(".")[0] in APP]:
+        del sys.modules[name]
+
+
+def reseed() -> None:
+    """Give a copy a chance of its own, as a new Python has it."""
     random.seed()
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
 
 
 def serve(listener: socket.socket, later: Sequence[str] = ()) -> None:
@@ -198,8 +202,12 @@ def serve(listener: socket.socket, later: Sequence[str] = ()) -> None:
         if select.select([listener], [], [], pause)[0]:
             asked, _ = listener.accept()
             request, files = _read(asked)
-            copy = os.fork() if request else 0
-            if request and copy == 0:
+            try:
+                copy = os.fork() if request else None
+            except OSError as error:  # no memory or no room for a process: it starts cold, or not
+                print(f"warm start: cannot start a copy: {error}", file=sys.stderr)
+                copy = None
+            if copy == 0:
                 die_with(original)
                 listener.close()
                 for other in asking.values():
@@ -208,11 +216,11 @@ def serve(listener: socket.socket, later: Sequence[str] = ()) -> None:
                 return
             for file in files:
                 os.close(file)
-            if not request:
+            _tell(asked, copy or 0)
+            if copy:
+                asking[copy] = asked
+            else:
                 asked.close()
-                continue
-            asking[copy] = asked
-            _tell(asked, copy)
         elif modules:
             preload([modules.pop(0)])
         while asking:
@@ -268,9 +276,10 @@ def _become(asked: socket.socket, request: dict[str, Any], files: Sequence[int])
     for place in reversed([p for p in first.split(os.pathsep) if p]):
         if place not in sys.path:
             sys.path.insert(1, place)
-    for name in [m for m in sys.modules if m.partition(".")[0] in APP]:
-        del sys.modules[name]  # it imports its own
-    start_anew()
+    forget_app()
+    reseed()
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     sys.argv = request["words"]
     threading.Thread(target=_end_with, args=(asked,), daemon=True).start()
 
@@ -286,6 +295,8 @@ def main(number: str, first: str = "", later: str = "") -> None:
     """Import and serve a listening socket; what follows in a copy is its program."""
     listener = socket.socket(fileno=int(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Threads would be lacking in a copy, which may start its own.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     preload(first.split(","))
     serve(listener, [name for name in later.split(",") if name])
     run(sys.argv)

@@ -30,9 +30,6 @@ from strategies.aggregation import make_aggregator
 from strategies.client import check_mergeable
 from strategies.wallclock import PROFILES, devices_from_csv
 
-CHECKED = "FEDLORA_CHECKED"
-"""An environment variable that says that a run was checked before it was submitted."""
-
 LOOKED_AT = 200  # texts that show whether the tokenizer knows their words
 UNKNOWN = 0.5  # of their tokens: more, and it is the tokenizer of another model
 

@@ -19,6 +19,9 @@ from fedlora_app.config import DataConfig
 from fedlora_app.discretion import DataError, SiteError
 from fedlora_app.rows import TextRows, load_own, load_test, load_train, own_table
 
+CHECKED = "FEDLORA_CHECKED"
+"""An environment variable that says that a run was checked before it was submitted."""
+
 SHOWN = 12  # classes, columns and files that a block names
 
 

@@ -23,8 +23,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora_app.client_app import LABELS_KEY, TIMES_KEY
 from fedlora_app.config import RunConfig
 from fedlora_app.data import TextRows, TokenizedRows, load_test, tokenize
-from fedlora_app.door import CHECKED, check_run
-from fedlora_app.inspection import inspect
+from fedlora_app.door import check_run
+from fedlora_app.inspection import CHECKED, inspect
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.precision import with_precision
 from fedlora_app.rank_policies import make_ranks

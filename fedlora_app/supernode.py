@@ -28,6 +28,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
+from fedlora_app.copies import MODELS
 from fedlora_app.flower import parse_config_args, part
 from fedlora_app.processes import die_with
 from fedlora_app.warm import run_executor
@@ -37,12 +38,7 @@ PRELOAD = (
     "flwr.supernode.cli.flwr_clientapp",
     "flwr.clientapp",
     "flwr.client",
-    "torch",
-    "peft",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.bert.tokenization_bert",
+    *MODELS,
 )
 """What a client of this project imports, the packaged models' own modules among it.
 

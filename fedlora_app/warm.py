@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import importlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
+from fedlora_app import copies
 from fedlora_app.flower import part
 from fedlora_app.processes import die_with
 
@@ -79,19 +77,10 @@ def serve(orders: IO[str], preload: Sequence[str]) -> None:
 
     It ends with ``orders``, that is with the process that writes them.
     """
-    # A CUDA driver that was asked before the copy was made would not work in it.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: who writes the orders answers it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the copies
-    for name in filter(None, preload):
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # whatever a module raises; each message tries it again
-            print(f"warm start: cannot preload {name}: {error!r}", file=sys.stderr)
-    for name in [m for m in sys.modules if m.partition(".")[0] in ("fedlora_app", "strategies")]:
-        del sys.modules[name]  # the message's own app is to be imported
-    gc.collect()
-    gc.freeze()  # a collection in a copy would write to every page of it
+    copies.preload(preload)
+    copies.forget_app()
     parent = os.getpid()
     for line in orders:
         try:
@@ -109,8 +98,6 @@ def serve(orders: IO[str], preload: Sequence[str]) -> None:
 def _become_client(words: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    random.seed()
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # as a new Python has it, and not the same in all copies
+    copies.reseed()
     sys.argv = words
     part("flwr_clientapp")()

@@ -76,12 +76,15 @@ class StreamingStrategy(Strategy):
         meanwhile = None
         if not done:
             if evaluate_fn is not None:
-                first = partial(self._evaluate_on_server, 0, initial_arrays, evaluate_fn, result)
-                meanwhile = Meanwhile(partial(first, self.round), partial(self._begun, self.round))
-            if meanwhile is not None and not self.evaluation_can_wait:
-                meanwhile.start()
-                meanwhile.finish()
-                meanwhile = None
+                book = self.round
+                evaluate = partial(
+                    self._evaluate_on_server, 0, initial_arrays, evaluate_fn, result, book
+                )
+                if num_rounds and self.evaluation_can_wait:
+                    meanwhile = Meanwhile(evaluate, partial(self._begun, book))
+                else:
+                    evaluate()
+                    self._begun(book)
             self.round_over(0, result)
         self.ended = "" if done < num_rounds else f"all {num_rounds} rounds were done before"
         server_round = done

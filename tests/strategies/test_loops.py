@@ -4,7 +4,7 @@ import logging
 from functools import partial
 
 import pytest
-from flwr.app import Error
+from flwr.app import Error, MetricRecord
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, Strategy
 
 from strategies import FedLoRA
@@ -177,8 +177,6 @@ def test_should_stop_as_in_flower_1_43():
 
 @pytest.mark.parametrize("stop", ["should_stop", "stop_when", "failing"])
 def test_the_last_round_is_saved_whatever_ends_the_run(stop, tmp_path):
-    from flwr.app import MetricRecord
-
     saver = Saver(Checkpoints(tmp_path, every=100), fingerprint={})
     options = {"evaluate_fn": lambda r, _: MetricRecord({"loss": 1.0 / (1 + r)})}
     settings, handler = {}, client
@@ -264,3 +262,38 @@ def test_the_name_that_hugging_face_gives_the_loss(lines):
     run(make(evaluate_fraction=0), rounds=1, handler=answer)
     (line,) = [text for text in lines() if text.startswith("round 1/1")]
     assert "loss 0.500" in line
+
+
+def test_the_initial_model_is_evaluated_while_the_first_clients_train():
+    steps = []
+
+    def trains(message):
+        steps.append(message.metadata.message_type)
+        return client(message)
+
+    def evaluate(server_round, arrays):
+        steps.append(f"evaluate {server_round}")
+        return MetricRecord({"loss": 1.0})
+
+    records = []
+    settings = {"listeners": [records.append], "evaluate_fraction": 0.0}
+    result, _ = run(make(**settings), rounds=1, handler=trains, evaluate_fn=evaluate)
+    assert steps[-2:] == ["evaluate 0", "evaluate 1"]
+    assert steps.index("train") < steps.index("evaluate 0")
+    assert list(result.evaluate_metrics_serverapp) == [0, 1]
+    told = [(r["kind"], r["round"]) for r in records]
+    assert told.index(("round", 0)) < told.index(("client", 1))
+    assert records[told.index(("round", 0))]["server_loss"] == 1.0
+
+
+def test_an_error_in_the_first_evaluation_is_not_lost():
+    def evaluate(server_round, arrays):
+        raise ValueError("no test rows")
+
+    with pytest.raises(ValueError, match="no test rows"):
+        run(make(), rounds=1, evaluate_fn=evaluate)
+
+
+def test_a_run_of_no_rounds_is_evaluated_all_the_same():
+    result, _ = run(make(), rounds=0, evaluate_fn=lambda r, _: MetricRecord({"loss": 2.0}))
+    assert result.evaluate_metrics_serverapp[0]["loss"] == 2.0
