@@ -3,13 +3,16 @@
 ``RunConfig.from_flat`` reads the flat mapping that Flower hands to an app
 (``context.run_config``: dotted kebab-case keys, scalar values) and either returns
 a complete, valid configuration or raises one ``ConfigError`` that lists everything
-that is wrong. ``python -m fedlora_app.config`` prints the table of all keys.
+that is wrong. ``python -m fedlora_app.config`` prints the table of all keys;
+``--write`` puts it into pyproject.toml and docs/configuration.md.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, replace
+from pathlib import Path
 
 from fedlora_app.fields import (
     ConfigError,
@@ -355,6 +358,11 @@ class RunConfig:
     output: str = option(
         "", "folder of the run's results; empty: runs/<time>-<aggregation>", on_resume="ignore"
     )
+    task: str = option(
+        "text-classification",
+        "what is fine-tuned for: text-classification, or one of your own (see plugins)",
+        on_resume="fatal",
+    )
     method: str = option(
         "lora",
         "lora (federated), head (baseline: only the head is trained) or "
@@ -525,7 +533,25 @@ def markdown_table() -> str:
     return "\n".join(rows)
 
 
+def write(root: Path) -> None:
+    """Write all keys into pyproject.toml and docs/configuration.md of the project in ``root``."""
+    for name, start, new in (
+        ("pyproject.toml", "[tool.flwr.app.config]\n", toml_section()),
+        ("docs/configuration.md", "| key | default |", markdown_table()),
+    ):
+        path = root / name
+        before, found, after = path.read_text(encoding="utf-8").partition(start)
+        if not found:
+            raise ValueError(f"{path}: expected a line that begins with {start!r}")
+        # Up to the next section that is not the config's, or the end of the table.
+        end = re.search(r"\n\n(?!\[tool\.flwr\.app\.config)(?!\|)", after)
+        path.write_text(before + new + (after[end.start() :] if end else "\n"), encoding="utf-8")
+
+
 if __name__ == "__main__":
     import sys
 
-    print(toml_section() if "--toml" in sys.argv else markdown_table())
+    if "--write" in sys.argv:
+        write(Path.cwd())
+    else:
+        print(toml_section() if "--toml" in sys.argv else markdown_table())

@@ -134,16 +134,18 @@ class Watch:
         return surviving
 
 
-def refusal(date: str | None) -> str:
+def refusal(date: str | None, now: datetime | None = None) -> str:
     """Return why the SuperLink may have answered 401.
 
     Parameters
     ----------
     date : str or None
         The ``Date`` header of its answer, if there was one.
+    now : datetime, optional
+        When it came, by this machine's clock (default: now).
     """
     said = "the SuperLink refuses its signature (401 Unauthorized)"
-    ahead = _seconds_ahead(date)
+    ahead = _seconds_ahead(date, now or datetime.now(UTC))
     # Whole seconds are sent, and some pass on the way.
     if ahead is not None and not -BEHIND + 1 < ahead < AHEAD - 1:
         way = "ahead of" if ahead > 0 else "behind"
@@ -157,11 +159,11 @@ def refusal(date: str | None) -> str:
     )
 
 
-def _seconds_ahead(date: str | None) -> float | None:
+def _seconds_ahead(date: str | None, now: datetime) -> float | None:
     try:
         theirs = parsedate_to_datetime(date) if date else None
     except ValueError:
         return None
     if theirs is None or theirs.tzinfo is None:
         return None
-    return (datetime.now(UTC) - theirs).total_seconds()
+    return (now - theirs).total_seconds()

@@ -1,0 +1,238 @@
+"""What a run is about, in one object: its rows, its model, and how good that is.
+
+Everything else in the app, from the partition to the report page, asks the task and knows
+of no label, token, pixel or metric. Models follow Hugging Face's convention:
+``model(**batch)`` returns ``.loss`` and ``.logits``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies.naming import add_named, named
+
+if TYPE_CHECKING:  # torch takes seconds, and the door looks at rows without it
+    from torch import Tensor, nn
+
+    from fedlora_app.config import RunConfig
+
+Indices = NDArray[np.int64]
+About = Mapping[str, Any]
+Sums = Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number that says how good a model is.
+
+    Parameters
+    ----------
+    name : str
+        Its key in records and files: ``macro_f1``.
+    label : str
+        Its name for people, on axes and in tables: ``macro-F1``.
+    higher_is_better : bool (default: True)
+    top : float, optional
+        The best there can be, the end of an axis (default: 1.0; None: there is none).
+    digits : int (default: 3)
+        Decimals for people.
+    """
+
+    name: str
+    label: str
+    higher_is_better: bool = True
+    top: float | None = 1.0
+    digits: int = 3
+
+
+LOSS = Score("loss", "loss", higher_is_better=False, top=None)
+"""Every task has it: the mean over rows of what is minimised, in nats where it is a likelihood."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How rows were taken from their files."""
+
+    files: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)  # role → column: {"text": "body"}
+    left: tuple[str, ...] = ()  # columns
+    blank: int = 0  # rows left out, since they hold nothing
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows before the model's own view of them: n texts, pairs or images, and what is wanted.
+
+    Parameters
+    ----------
+    items : sequence of length n
+        What a task's ``encode`` takes: texts, pairs of texts, images or their paths.
+    targets : ndarray or sequence of length n
+        What is to be predicted; int64 positions in ``about["labels"]`` for classifiers.
+    about : mapping
+        What every node of the federation must agree on, JSON-able: label names and their order.
+    groups : ndarray of str, shape (n,), optional
+        Values of ``data.partition-column``: whose each row is.
+    origin : Origin, optional
+    """
+
+    items: Sequence[Any]
+    targets: Any
+    about: About = field(default_factory=dict)
+    groups: NDArray[np.str_] | None = None
+    origin: Origin = field(default_factory=Origin, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def take(self, indices: Sequence[int] | Indices) -> Rows:
+        """Return the rows at ``indices``, in that order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        targets = self.targets
+        taken = targets[chosen] if isinstance(targets, np.ndarray) else [targets[i] for i in chosen]
+        groups = None if self.groups is None else self.groups[chosen]
+        items = [self.items[i] for i in chosen]
+        return Rows(items, taken, self.about, groups, self.origin)
+
+
+class Inputs(Protocol):
+    """Rows as the model takes them, in memory."""
+
+    sizes: NDArray[np.int64]
+    """Cost of each row, shape (n,): tokens, for batches of like length; all ones where all are."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Sequence[int] | Indices) -> Inputs:
+        """Return the rows at ``indices``, in that order."""
+        ...
+
+    def batch(self, indices: Sequence[int] | Indices) -> dict[str, Tensor]:
+        """Return some rows as ``model(**batch)`` takes them, with ``labels``."""
+        ...
+
+
+class Task(ABC):
+    """What a run fine-tunes for. One object in each process, made from the run config.
+
+    A task of one's own is a subclass with a ``name``, registered with ``register_task`` in a
+    module that ``plugins`` names; docs/tasks.md builds one.
+    """
+
+    name: ClassVar[str] = ""
+    scores: ClassVar[tuple[Score, ...]] = ()
+    """Best first: the primary score is what ``checkpoint-best`` and ``stop-score`` look at."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    # ----- rows ------------------------------------------------------------------------
+
+    @abstractmethod
+    def train_rows(self, about: About | None = None) -> Rows:
+        """Return all training rows of ``data.name``; ``about`` as other nodes know it."""
+
+    @abstractmethod
+    def test_rows(self, about: About | None = None) -> Rows:
+        """Return the server's test rows."""
+
+    @abstractmethod
+    def own_rows(self, path: str, about: About | None) -> Rows:
+        """Return the rows of a node's own file or folder."""
+
+    def strata(self, rows: Rows) -> NDArray[np.int64] | None:
+        """Return a class of each row, shape (n,), for partitions and AutoRank's label measures.
+
+        None where rows have no classes: they are then shared out iid or by a column, and
+        AutoRank looks at losses alone.
+        """
+        return None
+
+    def strata_names(self, about: About) -> Sequence[str]:
+        """Return the names of the classes of ``strata``."""
+        return tuple(about.get("labels", ()))
+
+    def show(self, rows: Rows) -> list[str]:
+        """Return lines about rows for the block before a run: classes, the first, the longest."""
+        return []
+
+    # ----- the model -------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, rows: Rows) -> Inputs:
+        """Return rows as the model takes them."""
+
+    @abstractmethod
+    def model(
+        self, about: About, *, seed: int, precision: str = "float32", shapes_only: bool = False
+    ) -> nn.Module:
+        """Return the pretrained model, in evaluation mode, without LoRA.
+
+        Its attribute ``loaded`` (``pretrained.Loaded``) says what came from files and what is
+        new; new weights come from a generator of ``seed``. ``shapes_only``: on the device
+        "meta", no weights are read.
+        """
+
+    def heads(self, model: nn.Module) -> list[str]:
+        """Return the modules that are trained in full beside LoRA; none for language models."""
+        return []
+
+    def problems(self, model: nn.Module, rows: Rows) -> list[str]:
+        """Return, one sentence each, how model and rows do not go together."""
+        return []
+
+    # ----- how good it is --------------------------------------------------------------
+
+    @abstractmethod
+    def losses(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of each row of a batch, shape (rows,)."""
+
+    def judge(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+        """Return sums that add up over batches, beside that of the loss.
+
+        By default each is ``[sum, weight]`` of the score of that name, as ``summary`` reads it.
+        """
+        return {}
+
+    def summary(self, sums: Sums) -> dict[str, float]:
+        """Return the scores by name, ``loss`` among them, of sums over all rows."""
+        return {name: float(total / weight) for name, (total, weight) in sums.items()}
+
+    def quality(self, scores: Mapping[str, float]) -> float:
+        """Return how much a client of these scores counts for rules that weigh by quality (> 0)."""
+        first = (*self.scores, LOSS)[0]
+        value = scores[first.name]
+        return max(value if first.higher_is_better else float(np.exp(-value)), 1e-6)
+
+
+TASKS: dict[str, type[Task]] = {}
+
+
+def register_task(cls: type[Task]) -> type[Task]:
+    """Make a task available by its ``name``, for the key ``task`` of the run config.
+
+    Raises
+    ------
+    ValueError
+        If it has no name, or another task has it.
+    """
+    add_named(TASKS, cls)
+    return cls
+
+
+def make_task(config: RunConfig) -> Task:
+    """Return the task of a run config.
+
+    Raises
+    ------
+    ValueError
+        If there is no such task; the message lists those that exist.
+    """
+    return named(TASKS, config.task)(config)
