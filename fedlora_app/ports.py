@@ -7,7 +7,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-LOWEST = 10_000
+LOWEST = 20_000  # Ray gives those from 10002 to 19999 to its workers
 USUAL = 32_768  # from here on Linux takes ports for outgoing connections
 _given: set[int] = set()
 

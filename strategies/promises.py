@@ -18,9 +18,10 @@ def declares(thing: object, promise: str) -> bool:
         An object or its class.
     promise : str
         Name of a class attribute, ``True`` in the body of a class that makes the promise.
+        An object for which it does not hold, as it is set, has ``False`` of its own.
     """
     cls = thing if isinstance(thing, type) else type(thing)
-    return vars(cls).get(promise) is True
+    return vars(cls).get(promise) is True and getattr(thing, promise) is True
 
 
 def those_that_declare(registry: Mapping[str, Any], promise: str) -> str:

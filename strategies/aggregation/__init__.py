@@ -10,12 +10,13 @@ from strategies.aggregation.base import (
     make_aggregator,
     register,
 )
-from strategies.aggregation.partial import FFA, FedSA, RoLoRA
+from strategies.aggregation.partial import FFA, FedSA, FedSVD, RoLoRA
 from strategies.aggregation.population import Population
 from strategies.aggregation.product import FlexLoRA, Florist, RaFLoRA, RBLoRA
 from strategies.aggregation.sketching import FSLoRA
-from strategies.aggregation.stacking import FedEx, FLoRA
+from strategies.aggregation.stacking import FedEx, FedMomentum, FLoRA
 from strategies.aggregation.state import State
+from strategies.aggregation.support import Support
 
 __all__ = [
     "AGGREGATIONS",
@@ -28,7 +29,9 @@ __all__ = [
     "FSLoRA",
     "FedEx",
     "FedIT",
+    "FedMomentum",
     "FedSA",
+    "FedSVD",
     "FlexLoRA",
     "Florist",
     "HetLoRA",
@@ -38,6 +41,7 @@ __all__ = [
     "Replication",
     "RoLoRA",
     "State",
+    "Support",
     "Update",
     "ZeroPadding",
     "make_aggregator",

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from strategies.aggregation.aligning import turned
 from strategies.aggregation.base import (
     LARGEST_WEIGHT,
     AggregationResult,
@@ -93,10 +94,11 @@ def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
 
 @dataclass
 class FactorState(State):
-    """Factor sums by module; ``quality`` and ``norms`` only for the rules that weigh by them."""
+    """Factor sums by module; the others only for the rules that have a use for them."""
 
     sums: dict[str, FactorSum] = field(default_factory=dict)
-    quality: dict[str, FactorSum] = field(default_factory=dict)
+    donated: dict[str, FactorSum] = field(default_factory=dict)  # what is replicated
+    highest: dict[str, int] = field(default_factory=dict)  # the largest rank so far
     norms: float = 0.0
 
 
@@ -130,6 +132,48 @@ class FactorAverage(Aggregator[FactorState]):
         return sums.blended(torch.full_like(like, mass), old, torch.full_like(like, share))
 
 
+class Aligning(FactorAverage):
+    """Base of the averages of both factors that can turn each client's towards what it was sent.
+
+    FedRot-LoRA, https://arxiv.org/abs/2602.23638 (as published, official code read): the product
+    of every client stays as it is, and its A, in even rounds, or its B, in odd ones, comes as near
+    as a rotation can bring it to the one it started from; not in the first round, when B was zero.
+    For unequal ranks within the entries that the client holds (this project's decision).
+
+    Parameters
+    ----------
+    align : bool or float (default: False)
+        Whether to; a number between 0 and 1 turns a part of the way (its soft form).
+
+    Raises
+    ------
+    ValueError
+        If ``align`` is outside 0 to 1.
+    """
+
+    def __init__(self, *, align: bool | float = False) -> None:
+        if not isinstance(align, bool | int | float) or not 0 <= align <= 1:
+            raise ValueError(f"align: expected true, false or a number from 0 to 1, got {align!r}")
+        self.align = float(align)
+        if self.align:  # no more the mean of the numbers that were sent
+            self.linear = self.mean_of_all = False  # type: ignore[misc]
+
+    def fold(self, state: FactorState, update: Update) -> Update:
+        """Return the update at the global scale, turned towards what its client was sent."""
+        update = super().fold(state, update)
+        if not self.align or self.server_round <= 1:
+            return update
+        sent = update.sent.adapter if update.sent else state.current
+        by: Literal["A", "B"] = "B" if self.server_round % 2 else "A"
+        pairs = {
+            module: turned(
+                pair, sent.pairs[module].with_rank(pair.rank), by=by, strength=self.align
+            )
+            for module, pair in update.adapter.pairs.items()
+        }
+        return replace(update, adapter=Adapter(pairs, update.adapter.dense))
+
+
 def _accumulate(
     state: FactorState, sums: dict[str, FactorSum], update: Update, weight: float
 ) -> None:
@@ -140,7 +184,7 @@ def _accumulate(
 
 
 @register
-class FedIT(FactorAverage):
+class FedIT(Aligning):
     """Mean of A and mean of B over clients of one equal rank.
 
     FedIT, https://arxiv.org/abs/2305.05644 (rule as published). The mean of factors is not the mean
@@ -173,7 +217,7 @@ class FedIT(FactorAverage):
 
 
 @register
-class ZeroPadding(FactorAverage):
+class ZeroPadding(Aligning):
     """Pad every A and B with zeros to the largest rank, then average over ALL clients.
 
     The padding of HetLoRA, https://arxiv.org/abs/2401.06432 (rule as published). A row that few
@@ -237,7 +281,7 @@ class HolderMean(FactorAverage):
 
 
 @register
-class RBLA(HolderMean):
+class RBLA(Aligning, HolderMean):
     """Average each entry of the rank axis over the clients that hold it.
 
     RBLA, https://arxiv.org/abs/2408.08699 (rule as published): weights are renormalised
@@ -250,7 +294,7 @@ class RBLA(HolderMean):
 
 
 @register
-class Replication(HolderMean):
+class Replication(Aligning, HolderMean):
     """Replicate missing entries from the clients that hold them, then average over all.
 
     Byun & Lee, https://arxiv.org/abs/2406.17477 (as reported by a reader of the paper; the
@@ -264,27 +308,48 @@ class Replication(HolderMean):
     ----------
     holder_weights : "data" or "quality" (default: "data")
         What ``w_k`` is: the data weight, or the quality each update reports.
+    donors : "holders" or "highest" (default: "holders")
+        Whose entries are replicated: those of all who hold them, or, as the code of RBLA's author
+        reads (a second reading of the same source), those of the clients of the module's largest
+        rank in the round alone. With two ranks both are the same.
+    align : bool or float (default: False)
+        As in ``Aligning``.
 
     Raises
     ------
     ValueError
-        From ``add``, if quality weights are asked for and an update has none above 0.
+        If an option is none of these; from ``add``, if quality weights are asked for and an
+        update has none above 0.
     """
 
     name = "replication"
     unbiased = linear = symmetric = True
 
-    def __init__(self, *, holder_weights: Literal["data", "quality"] = "data") -> None:
+    def __init__(
+        self,
+        *,
+        holder_weights: Literal["data", "quality"] = "data",
+        donors: Literal["holders", "highest"] = "holders",
+        align: bool | float = False,
+    ) -> None:
+        super().__init__(align=align)
         if holder_weights not in ("data", "quality"):
             raise ValueError(
                 f"holder_weights: expected 'data' or 'quality', got {holder_weights!r}"
             )
-        self.holder_weights = holder_weights
+        if donors not in ("holders", "highest"):
+            raise ValueError(f"donors: expected 'holders' or 'highest', got {donors!r}")
+        self.holder_weights, self.donors = holder_weights, donors
         self.needs_quality = holder_weights == "quality"
         if self.needs_quality:
             self.sampling_refusal = (
                 "holder_weights = 'quality' weighs clients by what they report, and the quality "
                 "of clients that were not drawn is unknown; use holder_weights = 'data'"
+            )
+        elif donors == "highest":
+            self.sampling_refusal = (
+                "donors = 'highest' replicates from the largest rank of a round, and which that "
+                "is depends on who was drawn; use donors = 'holders'"
             )
 
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
@@ -294,17 +359,32 @@ class Replication(HolderMean):
                 raise ValueError(
                     f"holder_weights = 'quality' needs a quality above 0, got {update.quality!r}"
                 )
-            _accumulate(state, state.quality, update, update.quality)
+            if self.donors == "holders":
+                _accumulate(state, state.donated, update, update.quality)
+        if self.donors == "highest":
+            self._donate(state, update, update.quality if self.needs_quality else weight)
         super().add_pairs(state, update, weight)
 
     def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
         """Return the mean over all clients after replication."""
-        if self.holder_weights == "data":
+        if self.holder_weights == "data" and self.donors == "holders":
             return super().divide(state, module)
-        sums, quality = state.sums[module], state.quality[module]
+        sums, donated = state.sums[module], state.donated[module]
         held = sums.mass > 0
         own_A, own_B = sums.scaled(torch.full_like(sums.mass, 1.0 / state.total))
-        share = torch.where(held, (state.total - sums.mass) / state.total / quality.mass, 0.0)
-        replica_A, replica_B = quality.scaled(share)
+        share = torch.where(held, (state.total - sums.mass) / state.total / donated.mass, 0.0)
+        replica_A, replica_B = donated.scaled(share)
         A, B = own_A + replica_A, own_B + replica_B
         return keep(A, B, state.current.pairs[module], (~held).double())
+
+    @staticmethod
+    def _donate(state: FactorState, update: Update, weight: float | None) -> None:
+        """Sum the pairs of the largest rank so far, which forgets those of smaller ones."""
+        for module, pair in update.adapter.pairs.items():
+            known = state.donated.get(module)
+            highest = state.highest.get(module, 0)
+            if known is None or pair.rank > highest:
+                state.donated[module] = known = FactorSum(state.current.pairs[module].rank)
+                state.highest[module] = highest = pair.rank
+            if pair.rank == highest and weight is not None:
+                known.add(pair, weight)

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from strategies.aggregation.averaging import FactorAverage, FactorState, HolderMean
 from strategies.aggregation.base import Update, register
+from strategies.aggregation.product import shaped_like
 from strategies.lora import Adapter
+from strategies.lora.algebra import resize
+from strategies.lora.lowrank import ProductSum, complete
 
 
 def refuse_zero_factors(rule: str, adapter: Adapter) -> None:
@@ -72,6 +76,34 @@ class FFA(OneFactor):
     def trained(self) -> str:
         """Return "B"."""
         return "B"
+
+
+@register
+class FedSVD(FFA):
+    """Like ``ffa``, but every round starts from an A that is orthonormal and fits the product.
+
+    FedSVD, NeurIPS 2025, https://arxiv.org/abs/2505.12805 (as two readers of it report): after B
+    was averaged, ``U Σ Vᵀ = svd(B A)``, ``A = Vᵀ`` and ``B = U Σ``, so that the product stays and A
+    follows what was learned. Clients of smaller rank get the leading, largest terms (this project's
+    decision); where the product has less rank than the adapter, the spare rows of A are those of
+    before, made orthogonal, and their columns of B zero.
+    """
+
+    name = "fedsvd"
+    unbiased = symmetric = True
+
+    def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
+        """Return ``Vᵀ`` and ``U Σ`` of the mean B times the current A."""
+        A, B = super().divide(state, module)
+        old = state.current.pairs[module].with_rank(len(A))
+        product = ProductSum.like(A, B)
+        product.add(A, B, 1.0)
+        rank = min(len(A), product.m, product.n)
+        svd = product.svd(rank)
+        rows = complete(svd.Vh, old.A.float().flatten(1), rank)
+        new = shaped_like(old, resize(rows, 0, len(A)), resize(svd.U * svd.S, 1, len(A)))
+        new = new.to(torch.float32)
+        return new.A, new.B
 
 
 @register

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from strategies.aggregation.averaging import FactorSum
 from strategies.aggregation.base import AggregationResult, Aggregator, Update, register
-from strategies.aggregation.product import keep_product, shaped_like
+from strategies.aggregation.product import (
+    FlexLoRA,
+    ProductState,
+    from_svd,
+    keep_product,
+    shaped_like,
+)
 from strategies.aggregation.state import State
 from strategies.lora import Adapter, LoraPair
 from strategies.lora.lowrank import ProductSum, in_parallel
@@ -81,6 +87,59 @@ class FLoRA(Aggregator[StackState]):
             pairs[module] = fresh[module]
             if len(A):
                 delta[module] = shaped_like(pairs[module], A / mass, B)
+        return AggregationResult(Adapter(pairs), Adapter(delta) if delta else None)
+
+
+@register
+class FedMomentum(FlexLoRA):
+    """Average the products; the leading terms become the factors, the rest goes into the base.
+
+    FedMomentum, https://arxiv.org/abs/2603.08014 (as one reader reports it): the leading r singular
+    values of ``ΔW = Σ p_k s_k B_k A_k`` make the next factors, split evenly, and those after them,
+    up to ``energy`` of all, are merged into the frozen weights. With ``energy = 1`` nothing of the
+    mean product is lost, as with ``fedex``, and the factors are ordered, as with ``flexlora``.
+
+    Parameters
+    ----------
+    energy : float (default: 0.9999)
+        The part of ``Σ σ²`` that factors and base keep together, above 0 and at most 1.
+
+    Raises
+    ------
+    ValueError
+        If ``energy`` is not in (0, 1].
+    """
+
+    name = "fedmomentum"
+    unbiased = symmetric = True
+    merges_base = True
+
+    def __init__(self, *, energy: float = 0.9999) -> None:
+        if not 0 < energy <= 1:
+            raise ValueError(f"energy: expected a number in (0, 1], got {energy!r}")
+        self.energy = energy
+
+    def finish_pairs(self, state: ProductState) -> AggregationResult:
+        """Return the leading terms and, as ``base_delta``, those after them."""
+        mass, share = state.over()
+
+        def split(module: str) -> tuple[LoraPair, LoraPair | None]:
+            old, total = state.current.pairs[module], state.sums[module]
+            rank = min(max(old.rank, state.ranks[module]), total.m, total.n)
+            keep_product(total, old, share * mass)
+            svd = total.svd()
+            kept = max(rank, _reaching(svd.S, self.energy))
+            rest = svd._replace(
+                U=svd.U[:, rank:kept], S=svd.S[rank:kept] / mass, Vh=svd.Vh[rank:kept]
+            )
+            lead = svd._replace(U=svd.U[:, :rank], S=svd.S[:rank], Vh=svd.Vh[:rank])
+            A, B = rest.balanced()
+            return from_svd(old, lead, rank, mass), shaped_like(old, A, B) if len(A) else None
+
+        modules = list(state.sums)
+        found = dict(zip(modules, in_parallel(split, modules), strict=True))
+        pairs = {m: found[m][0] if m in found else old for m, old in state.current.pairs.items()}
+        delta = {module: rest for module, (_, rest) in found.items() if rest is not None}
         return AggregationResult(Adapter(pairs), Adapter(delta) if delta else None)
 
 
@@ -160,6 +219,12 @@ class FedEx(Aggregator[ResidualState]):
             return mean, None
         A, B = svd._replace(S=svd.S / mass).balanced()
         return mean, shaped_like(old, A, B)
+
+
+def _reaching(S: Tensor, energy: float) -> int:
+    """Return how many leading singular values reach a part of ``Σ σ²``."""
+    sums = S.double().square().cumsum(0)
+    return len(S) if energy == 1 or not len(S) else int((sums < energy * sums[-1]).sum()) + 1
 
 
 def _rounding(A: Tensor, B: Tensor) -> float:

@@ -212,7 +212,10 @@ def test_functions_keys_and_settings_of_the_user():
             assert set(reply.content) == {"numbers"}
 
 
-@pytest.mark.parametrize("rule", ["flora", "ffa", "rolora", "fedsa", "fslora", "flexlora", "fedex"])
+@pytest.mark.parametrize(
+    "rule",
+    ["flora", "ffa", "fedsvd", "rolora", "fedsa", "fslora", "flexlora", "fedex", "fedmomentum"],
+)
 @pytest.mark.parametrize("wire", ["float32", "int8"])
 def test_the_same_client_serves_every_rule(rule, wire):
     records = []
@@ -269,7 +272,7 @@ def clipped_norms(nodes):
     return norms
 
 
-SENDS_OTHER_ARRAYS = {"ffa", "rolora", "flora", "fedex"}
+SENDS_OTHER_ARRAYS = {"ffa", "fedsvd", "rolora", "flora", "fedex"}
 CLIPPED = [(fixedclipping_mod, rule) for rule in AGGREGATIONS if rule not in SENDS_OTHER_ARRAYS]
 
 

@@ -119,7 +119,7 @@ def test_two_rounds_of_every_rule_and_its_adapter_in_peft(rule, tmp_path):
     model = add_lora(base(), CONFIG.lora, rank=1, seed=0)
     load_adapter(model, final)
     expected = logits(model)
-    if rule in ("flora", "fedex"):
+    if make_aggregator(rule).merges_base:
         settings = {"lora-scale": CONFIG.lora.scale}
         merged = add_lora(base(), CONFIG.lora, rank=1, seed=0)
         receive(merged, from_record(arrays), settings)

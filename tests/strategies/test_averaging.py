@@ -271,7 +271,7 @@ def test_rules_that_change_factors_refuse_dora_magnitudes():
     plain = random_adapter(2, seed=1)
     dora = Adapter(plain.pairs, {**plain.dense, "tall.lora_magnitude_vector": torch.ones(9)})
     refused = {name for name in AGGREGATIONS if not make_aggregator(name).supports_dora}
-    averaging = {"fedit", "zero-padding", "hetlora", "rbla", "replication"}
+    averaging = {"fedit", "zero-padding", "hetlora", "rbla", "replication", "support"}
     assert refused == set(AGGREGATIONS) - averaging
     for name in AGGREGATIONS:
         make_aggregator(name).check(plain)

@@ -187,7 +187,9 @@ def test_clients_of_other_sizes_count_the_same(wrapper, told):
 
 
 NO_MEAN = sorted(
-    set(AGGREGATIONS) - {"zero-padding", "fedit", "rbla", "replication", "ffa", "rolora", "fedsa"}
+    set(AGGREGATIONS)
+    - {"zero-padding", "fedit", "rbla", "replication", "ffa", "rolora", "fedsa"}
+    - {"support"}
 )
 
 
@@ -198,7 +200,7 @@ NO_MEAN = sorted(
         *(({"aggregation": rule}, f"'{rule}' is no mean of the updates") for rule in NO_MEAN),
         *(
             ({"aggregation": rule, "ranks": ranks}, f"'{rule}' averages a number over the clients")
-            for rule in ("rbla", "replication", "fedsa")
+            for rule in ("rbla", "replication", "fedsa", "support")
             for ranks in (ListRank([8, *[2] * 9]), ReportedRank(8))
         ),
         ({"sampling": IndependentSampling(0.5)}, r"use FractionSampling\(clients=m\)"),

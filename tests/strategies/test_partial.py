@@ -371,7 +371,7 @@ def test_inputs_are_not_changed_and_sums_are_float32(name):
     assert all(t.dtype == torch.float32 for t in result.tensors())
 
 
-AVERAGES = ["fedit", "zero-padding", "hetlora", "rbla", "replication"]
+AVERAGES = ["fedit", "zero-padding", "hetlora", "rbla", "replication", "support"]
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)

@@ -27,8 +27,9 @@ from strategies.sampling import (
 from tests.fakes import FakeGrid, random_adapter
 from tests.strategies.test_participation import NODES, client, run
 
-LINEAR = {"fedit", "zero-padding", "rbla", "replication", "ffa", "rolora", "fedsa"}
-SYMMETRIC = LINEAR | {"hetlora", "flexlora", "florist", "rb-lora", "raflora", "fedex"}
+LINEAR = {"fedit", "zero-padding", "rbla", "replication", "ffa", "rolora", "fedsa", "support"}
+SYMMETRIC = LINEAR | {"hetlora", "flexlora", "florist", "rb-lora", "raflora", "fedex", "fedsvd"}
+SYMMETRIC |= {"fedmomentum"}
 PROMISES = {
     "unbiased": AGGREGATIONS.keys() - {"hetlora"},
     "linear": LINEAR,
@@ -126,7 +127,7 @@ def test_a_name_that_is_inherited_amplifies_nothing():
     coins = IndependentSampling(0.2, estimator="unbiased")
     assert weakened(Renamed(), coins, topped_up=True) == []
     problems = weakened(LastOne(), coins, topped_up=True)
-    assert "fedit, fedsa, ffa, rbla, replication, rolora, zero-padding" in problems[-1]
+    assert "fedit, fedsa, ffa, rbla, replication, rolora, support, zero-padding" in problems[-1]
 
 
 @pytest.mark.parametrize("rule", [LastOne(), FlexLoRA()])

@@ -23,13 +23,14 @@ LINEAR = [
     ("zero-padding", 1),
     ("rbla", 1),
     ("replication", 1),
+    ("support", 1),
     ("ffa", 1),
     ("rolora", 1),
     ("rolora", 2),
     ("fedsa", 1),
 ]
 # The product is, before it is cut; rank 4 keeps all of it in these shapes.
-PRODUCT = ["flexlora", "florist", "rb-lora", "raflora", "flora", "fedex"]
+PRODUCT = ["flexlora", "florist", "rb-lora", "raflora", "flora", "fedex", "fedsvd", "fedmomentum"]
 SHAPES = {"tall": (9, 4), "wide": (4, 9), "narrow": (3, 5)}
 FULL = 4
 
@@ -49,7 +50,7 @@ def start(rank=FULL):
 
 
 def rule_in(name, server_round=1):
-    rule = make_aggregator(name, **({"energy": 1.0} if name == "florist" else {}))
+    rule = make_aggregator(name, **({"energy": 1.0} if name in ("florist", "fedmomentum") else {}))
     rule.server_round = server_round
     return rule
 
@@ -289,7 +290,7 @@ def test_the_ratio_estimator_of_equal_clients_is_exact_and_the_unbiased_one_is_n
 
 def test_rules_that_divide_by_holders_use_the_ratio_by_default():
     ratio = {name for name in AGGREGATIONS if make_aggregator(name).default_ratio}
-    assert ratio == {"rbla", "replication", "fedsa", "rb-lora", "raflora"}
+    assert ratio == {"rbla", "replication", "fedsa", "rb-lora", "raflora", "support"}
 
 
 # ----- single draws --------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tests.fakes import random_adapter
 SHAPES = {"tall": (12, 9), "wide": (8, 14)}
 FULL = 8
 # As published, a client counts as zero where it lacks an entry: there the mean over all fades.
-FADE = {"zero-padding", "hetlora", "flexlora", "florist"}
+FADE = {"zero-padding", "hetlora", "flexlora", "florist", "fedmomentum", "support"}
 STAY = sorted(set(AGGREGATIONS) - FADE)
 
 
