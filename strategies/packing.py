@@ -236,9 +236,12 @@ class Packing:
             scales = {m: p.scale for m, p in download.adapter.pairs.items()}
             state |= decode(encoded, self.wire)
             adapter = Adapter.from_state_dict(state, scales, check_finite=False)
-            download = Download(adapter, download.entries)
+            download = Download(adapter, download.entries, download.fixed)
         if len(self._merged):
             record = ArrayRecord({**record, **self._merged})
+        if download.fixed is not None:  # for a rule whose server merges nothing
+            fixed = GlobalModel(Adapter({}), download.fixed).to_tensors()
+            record = ArrayRecord({**record, **to_record(encode(fixed, self.wire))})
         return Sent(download, record)
 
     def _shared(self, sent: Sent) -> Parcel:

@@ -123,6 +123,7 @@ class Participation:
             # Without LoRA modules (full_rank = 0) there is nothing to sketch.
             sketches=self.rule.sketches and full_rank > 0,
             full_rank=max(full_rank, *ranks, 1),
+            sketches_cost=self.rule.sketch_adds_variance,
         )  # fmt: skip
         sampler.prepare(outlook)
         trained = dict(zip((c.index for c in clients), sampler.ranks(clients, ranks), strict=True))

@@ -10,6 +10,7 @@ from strategies.aggregation.base import (
     make_aggregator,
     register,
 )
+from strategies.aggregation.folding import Fold
 from strategies.aggregation.partial import FFA, FedSA, FedSVD, RoLoRA
 from strategies.aggregation.population import Population
 from strategies.aggregation.product import FlexLoRA, Florist, RaFLoRA, RBLoRA
@@ -34,6 +35,7 @@ __all__ = [
     "FedSVD",
     "FlexLoRA",
     "Florist",
+    "Fold",
     "HetLoRA",
     "Population",
     "RBLoRA",

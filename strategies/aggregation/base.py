@@ -45,10 +45,13 @@ class Download:
     entries : Mapping[str, Tensor], optional
         By module, which entries of the global rank axis these are, where they are not the
         leading ones.
+    fixed : Adapter, optional
+        What the client holds beside it, merged into its frozen weights for this message.
     """
 
     adapter: Adapter
     entries: Mapping[str, Tensor] | None = None
+    fixed: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Aggregator(ABC, Generic[StateT]):
     """
 
     name: ClassVar[str] = ""
-    #: Whether results carry a ``base_delta`` that is merged into the frozen weights.
+    #: Whether something is merged into the frozen weights, by a ``base_delta`` or ``fixed`` parts.
     merges_base: ClassVar[bool] = False
     #: Whether all clients must have the global rank.
     equal_ranks: ClassVar[bool] = False
@@ -116,8 +119,10 @@ class Aggregator(ABC, Generic[StateT]):
     needs_quality: bool = False
     #: Whether the rule makes sense beside DoRA magnitudes, which belong to given factors.
     supports_dora: ClassVar[bool] = True
-    #: Whether a client may be sent fewer entries than its rank, at some cost in variance.
+    #: Whether a client may be sent fewer entries than its rank.
     sketches: ClassVar[bool] = False
+    #: Whether fewer entries than its rank cost variance, as the larger scale of a sketch does.
+    sketch_adds_variance: ClassVar[bool] = True
     #: Whether all clients of one rank download the same.
     shares_downloads: ClassVar[bool] = True
     #: Whether, under independent sampling, the rule divides by the weight of the participants

@@ -40,9 +40,11 @@ class Outlook:
     upload_bytes : tuple of float
         An upload at rank ``k`` has ``fixed + per_rank · k`` bytes: ``(fixed, per_rank)``.
     sketches : bool
-        Whether a client may be sent fewer entries than its rank (``fslora``).
+        Whether a client may be sent fewer entries than its rank (``fslora``, ``fold``).
     full_rank : int
         Rank of the global adapter.
+    sketches_cost : bool (default: True)
+        Whether fewer entries add to the variance (``fslora``).
     """
 
     server_round: int
@@ -53,6 +55,7 @@ class Outlook:
     upload_bytes: tuple[float, float]
     sketches: bool
     full_rank: int
+    sketches_cost: bool = True
 
 
 class Sampler(ABC):

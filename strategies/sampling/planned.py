@@ -269,7 +269,7 @@ class PlannedSampling(BernoulliSampling):
 
     def _phi(self, outlook: Outlook) -> Phi:
         """Return what maps ranks to variance factors: ``(R/k)^γ`` for sketches [D], else 1."""
-        if not outlook.sketches:
+        if not (outlook.sketches and outlook.sketches_cost):
             return np.ones_like
         full, cost = outlook.full_rank, self.sketch_cost
 

@@ -214,7 +214,18 @@ def test_functions_keys_and_settings_of_the_user():
 
 @pytest.mark.parametrize(
     "rule",
-    ["flora", "ffa", "fedsvd", "rolora", "fedsa", "fslora", "flexlora", "fedex", "fedmomentum"],
+    [
+        "flora",
+        "ffa",
+        "fedsvd",
+        "rolora",
+        "fedsa",
+        "fslora",
+        "flexlora",
+        "fedex",
+        "fedmomentum",
+        "fold",
+    ],
 )
 @pytest.mark.parametrize("wire", ["float32", "int8"])
 def test_the_same_client_serves_every_rule(rule, wire):
@@ -272,7 +283,7 @@ def clipped_norms(nodes):
     return norms
 
 
-SENDS_OTHER_ARRAYS = {"ffa", "fedsvd", "rolora", "flora", "fedex"}
+SENDS_OTHER_ARRAYS = {"ffa", "fedsvd", "rolora", "flora", "fedex", "fold"}
 CLIPPED = [(fixedclipping_mod, rule) for rule in AGGREGATIONS if rule not in SENDS_OTHER_ARRAYS]
 
 

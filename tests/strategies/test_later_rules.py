@@ -1,4 +1,4 @@
-"""Support, alignment, donors, fedsvd and fedmomentum, by their definitions."""
+"""Support, alignment, donors, fedsvd, fedmomentum and fold, by their definitions."""
 
 import itertools
 
@@ -7,9 +7,11 @@ import pytest
 import torch
 from scipy.linalg import orthogonal_procrustes
 
-from strategies.aggregation import Download, Update, make_aggregator
+from strategies.aggregation import Download, Population, Update, make_aggregator
 from strategies.aggregation.aligning import rotation
 from strategies.lora import Adapter, LoraPair
+from strategies.model import GlobalModel
+from strategies.packing import Packing
 from strategies.promises import declares
 from tests.fakes import random_adapter, same
 
@@ -221,3 +223,99 @@ def test_fedmomentum_of_equal_clients_puts_nothing_into_the_base():
     result = aggregated("fedmomentum", current, [(current, 1.0)] * 3, energy=1.0)
     for module in result.base_delta.pairs if result.base_delta else ():
         assert float(result.base_delta.pairs[module].norm()) < 1e-4
+
+
+# ----- fold
+
+
+def drawn(rule, current, ranks):
+    """What each client is sent, and what it sends back when it has moved every number."""
+    given = []
+    for k, rank in enumerate(ranks):
+        sent = rule.download(current, rank, np.random.default_rng([7, k]))
+        moved = {
+            m: LoraPair(p.A + k + 1, p.B - k - 1, p.scale) for m, p in sent.adapter.pairs.items()
+        }
+        given.append((sent, Update(Adapter(moved, current.dense), WEIGHTS[k], sent=sent)))
+    return given
+
+
+def test_what_a_client_trains_and_what_it_holds_are_the_whole_model():
+    current = random_adapter(6, seed=1)
+    for sent, _ in drawn(make_aggregator("fold"), current, RANKS):
+        for module, pair in current.pairs.items():
+            whole = sent.adapter.pairs[module].delta() + sent.fixed.pairs[module].delta()
+            torch.testing.assert_close(whole, pair.delta(), rtol=1e-5, atol=1e-5)
+            assert sent.adapter.pairs[module].scale == pair.scale
+
+
+def test_a_term_is_the_mean_over_who_trained_it():
+    rule, current = make_aggregator("fold"), random_adapter(6, seed=1)
+    given = drawn(rule, current, RANKS)
+    result = rule.aggregate(current, [update for _, update in given]).adapter
+    for module, j in itertools.product(current.pairs, range(6)):
+        terms = [
+            (u.weight, u.adapter.pairs[module].A[list(sent.entries[module]).index(j)])
+            for sent, u in given
+            if j in sent.entries[module]
+        ]
+        wanted = current.pairs[module].A[j]
+        if terms:
+            wanted = sum(w * a for w, a in terms) / sum(w for w, _ in terms)
+        torch.testing.assert_close(result.pairs[module].A[j], wanted)
+
+
+def test_fold_of_equal_full_ranks_is_fedit():
+    rule, current, given = make_aggregator("fold"), random_adapter(4, seed=1), updates([4, 4, 4])
+    sent = rule.download(current, 4, np.random.default_rng(0))
+    assert sent.fixed is None
+    assert same(sent.adapter, current)
+    result = rule.aggregate(current, [Update(a, w, sent=sent) for a, w in given]).adapter
+    assert_same(result, aggregated("fedit", current, given).adapter)
+
+
+def test_fold_is_unbiased_over_coins_and_draws():
+    """The mean over all of them is ``X + Σ a_n r_n Δ_n / Σ a_n r_n``."""
+    a, q, ranks, R = [0.5, 0.2, 0.3], [0.4, 0.8, 0.6], [2, 1, 3], 3
+    rule, current = make_aggregator("fold"), random_adapter(R, seed=1, shapes={"m": (3, 2)})
+    old = current.pairs["m"]
+    moves = [random_adapter(R, seed=20 + n, shapes={"m": (3, 2)}).pairs["m"] for n in range(3)]
+
+    def update(n, entries):
+        index = torch.tensor(entries)
+        sent = LoraPair(old.A[index], old.B[:, index], old.scale)
+        got = LoraPair(sent.A + moves[n].A[index], sent.B + moves[n].B[:, index], old.scale)
+        download = Download(Adapter({"m": sent}, current.dense), {"m": index})
+        return Update(Adapter({"m": got}, current.dense), a[n] / q[n], sent=download)
+
+    everybody = Population(dict(zip(ranks, a, strict=True)))
+    options = [[update(n, s) for s in itertools.combinations(range(R), ranks[n])] for n in range(3)]
+    mean = torch.zeros_like(old.A, dtype=torch.float64)
+    for coins in itertools.product([False, True], repeat=3):
+        chance = np.prod([p if c else 1 - p for p, c in zip(q, coins, strict=True)])
+        here = [o for o, c in zip(options, coins, strict=True) if c]
+        for chosen in itertools.product(*here):
+            share = chance / np.prod([len(o) for o in here])
+            mean += share * rule.aggregate(current, chosen, everybody).adapter.pairs["m"].A.double()
+    expected = sum(w * r * m.A for w, r, m in zip(a, ranks, moves, strict=True))
+    expected = old.A + expected / sum(w * r for w, r in zip(a, ranks, strict=True))
+    torch.testing.assert_close(mean, expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_fold_wants_to_know_which_terms_came():
+    rule, current = make_aggregator("fold"), random_adapter(4, seed=1)
+    with pytest.raises(ValueError, match="nothing says which of the 4 they are"):
+        rule.aggregate(current, updates([2]))
+
+
+@pytest.mark.parametrize("wire", ["float32", "int8"])
+def test_fixed_terms_travel_as_merges_and_are_not_sent_back(wire):
+    rule = make_aggregator("fold")
+    packing = Packing(rule, GlobalModel(random_adapter(6, seed=1)), wire, 1)
+    parcel = packing.train(2, lambda: np.random.default_rng(0))
+    names = list(parcel.sent().record)
+    assert any(name.startswith("merged.") for name in names)
+    assert not any(name.startswith("merged.") for name in parcel.expected)
+    assert parcel.rank == 2
+    whole = packing.train(6, lambda: np.random.default_rng(0))
+    assert not any(name.startswith("merged.") for name in whole.sent().record)

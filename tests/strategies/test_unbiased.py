@@ -290,7 +290,7 @@ def test_the_ratio_estimator_of_equal_clients_is_exact_and_the_unbiased_one_is_n
 
 def test_rules_that_divide_by_holders_use_the_ratio_by_default():
     ratio = {name for name in AGGREGATIONS if make_aggregator(name).default_ratio}
-    assert ratio == {"rbla", "replication", "fedsa", "rb-lora", "raflora", "support"}
+    assert ratio == {"rbla", "replication", "fedsa", "rb-lora", "raflora", "support", "fold"}
 
 
 # ----- single draws --------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_rules_that_need_what_only_a_reply_says_refuse():
         with pytest.raises(ValueError, match=f"{rule.name} with a population: .*{reason}"):
             rule.aggregate(start(), [(adapter(2, 9), 1.0)], population(RANKS, A))
     others = {n for n in AGGREGATIONS if make_aggregator(n).sampling_refusal == ""}
-    assert others == {*SUPPORTED}
+    assert others == {*SUPPORTED, "fold"}
 
 
 @pytest.mark.parametrize("masses", [{0: 1.0}, {2: -0.1, 3: 1.1}, {2: math.nan}, {2: 0.0}, {}])

@@ -66,7 +66,7 @@ def test_nobody_trains_and_nothing_fades(name, largest, others):
         assert float(after.min()) > 0.05 * float(before.min())  # each entry can be trained
 
 
-@pytest.mark.parametrize("name", ["fedex", "rolora", "ffa", "rbla", "fslora"])
+@pytest.mark.parametrize("name", ["fedex", "rolora", "ffa", "rbla", "fslora", "fold"])
 @pytest.mark.parametrize("ratio", [False, True])
 def test_neither_do_coins_that_draw_some_only(name, ratio):
     population = Population({2: 0.7, FULL: 0.3}, ratio=ratio)
