@@ -27,10 +27,10 @@ from benchmarks.measure import machine, table
 from fedlora_app import training
 from fedlora_app.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from fedlora_app.data import TokenizedRows, load_train, partition_indices, tokenize
-from fedlora_app.dropout import QuickDropout
 from fedlora_app.models import MeanPoolClassifier, add_lora, build_model, build_tokenizer
 from fedlora_app.together import Job, train_together
 from strategies.client import adapter_state, load_adapter
+from strategies.dropout import QuickDropout
 from strategies.lora import Adapter
 
 BEFORE = "the code before"

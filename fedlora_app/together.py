@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from fedlora_app.config import TrainConfig
 from fedlora_app.data import Batch, TokenizedRows, training_batches
-from fedlora_app.dropout import QuickDropout, draw
 from fedlora_app.training import (
     TrainResult,
     Updates,
@@ -31,6 +30,7 @@ from fedlora_app.training import (
     torch_threads,
 )
 from strategies.client.peft_model import adapter_parameters
+from strategies.dropout import QuickDropout, draw
 from strategies.lora import Adapter
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedlora_app.config import TrainConfig
 from fedlora_app.data import Batch, TokenizedRows, evaluation_batches, training_batches
-from fedlora_app.dropout import QuickDropout
+from strategies.dropout import QuickDropout
 
 #: Tokens of an evaluation batch for each CPU thread: what passes between layers stays in cache.
 THREAD_TOKENS = 1024

@@ -7,9 +7,10 @@ are what the clock reads. ``strategies.huggingface`` is the other one. Only torc
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from logging import WARNING
@@ -24,10 +25,12 @@ from strategies.client.peft_model import tail_penalty
 from strategies.messages import CLIENT_KEY, ROUND_KEY, STEPS_KEY, TRAIN_SECONDS_KEY
 from strategies.profiling import Profile
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
+from strategies.schedules import Schedule
+from strategies.surroundings import checkpointed, mode, seeded, torch_threads
+from strategies.updates import OptimizerFactory, Rates, Updates
 
 Batch = Mapping[str, Any]
 LossFn = Callable[[nn.Module, Batch], Tensor]
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 IGNORED = -100  # the label that Hugging Face models and cross_entropy leave out
 # None: no autocast.
@@ -66,11 +69,16 @@ def train_loop(
     config: Mapping[str, Any] | None = None,
     *,
     steps: int | None = None,
-    learning_rate: float = 1e-3,
+    epochs: float | None = None,
+    learning_rate: Rates = 1e-3,
+    weight_decay: float = 0.0,
+    schedule: str | Schedule = "constant",
     optimizer: OptimizerFactory | None = None,
     accumulation: int = 1,
     precision: str = "float32",
     max_grad_norm: float = 1.0,
+    gradient_checkpointing: bool = False,
+    threads: int | None = None,
     loss_fn: LossFn | None = None,
     num_examples: int | None = None,
     seed: int = 42,
@@ -91,11 +99,20 @@ def train_loop(
         The received config: round and client vary the seed, and self-pruning's penalty is
         added to the loss.
     steps : int, optional
-        Optimiser steps; ``batches`` starts over when it ends. Default: one pass.
-    learning_rate : float (default: 1e-3)
-        Of AdamW without weight decay.
+        Optimiser steps; ``batches`` starts over when it ends.
+    epochs : float, optional
+        Instead of steps: passes over the batches, rounded up to whole steps. Default: one.
+    learning_rate : float or Mapping[str, float] (default: 1e-3)
+        Of AdamW. A mapping has a rate for parts of the parameters' names, of which the first that
+        fits counts: ``{"lora_": 3e-3, "": 5e-3}`` trains all but the LoRA factors at 5e-3.
+    weight_decay : float (default: 0.0)
+        Of AdamW.
+    schedule : {"constant", "linear", "cosine"} or callable
+        The two others fall to 0 over the steps; ``schedule(step, steps)`` returns the factor on
+        the rates at a step, 0 being the first (default: "constant").
     optimizer : callable, optional
-        Makes another optimiser from the list of trained parameters.
+        Makes another optimiser from the list of trained parameters, or, where ``learning_rate``
+        is a mapping, from groups of them with their rates, as torch's optimisers take them.
     accumulation : int (default: 1)
         Batches of a step; the last step of a pass may have fewer.
     precision : {"float32", "bfloat16", "float16"}
@@ -103,6 +120,11 @@ def train_loop(
         (default: "float32").
     max_grad_norm : float (default: 1.0)
         Gradient clipping; 0: none.
+    gradient_checkpointing : bool (default: False)
+        Compute activations again on the way back: less memory, about a third more time, the same
+        result. For transformers models that support it.
+    threads : int, optional
+        CPU threads of torch meanwhile. Default: as many as the process has.
     loss_fn : callable, optional
         ``loss_fn(model, batch)`` returns the mean loss. Default: ``model(**batch).loss``.
     num_examples : int, optional
@@ -121,23 +143,38 @@ def train_loop(
             f"expected accumulation and steps of at least 1, got {accumulation!r} and {steps!r}"
         )
     dtype = _autocast_type(precision)
-    trained = trainable(model)
-    device = trained[0].device
+    trainable(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(trained.values())).device
+    planned = _planned(batches, steps, epochs, accumulation)
+    repeat = steps is not None or epochs is not None
     penalty = message_penalty(model, config or {})
     measured = loss_fn or _own_loss
-    made = optimizer or (lambda p: torch.optim.AdamW(p, lr=learning_rate, weight_decay=0.0))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # type: ignore[attr-defined]
     counted = _Rows(batches)
-    total, done, empty = torch.zeros((), dtype=torch.float64, device=device), 0, 0
+    total, empty = torch.zeros((), dtype=torch.float64, device=device), 0
     start = time.perf_counter()
-    with _mode(model, training=True), _seeded(device, training_seed(config or {}, seed)):
-        optimiser = made(trained)
-        for group in islice(_groups(counted, accumulation, repeat=steps is not None), steps):
+    with (
+        torch_threads(threads),
+        mode(model, training=True),
+        checkpointed(model) if gradient_checkpointing else nullcontext(),
+        seeded(device, training_seed(config or {}, seed)),
+    ):
+        updates = Updates(
+            trained,
+            planned,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            max_grad_norm=max_grad_norm,
+            optimizer=optimizer,
+            scaler=scaler,
+        )
+        for group in islice(_groups(counted, accumulation, repeat=repeat), planned):
             weights = [_weight(model, batch, own_loss=loss_fn is None) for batch in group]
             if not any(weights):  # not one label: no loss and no gradient
                 empty += len(group)
                 continue
-            optimiser.zero_grad()
             if penalty is not None:
                 scaler.scale(penalty()).backward()  # type: ignore[no-untyped-call]
             for batch, weight in zip(group, weights, strict=True):
@@ -149,13 +186,8 @@ def train_loop(
                 loss = loss.float() * (weight / max(1, sum(weights)))
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()  # read once at the end: each read would wait for a GPU
-            scaler.unscale_(optimiser)
-            if max_grad_norm:
-                nn.utils.clip_grad_norm_(trained, max_grad_norm)
-            scaler.step(optimiser)
-            scaler.update()
-            done += 1
-        optimiser.zero_grad()  # a resident model would otherwise keep the gradients' memory
+            updates.step()
+    done = updates.done
     if not done:
         raise ValueError(
             f"all labels of all {empty} batches are {IGNORED}, which means none: expected some to "
@@ -204,7 +236,7 @@ def losses_and_labels(
     device = next(model.parameters()).device
     losses: list[Tensor] = [torch.zeros(0)]
     found: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
-    with _mode(model, training=False):
+    with mode(model, training=False):
         for batch in batches:
             moved = _to(batch, device)
             labels = moved.get("labels")
@@ -272,6 +304,29 @@ class _Rows:
             yield batch
 
 
+def _planned(
+    batches: Iterable[Batch], steps: int | None, epochs: float | None, accumulation: int
+) -> int | None:
+    """Return how many steps there will be; None: one pass over a stream."""
+    if steps is not None and epochs is not None:
+        raise ValueError(f"expected steps or epochs, got both ({steps!r} and {epochs!r})")
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise ValueError(f"epochs: expected a number above 0, got {epochs!r}")
+    if steps is not None:
+        return steps
+    try:
+        count = len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        if epochs is None:
+            return None
+        raise ValueError(
+            "epochs needs the number of batches, which these do not tell: pass steps, or batches "
+            "with a length (a DataLoader, a list)"
+        ) from None
+    # 1.1 passes of 10 steps are 11, though 1.1 * 10 is a little more than that.
+    return max(1, math.ceil(round((epochs or 1) * math.ceil(count / accumulation), 6)))
+
+
 def _groups(batches: Iterable[Batch], size: int, *, repeat: bool) -> Iterator[list[Batch]]:
     """Yield lists of ``size`` batches, fewer at the end of a pass."""
     while True:
@@ -333,22 +388,3 @@ def _autocast_type(precision: str) -> torch.dtype | None:
     if precision not in _PRECISIONS:
         raise ValueError(f"precision: expected {', '.join(_PRECISIONS)}, got {precision!r}")
     return _PRECISIONS[precision]
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    previous = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(previous)
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    # Dropout draws from torch's global generator and takes no other.
-    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedlora_app.dropout import QuickDropout
+from strategies.dropout import QuickDropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
