@@ -22,19 +22,32 @@ from flwr.common import log
 from torch import Tensor, nn
 
 from strategies.client.peft_model import tail_penalty
+from strategies.losses import (
+    IGNORED,
+    Batch,
+    autocast_type,
+    losses_and_labels,
+    on_device,
+    predicts_next,
+    sample_losses,
+)
 from strategies.messages import CLIENT_KEY, ROUND_KEY, STEPS_KEY, TRAIN_SECONDS_KEY
-from strategies.profiling import Profile
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
 from strategies.schedules import Schedule
 from strategies.surroundings import checkpointed, mode, seeded, torch_threads
 from strategies.updates import OptimizerFactory, Rates, Updates
 
-Batch = Mapping[str, Any]
-LossFn = Callable[[nn.Module, Batch], Tensor]
+__all__ = [
+    "TrainOutcome",
+    "losses_and_labels",
+    "message_penalty",
+    "sample_losses",
+    "train_loop",
+    "trainable",
+    "training_seed",
+]
 
-IGNORED = -100  # the label that Hugging Face models and cross_entropy leave out
-# None: no autocast.
-_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LossFn = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,7 @@ def train_loop(
         raise ValueError(
             f"expected accumulation and steps of at least 1, got {accumulation!r} and {steps!r}"
         )
-    dtype = _autocast_type(precision)
+    dtype = autocast_type(precision)
     trainable(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(trained.values())).device
@@ -182,7 +195,7 @@ def train_loop(
                     empty += 1
                     continue
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss = measured(model, _to(batch, device))
+                    loss = measured(model, on_device(batch, device))
                 loss = loss.float() * (weight / max(1, sum(weights)))
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()  # read once at the end: each read would wait for a GPU
@@ -199,65 +212,6 @@ def train_loop(
         dataset = getattr(batches, "dataset", None)
         num_examples = len(dataset) if hasattr(dataset, "__len__") else counted.most  # type: ignore[arg-type]
     return TrainOutcome(float(total) / done, done, time.perf_counter() - start, num_examples)
-
-
-@torch.no_grad()
-def losses_and_labels(
-    model: nn.Module, batches: Iterable[Batch], *, precision: str = "float32"
-) -> Profile:
-    """Return the loss of each sample and the labels, as AutoRank's profile needs them.
-
-    For Hugging Face models that classify, or predict tokens: the loss of a text is the mean
-    over its predicted tokens, and its labels are those tokens [D]. For other models measure
-    in your own function. Nothing is drawn: the model stays as it is, in evaluation mode
-    meanwhile.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Returns ``.logits``, of shape (rows, classes) or (rows, tokens, vocabulary).
-    batches : Iterable[Mapping[str, Tensor]]
-        With ``labels``, integers of shape (rows,) or (rows, tokens).
-    precision : str (default: "float32")
-        As in ``train_loop``.
-
-    Returns
-    -------
-    Profile
-        ``losses`` of shape (rows,), ``labels`` of shape (rows,) or (predicted tokens,), and the
-        number of rows; ``losses, labels = …`` unpacks it.
-
-    Raises
-    ------
-    ValueError
-        If there are no such labels.
-    """
-    dtype = _autocast_type(precision)
-    device = next(model.parameters()).device
-    losses: list[Tensor] = [torch.zeros(0)]
-    found: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
-    with mode(model, training=False):
-        for batch in batches:
-            moved = _to(batch, device)
-            labels = moved.get("labels")
-            if labels is None or labels.is_floating_point() or labels.ndim > 2:
-                raise ValueError(
-                    "expected integer labels, one a row or one a token, got "
-                    f"{'none' if labels is None else f'{labels.dtype} of {tuple(labels.shape)}'}; "
-                    "measure the losses of this model in a function of your own"
-                )
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                logits = model(**moved).logits
-            if _predicts_next(model):
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            each = nn.functional.cross_entropy(
-                logits.float().flatten(0, -2), labels.flatten(), reduction="none"
-            ).view(len(labels), -1)
-            kept = (labels != IGNORED).view(len(labels), -1)
-            losses.append((each.sum(1) / kept.sum(1).clamp(min=1)).cpu())
-            found.append(labels[labels != IGNORED].cpu())
-    each_loss = torch.cat(losses).numpy()
-    return Profile(each_loss, torch.cat(found).numpy(), len(each_loss))
 
 
 def training_seed(config: Mapping[str, Any], seed: int) -> int:
@@ -354,37 +308,10 @@ def _weight(model: nn.Module, batch: Batch, *, own_loss: bool) -> int:
     labels = batch.get("labels") if own_loss else None
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return _row_count(batch)
-    if labels.ndim > 1 and _predicts_next(model):
+    if labels.ndim > 1 and predicts_next(model):
         labels = labels[..., 1:]
     return int((labels != IGNORED).sum())
 
 
 def _row_count(batch: Batch) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, Tensor)), 1)
-
-
-def _predicts_next(model: nn.Module) -> bool:
-    """Tell whether a model's own loss shifts the labels by one."""
-    kind = getattr(model, "loss_type", None)
-    if kind is not None:
-        return bool(kind == "ForCausalLM")
-    # GPT-2 and others shift without saying so; Hugging Face lists them as what they are.
-    try:
-        from transformers.models.auto import modeling_auto
-    except ImportError:  # then it is no model of theirs
-        return False
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):  # PEFT's
-        inner = inner.get_base_model()
-    known = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return any(cls.__name__ in known for cls in type(inner).__mro__)
-
-
-def _to(batch: Batch, device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _autocast_type(precision: str) -> torch.dtype | None:
-    if precision not in _PRECISIONS:
-        raise ValueError(f"precision: expected {', '.join(_PRECISIONS)}, got {precision!r}")
-    return _PRECISIONS[precision]
