@@ -8,9 +8,9 @@ The rank policies that ask more of a client have a helper each: ``register_profi
 ``profile`` (autorank), ``tail_penalty`` (self-pruning).
 """
 
-from strategies.client.exchange import KEPT_KEY, check_limit, receive, send
+from strategies.client.exchange import KEPT_KEY, RankLimitError, check_limit, receive, send
 from strategies.client.message_api import apply_adapter, make_reply, training_metrics
-from strategies.client.numpy_api import receive_parameters, send_parameters
+from strategies.client.numpy_api import fit_reply, receive_parameters, send_parameters
 from strategies.client.peft_model import (
     adapter_state,
     check_mergeable,
@@ -37,10 +37,12 @@ __all__ = [
     "LossesAndLabels",
     "Measure",
     "Profile",
+    "RankLimitError",
     "adapter_state",
     "apply_adapter",
     "check_limit",
     "check_mergeable",
+    "fit_reply",
     "load_adapter",
     "make_reply",
     "merge_into_base",

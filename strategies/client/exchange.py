@@ -91,6 +91,19 @@ def receive(
     model.fedlora_received = tensors if Privacy.asked(config) else None  # type: ignore[assignment]
 
 
+class RankLimitError(ValueError):
+    """A message's rank is above what the node says it can hold.
+
+    An app that keeps the texts of its errors to itself may send ``told`` to the server: nothing in
+    it comes from the data.
+    """
+
+    @property
+    def told(self) -> str:
+        """The whole text."""
+        return str(self)
+
+
 def check_limit(config: Mapping[str, Any], node: Mapping[str, Any]) -> None:
     """Refuse a message whose rank is above what this node says it can hold.
 
@@ -98,12 +111,12 @@ def check_limit(config: Mapping[str, Any], node: Mapping[str, Any]) -> None:
 
     Raises
     ------
-    ValueError
+    RankLimitError
         With both ranks.
     """
     limit, rank = whole(node.get("max-rank"), low=1), whole(config.get(RANK_KEY), low=1)
     if limit is not None and rank is not None and rank > limit:
-        raise ValueError(
+        raise RankLimitError(
             f"the server sends rank {rank}, but this node's max-rank is {limit}: it is asked for "
             "again before the next round, if its app answers queries (register_identity(app); a "
             "NumPyClient: get_properties)"

@@ -149,19 +149,30 @@ def make_reply(
     config = _record(message.content.config_records, config_key, "config")
     state = context.state if context is not None else None
     node = context.node_config if context is not None else None
-    found: dict[str, Any] = {weight_key: num_examples}
+    found: dict[str, float | int] = {}
     if loss is not None:
         found["loss"] = float(loss)
     if not evaluated:
         found |= training_metrics(model, config, state, steps=steps)
     found |= metrics or {}
-    if Privacy.asked(config, node):  # none of these numbers has noise
-        found = {weight_key: 1}
-    content = RecordDict({metrics_key: MetricRecord(found)})
+    weight, found = reported(config, node, num_examples, found)
+    content = RecordDict({metrics_key: MetricRecord({weight_key: weight, **found})})
     if not evaluated:
         record = to_record(send(model, config, state, adapter_name=adapter_name, node=node))
         content[arrays_key] = _in_received_order(record, message)
     return Message(content, reply_to=message)
+
+
+def reported(
+    config: Mapping[str, Any],
+    node: Mapping[str, Any] | None,
+    num_examples: int,
+    metrics: Mapping[str, Any],
+) -> tuple[int, dict[str, Any]]:
+    """Return the weight and the metrics of a reply; of a private one a weight of 1 alone."""
+    if Privacy.asked(config, node):  # none of these numbers has noise
+        return 1, {}
+    return num_examples, dict(metrics)
 
 
 def start_watch(model: nn.Module) -> None:

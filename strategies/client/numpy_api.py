@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from strategies.client.exchange import check_limit, receive, send
-from strategies.client.message_api import start_watch
+from strategies.client.message_api import reported, start_watch, training_metrics
 from strategies.client.profiling import Measure, profile_if_wanted
 from strategies.messages import NAMES_KEY
 
@@ -54,7 +54,7 @@ def receive_parameters(
     ------
     ValueError
         If the config does not come from ``FedLoRA``, the arrays do not fit the model,
-        ``state`` is needed, or the rank is above the node's ``max-rank``.
+        ``state`` is needed, or, as a ``RankLimitError``, the rank is above the node's ``max-rank``.
     """
     if NAMES_KEY not in config:
         raise ValueError(
@@ -83,7 +83,7 @@ def send_parameters(
     """Return the arrays that ``fit`` is to return, those that are asked for, in order.
 
     ``training_metrics(model, config, state, steps=…)`` gives the metrics that the clock and
-    AutoRank read.
+    AutoRank read; ``fit_reply`` gives all that ``fit`` returns.
 
     Parameters
     ----------
@@ -94,3 +94,34 @@ def send_parameters(
     """
     sent = send(model, config, state, adapter_name=adapter_name, node=node)
     return [tensor.numpy() for tensor in sent.values()]
+
+
+def fit_reply(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    state: RecordDict | None = None,
+    *,
+    num_examples: int,
+    metrics: Mapping[str, float] | None = None,
+    steps: int | None = None,
+    adapter_name: str = "default",
+    node: Mapping[str, Any] | None = None,
+) -> tuple[list[NDArray[Any]], int, dict[str, Any]]:
+    """Return what ``fit`` is to return, arrays, weight and metrics: a NumPyClient's ``make_reply``.
+
+    Where the message asks for a private update, the weight is 1 and there are no metrics.
+
+    Parameters
+    ----------
+    model, config, state, adapter_name, node
+        As in ``send_parameters``.
+    num_examples : int
+        The weight of this client.
+    metrics : Mapping[str, float], optional
+        Numbers to report, beside those of ``training_metrics`` and before them.
+    steps : int, optional
+        Local optimiser steps, for the clock.
+    """
+    arrays = send_parameters(model, config, state, adapter_name=adapter_name, node=node)
+    found = {**training_metrics(model, config, state, steps=steps), **(metrics or {})}
+    return arrays, *reported(config, node, num_examples, found)

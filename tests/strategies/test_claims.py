@@ -12,6 +12,7 @@ from torch import nn
 from strategies import FedLoRA, census, transport
 from strategies.claims import LARGEST, LONGEST_NAME, MOST_METRICS, ReplyError, clean, numbers
 from strategies.client import (
+    RankLimitError,
     apply_adapter,
     check_limit,
     make_reply,
@@ -396,6 +397,9 @@ def test_the_limit_of_a_numpy_client(limit, rank, good):
         return
     with pytest.raises(ValueError, match=f"sends rank {rank}, but this node's max-rank is {limit}"):
         receive_parameters(nn.Linear(1, 1), [], {"array-names": "[]", "lora-rank": rank}, node=node)
+    with pytest.raises(RankLimitError) as caught:  # an app that is discreet may tell all of it
+        check_limit({"lora-rank": rank}, node)
+    assert caught.value.told == str(caught.value)
 
 
 def test_a_place_lasts_whatever_is_said_later():

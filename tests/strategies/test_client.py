@@ -16,6 +16,7 @@ from strategies.client import (
     PROFILED_KEY,
     adapter_state,
     apply_adapter,
+    fit_reply,
     make_reply,
     receive_parameters,
     send_parameters,
@@ -224,7 +225,8 @@ def test_metrics_of_a_model_that_received_nothing():
 # ----- NumPyClient ---------------------------------------------------------------------
 
 
-def test_a_numpy_client_of_two_lines():
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_numpy_client_of_two_lines(whole):
     protocol, tensors, model = NumPyProtocol(), state(2, seed=1), make_model(4)
 
     class Client(NumPyClient):
@@ -237,6 +239,10 @@ def test_a_numpy_client_of_two_lines():
                 for parameter in model.parameters():
                     if parameter.requires_grad:
                         parameter.add_(1.0)
+            if whole:
+                return fit_reply(
+                    model, config, self.state, num_examples=12, metrics={"loss": 0.5}, steps=4
+                )
             metrics = {"loss": 0.5, **training_metrics(model, config, self.state, steps=4)}
             return send_parameters(model, config, self.state), 12, metrics
 
@@ -275,3 +281,7 @@ def test_a_private_reply_tells_nothing_but_the_noised_update():
         model, incoming, num_examples=77, loss=0.3, metrics={"accuracy": 0.9}, steps=4
     )
     assert dict(reply.content["metrics"]) == {"num-examples": 1}
+    arrays, weight, metrics = fit_reply(
+        model, settings(**asked), num_examples=77, metrics={"accuracy": 0.9}, steps=4
+    )
+    assert (len(arrays), weight, metrics) == (len(state(2, seed=1)), 1, {})
