@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn import functional
 
+from strategies import dropout
 from strategies.dropout import QuickDropout
 
 
@@ -107,3 +110,28 @@ def test_attention_of_other_kinds_is_torchs(odd):
         assert torch.equal(
             functional.scaled_dot_product_attention(q, k, v, dropout_p=0.2, **odd), expected
         )
+
+
+@pytest.mark.parametrize("tokens", [6, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_without_dropout_is_torchs(tokens, dtype, monkeypatch):
+    """Of short texts in bfloat16 by another formula: the same but for rounding."""
+    used, original = [], dropout.sdpa_kernel
+    monkeypatch.setattr(
+        dropout, "sdpa_kernel", lambda backend: used.append(backend) or original(backend)
+    )
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 2, 2, tokens, 8, generator=generator).to(dtype)
+    grads, outputs = [], []
+    for mode in (contextlib.nullcontext(), QuickDropout(0)):
+        q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
+        with mode:
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out.square().sum().backward()
+        outputs.append(out.detach().float())
+        grads.append(q.grad.float())
+    other = dtype == torch.bfloat16 and tokens == 6
+    assert bool(used) == other
+    tolerance = {"rtol": 0.05, "atol": 0.05} if other else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(*outputs, **tolerance)
+    torch.testing.assert_close(*grads, **tolerance)
