@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from logging import INFO
-from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
@@ -15,12 +14,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from strategies.durations import duration
+from strategies.records import RECORDS_VERSION, EndRecord, Record
 from strategies.rounds import Round
 from strategies.transport import Meanwhile, exchange
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 StopFn = Callable[[int, Result], bool]
-Listener = Callable[[Mapping[str, Any]], None]
+Listener = Callable[[Record], None]
 
 
 class StreamingStrategy(Strategy):
@@ -72,6 +72,7 @@ class StreamingStrategy(Strategy):
         self.check(initial_arrays)
         result = Result(arrays=initial_arrays)
         done = self.resume(result)
+        self.begin(done)
         began = time.perf_counter()
         meanwhile = None
         if not done:
@@ -129,10 +130,20 @@ class StreamingStrategy(Strategy):
         self.finish(server_round)
         return result
 
+    def begin(self, server_round: int) -> None:
+        """Tell listeners that the run begins, or goes on after a round."""
+        self._emit({"kind": "start", "round": server_round, "version": RECORDS_VERSION})
+
     def finish(self, server_round: int) -> None:
         """Tell listeners why the run is over, and look back at it."""
-        end = {"kind": "end", "round": server_round, "reason": self.ended}
-        self._emit({**end, "never_took_part": self.look_back()})
+        silent = self.look_back()
+        end: EndRecord = {
+            "kind": "end",
+            "round": server_round,
+            "reason": self.ended,
+            "never_took_part": silent,
+        }
+        self._emit(end)
 
     def resume(self, result: Result) -> int:
         """Put back a saved state; return the round it was saved after, 0 without one."""
@@ -169,7 +180,7 @@ class StreamingStrategy(Strategy):
             sent.elapsed_seconds = time.perf_counter() - self.round.started
         self._emit({"kind": "arrived", "round": self.round.number, "node": str(node_id)})
 
-    def _emit(self, record: Mapping[str, Any]) -> None:
+    def _emit(self, record: Record) -> None:
         for listener in self.listeners:
             listener(record)
 

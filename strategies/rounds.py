@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from strategies.clients import Client
 from strategies.durations import duration
 from strategies.messages import STEPS_KEY, TRAIN_SECONDS_KEY, Reply
 from strategies.packing import Parcel
+from strategies.records import ClientRecord, RoundRecord
 from strategies.wallclock.clock import RoundTime, Work
 
 
@@ -51,11 +52,10 @@ class Assignment:
             answered=self.status == "ok",
         )
 
-    def record(self, server_round: int, time: RoundTime) -> dict[str, Any]:
+    def record(self, server_round: int, time: RoundTime) -> ClientRecord:
         """Return it as one JSON-able record; no metric of the client can hide our fields."""
         i = self.client.index
-        return {
-            **self.reported,
+        own: ClientRecord = {
             "kind": "client",
             "round": server_round,
             "client": i,
@@ -68,6 +68,7 @@ class Assignment:
             "compute_seconds": _rounded(time.compute_seconds.get(i)),
             "upload_seconds": _rounded(time.upload_seconds.get(i)),
         }
+        return cast(ClientRecord, {**self.reported, **own})
 
 
 @dataclass
@@ -136,10 +137,10 @@ class Round:
         """The clients' weighted mean training loss, if they reported one."""
         return self.loss_sum / self.weight_sum if self.weight_sum else None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> RoundRecord:
         """Return the round as one JSON-able record."""
         ranks = [a.rank for a in self.assignments.values()]
-        return {
+        own: RoundRecord = {
             "kind": "round",
             "round": self.number,
             "clients": len(ranks),
@@ -159,10 +160,10 @@ class Round:
             "clock_total": _rounded(self.clock_total),
             "bottleneck": self.time.bottleneck if self.time else None,
             "planned_seconds": _rounded(self.planned_seconds),
-            **self.privacy,
-            **{f"server_{k}": v for k, v in self.evaluation.items()},
-            **{f"clients_{k}": v for k, v in self.clients_evaluation.items()},
         }
+        scores = {f"server_{k}": v for k, v in self.evaluation.items()}
+        scores |= {f"clients_{k}": v for k, v in self.clients_evaluation.items()}
+        return cast(RoundRecord, {**own, **self.privacy, **scores})
 
     def line(self, num_rounds: int, seconds_left: float, *, simulated: bool = False) -> str:
         """Return the round as the one line of the log; with the clock if that is simulated."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -53,6 +53,7 @@ from strategies.privacy.outside import OutsideNoise, short_in_this_round, short_
 from strategies.progress import Progress
 from strategies.ranks import RankPolicy, make_rank_policy
 from strategies.ranks.report import rank_record, rank_table
+from strategies.records import ClientEvaluationRecord, Record
 from strategies.rounds import Assignment, Degradation, Round, spread
 from strategies.sampling import FractionSampling, Sampler, make_sampler
 from strategies.saving import Saver, Stateful
@@ -132,8 +133,9 @@ class FedLoRA(StreamingStrategy):
         such noise. (default: seen by ``clipping_norm`` in the config of another's loop, or by a
         model that comes back changed; too little noise is refused)
     listeners : Iterable[callable]
-        Called with a JSON-able record at each step: ``kind`` is ``round-start``, ``arrived``,
-        ``ranks``, ``pilots``, ``plan``, ``client``, ``client-evaluation``, ``round`` or ``end``.
+        Called with a record of ``strategies.records`` at each step: ``kind`` is ``start``,
+        ``ranks``, ``pilots``, ``plan``, ``round-start``, ``arrived``, ``client``,
+        ``client-evaluation``, ``round`` or ``end``.
 
     Raises
     ------
@@ -496,8 +498,13 @@ class FedLoRA(StreamingStrategy):
                 log(WARNING, "evaluation of %s left out: %s", client.name, clean(str(error)))
                 continue
             found.append((client, reply))
-            own = {"kind": "client-evaluation", "round": server_round, "client": client.index}
-            self._emit({**reply.metrics, **own, "node": str(client.node_id)})
+            own: ClientEvaluationRecord = {
+                "kind": "client-evaluation",
+                "round": server_round,
+                "client": client.index,
+                "node": str(client.node_id),
+            }
+            self._emit(cast(ClientEvaluationRecord, {**reply.metrics, **own}))
         for client in self._evaluating.values():
             log(WARNING, "evaluation of %s left out: no answer", client.name)
         self.round.clients_evaluation = spread([reply for _, reply in found])
@@ -635,7 +642,7 @@ class FedLoRA(StreamingStrategy):
                 )
             self.check(arrays)
             self._followed = Result(arrays=arrays)
-            self.resume(self._followed)
+            self.begin(self.resume(self._followed))
             self.round_over(0, self._followed)
         else:
             self.outside.came_back(arrays)
@@ -818,7 +825,7 @@ class FedLoRA(StreamingStrategy):
     def _tell_plan(self) -> None:
         """Hand what the sampler decided to listeners."""
         while (record := self.participation.sampler.record()) is not None:
-            self._emit(record)
+            self._emit(cast(Record, record))
 
     def _reject(self, assignment: Assignment, reason: str, nbytes: int = 0) -> None:
         self.round.reject(assignment, reason, nbytes)

@@ -7,6 +7,7 @@ from typing import Any
 
 from strategies.clients import Client
 from strategies.ranks.base import RankPolicy
+from strategies.records import RankRecord
 
 #: So many clients have a line in the log; all are in the record.
 MOST_LINES = 50
@@ -14,7 +15,7 @@ MOST_LINES = 50
 
 def rank_record(
     policy: RankPolicy, clients: Sequence[Client], ranks: Mapping[int, int], server_round: int
-) -> dict[str, Any]:
+) -> RankRecord:
     """Return who trains which rank and why, as one JSON-able record.
 
     ``clients`` in it has one entry a client: ``client`` (its index), ``samples``, what the
@@ -23,7 +24,7 @@ def rank_record(
     why = policy.explain()
     # A policy may know more of some clients than of others; a table has one set of columns.
     columns = list(dict.fromkeys(key for details in why.clients.values() for key in details))
-    entries = []
+    entries: list[dict[str, Any]] = []
     for client in clients:
         details = why.clients.get(client.index, {})
         entries.append(
@@ -44,7 +45,7 @@ def rank_record(
     }
 
 
-def rank_table(record: Mapping[str, Any]) -> list[str]:
+def rank_table(record: RankRecord) -> list[str]:
     """Return the record as lines of text; a policy that explains nothing has no table."""
     entries = record["clients"]
     if not entries or len(entries[0]) <= 3:

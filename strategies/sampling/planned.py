@@ -13,6 +13,7 @@ import numpy as np
 from flwr.common import log
 
 from strategies.clients import Client
+from strategies.records import PilotsRecord, PlanRecord
 from strategies.sampling.base import Array, Estimator, Outlook, Restart, register
 from strategies.sampling.independent import BernoulliSampling
 from strategies.sampling.pilots import Pilots
@@ -151,7 +152,7 @@ class PlannedSampling(BernoulliSampling):
         self._basis: _Basis | None = None
         self._plan: Plan | None = None  # None where there could be none
         self._k: dict[int, int] = {}
-        self._told: list[dict[str, Any]] = []
+        self._told: list[PilotsRecord | PlanRecord] = []
 
     # ----- before a round ------------------------------------------------------------------
 
@@ -189,11 +190,18 @@ class PlannedSampling(BernoulliSampling):
     def _conclude(self, pilots: Pilots, server_round: int) -> None:
         """Fit α and β, once."""
         self._concluded = True
-        told: dict[str, Any] = {
+        told: PilotsRecord = {
             "kind": "pilots",
             "round": server_round,
             "losses": [pilots.curve(pilot) for pilot in (0, 1)],
             "continued": pilots.better() + 1,
+            "alpha": None,
+            "beta": None,
+            "reliable": False,
+            "reason": "",
+            "variances": None,
+            "spread": None,
+            "residual": None,
         }
         try:
             found = pilots.estimate()
@@ -201,8 +209,7 @@ class PlannedSampling(BernoulliSampling):
             chance = max(pilots.fractions)
             reason = f"{error}; sampling stays uniform with q = {chance:g}"
             log(WARNING, "pilots: no estimate of alpha and beta: %s", reason)
-            told |= {"alpha": None, "beta": None, "reliable": False, "reason": reason}
-            self._told.append({**told, "spread": None, "residual": None, "variances": None})
+            self._told.append({**told, "reason": reason})
             return
         self.convergence = found.alpha, found.beta
         log(INFO if found.reliable else WARNING, "pilots: %s", found.summary())
@@ -289,7 +296,7 @@ class PlannedSampling(BernoulliSampling):
 
     def _plan_record(
         self, basis: _Basis, alpha: float, beta: float, cause: str, reason: str, seconds: float
-    ) -> dict[str, Any]:
+    ) -> PlanRecord:
         made = self._plan
         alternatives = {} if made is None else made.alternatives
         rows = zip(basis.clients, basis.ranks, strict=True)
@@ -333,7 +340,7 @@ class PlannedSampling(BernoulliSampling):
         if self.pilots:
             self.pilots.learn_loss(server_round, loss)
 
-    def record(self) -> Mapping[str, Any] | None:
+    def record(self) -> PilotsRecord | PlanRecord | None:
         """Return the next untold result of the pilots, or plan; None when all are told."""
         return self._told.pop(0) if self._told else None
 

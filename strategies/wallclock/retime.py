@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
+from strategies.records import ClientRecord, Record
 from strategies.wallclock.clock import RoundTime, Work
 from strategies.wallclock.simulated import SimulatedClock
 
-Record = Mapping[str, Any]
 
-
-def retime(records: Iterable[Record], clock: SimulatedClock) -> list[RoundTime]:
+def retime(records: Iterable[Mapping[str, Any]], clock: SimulatedClock) -> list[RoundTime]:
     """Return how long the rounds of a run would have taken by another clock.
 
     Meant for runs whose choices did not depend on the clock: no planner, no deadline. Whoever
@@ -21,7 +20,7 @@ def retime(records: Iterable[Record], clock: SimulatedClock) -> list[RoundTime]:
 
     Parameters
     ----------
-    records : Iterable[Record]
+    records : Iterable[Mapping]
         Those of the run, as in its ``metrics.jsonl``: of kind "round" the ``round`` is used, of
         kind "client" ``round``, ``client``, ``rank``, ``bytes_up``, ``steps`` if the client
         reported them, and ``bytes_planned`` if it is there. A reply that could not be used has
@@ -41,25 +40,26 @@ def retime(records: Iterable[Record], clock: SimulatedClock) -> list[RoundTime]:
     """
     clock = copy.deepcopy(clock)
     rounds: list[int] = []
-    clients: list[Record] = []
-    for record in records:
-        if record.get("kind") == "round":
-            rounds.append(_field(record, "round"))
-        elif record.get("kind") == "client":
+    clients: list[ClientRecord] = []
+    for record in cast(list[Record], [r for r in records if "kind" in r]):
+        if record["kind"] == "round":
+            _check_whole(record, "round")
+            rounds.append(record["round"])
+        elif record["kind"] == "client":
+            _check_whole(record, "round", "client", "rank", "bytes_up")
             clients.append(record)
     largest: dict[int, int] = {}
-    for record in clients:
-        rank = _field(record, "rank")
-        largest[rank] = max(largest.get(rank, 0), _field(record, "bytes_up"))
+    for client in clients:
+        largest[client["rank"]] = max(largest.get(client["rank"], 0), client["bytes_up"])
     plans: dict[int, list[Work]] = {}
     works: dict[int, list[Work]] = {}
-    for record in clients:
-        rank, sent = record["rank"], record["bytes_up"]
-        planned = record.get("bytes_planned") or sent or largest[rank]
-        plan = Work(_field(record, "client"), rank, planned)
-        work = replace(plan, upload_bytes=sent or planned, steps=record.get("steps"))
-        plans.setdefault(_field(record, "round"), []).append(plan)
-        works.setdefault(record["round"], []).append(work)
+    for client in clients:
+        rank, sent = client["rank"], client["bytes_up"]
+        planned = client.get("bytes_planned") or sent or largest[rank]
+        plan = Work(client["client"], rank, planned)
+        work = replace(plan, upload_bytes=sent or planned, steps=client.get("steps"))
+        plans.setdefault(client["round"], []).append(plan)
+        works.setdefault(client["round"], []).append(work)
     times = []
     for number in rounds:
         clock.forecast(plans.get(number, []), number)
@@ -67,8 +67,7 @@ def retime(records: Iterable[Record], clock: SimulatedClock) -> list[RoundTime]:
     return times
 
 
-def _field(record: Record, name: str) -> int:
-    value = record.get(name)
-    if not isinstance(value, int):
-        raise ValueError(f"expected a whole number {name!r} in a record, got {dict(record)!r}")
-    return value
+def _check_whole(record: Record, *names: str) -> None:
+    for name in names:
+        if not isinstance(record.get(name), int):
+            raise ValueError(f"expected a whole number {name!r} in a record, got {dict(record)!r}")

@@ -11,6 +11,7 @@ from strategies import FedLoRA
 from strategies.checkpoint import Checkpoints
 from strategies.messages import to_record
 from strategies.ranks import ListRank, UniformRank
+from strategies.records import RECORDS_VERSION
 from strategies.sampling import PlannedSampling
 from strategies.saving import Saver
 from strategies.wallclock import SimulatedClock
@@ -281,6 +282,7 @@ def test_the_initial_model_is_evaluated_while_the_first_clients_train():
     assert steps[-2:] == ["evaluate 0", "evaluate 1"]
     assert steps.index("train") < steps.index("evaluate 0")
     assert list(result.evaluate_metrics_serverapp) == [0, 1]
+    assert records[0] == {"kind": "start", "round": 0, "version": RECORDS_VERSION}
     told = [(r["kind"], r["round"]) for r in records]
     assert told.index(("round", 0)) < told.index(("client", 1))
     assert records[told.index(("round", 0))]["server_loss"] == 1.0

@@ -1,0 +1,174 @@
+"""What listeners are told and ``metrics.jsonl`` holds: one type for each ``kind`` of record.
+
+All are JSON-able. Scores are open-ended, one key each: ``server_<score>`` and
+``clients_<score>`` in a ``RoundRecord``, the client's own metrics in a ``ClientRecord`` and a
+``ClientEvaluationRecord``; so is what a policy says of a client in a ``RankRecord``. A reader of
+files meets those of older runs, which lack fields that are new: it asks with ``get``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
+
+#: Goes up when a field changes its meaning or goes, not when one is added.
+RECORDS_VERSION = 1
+
+
+class _Timed(TypedDict):
+    round: int
+    at: NotRequired[float]  # seconds since the run began; in files
+
+
+class StartRecord(_Timed):
+    """A run begins, or goes on after ``round``."""
+
+    kind: Literal["start"]
+    version: int
+
+
+class ClockRecord(TypedDict):
+    """What it takes to time the run again on another network; the app's own."""
+
+    kind: Literal["clock"]
+    base_flops: float
+    rank_flops: float
+    steps: float
+    at: NotRequired[float]
+
+
+class RankRecord(_Timed):
+    """Which client trains which rank, and why; told when that changes."""
+
+    kind: Literal["ranks"]
+    policy: str
+    weights: dict[str, float]
+    clients: list[dict[str, Any]]  # client, samples, what the rank was derived from, rank
+    notes: list[str]
+
+
+class PilotsRecord(_Timed):
+    """What the pilots of a planning sampler have found."""
+
+    kind: Literal["pilots"]
+    losses: list[list[float]]
+    continued: int
+    alpha: float | None
+    beta: float | None
+    reliable: bool
+    reason: str
+    variances: list[float] | None
+    spread: float | None
+    residual: float | None
+
+
+class PlannedClient(TypedDict):
+    """What a plan decides for one client."""
+
+    client: int
+    q: float
+    rank: int
+
+
+class PlanRecord(_Timed):
+    """A plan of the rounds to come, or why there is none."""
+
+    kind: Literal["plan"]
+    cause: str
+    feasible: bool
+    reason: str
+    alpha: float
+    beta: float
+    round_seconds: float | None
+    rounds: float | None
+    total_seconds: float | None
+    alternatives: dict[str, float | None]
+    clients: list[PlannedClient]
+    planner_seconds: float
+
+
+class RoundStartRecord(_Timed):
+    """A round's messages are about to be sent."""
+
+    kind: Literal["round-start"]
+    clients: int
+
+
+class ArrivedRecord(_Timed):
+    """A reply is in, before its turn to be aggregated."""
+
+    kind: Literal["arrived"]
+    node: str
+
+
+class ClientRecord(_Timed):
+    """One client's part in a round, with what it reported; after the last reply."""
+
+    kind: Literal["client"]
+    client: int
+    node: str
+    status: str  # ok, rejected, late
+    rank: int
+    bytes_down: int
+    bytes_up: int
+    bytes_planned: int
+    compute_seconds: float | None
+    upload_seconds: float | None
+    reason: NotRequired[str]  # of a rejected one
+    steps: NotRequired[float]  # as reported
+
+
+class ClientEvaluationRecord(_Timed):
+    """What one client reports of the new model on its own data."""
+
+    kind: Literal["client-evaluation"]
+    client: int
+    node: str
+
+
+class RoundRecord(_Timed):
+    """A round that is over; round 0 is the initial model."""
+
+    kind: Literal["round"]
+    clients: int  # asked
+    clients_total: int  # present
+    accepted: int
+    rejected: int
+    late: int
+    ranks: list[int]
+    train_loss: float | None
+    bytes_down: int
+    bytes_up: int
+    bytes_rejected: int
+    train_seconds: float
+    aggregate_seconds: float
+    seconds: float
+    clock_seconds: float | None
+    clock_total: float | None
+    bottleneck: int | None
+    planned_seconds: float | None
+    epsilon_local: NotRequired[float]
+    epsilon_central: NotRequired[float]
+
+
+class EndRecord(_Timed):
+    """Why the run is over, and who was asked and never took part."""
+
+    kind: Literal["end"]
+    reason: str
+    never_took_part: list[str]
+
+
+Record: TypeAlias = (
+    StartRecord
+    | ClockRecord
+    | RankRecord
+    | PilotsRecord
+    | PlanRecord
+    | RoundStartRecord
+    | ArrivedRecord
+    | ClientRecord
+    | ClientEvaluationRecord
+    | RoundRecord
+    | EndRecord
+)
+"""Any of them; ``record["kind"]`` tells mypy and the reader which."""
