@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, MutableMapping
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 
 class Named(Protocol):
@@ -14,43 +14,57 @@ class Named(Protocol):
 
 
 T = TypeVar("T")
+MakerT = TypeVar("MakerT", bound=Callable[..., Any])
+ClassT = TypeVar("ClassT", bound=Named)
 
 
-def add_named(registry: MutableMapping[str, Any], cls: type[Named]) -> None:
-    """Register a class by its ``name``.
+class Registry(dict[str, MakerT]):
+    """Classes of one kind, or what else makes such an object, by name; a dict like any other."""
 
-    A class defined anew, as when its module is loaded again, takes the place of the old one.
+    def register(self, cls: type[ClassT]) -> type[ClassT]:
+        """Register a class by its ``name``, and return it.
 
-    Raises
-    ------
-    ValueError
-        If it has no name, or another class has it.
-    """
-    if not cls.name:
-        raise ValueError(f"{cls.__qualname__}: expected a name to register it by, got none")
-    taken = registry.get(cls.name)
-    if taken is not None and _full_name(taken) != _full_name(cls):
-        raise ValueError(
-            f"{_full_name(cls)}: the name {cls.name!r} belongs to {_full_name(taken)}; "
-            "choose another"
-        )
-    registry[cls.name] = cls
+        A class defined anew, as when its module is loaded again, takes the place of the old one.
 
+        Raises
+        ------
+        ValueError
+            If it has no name, or another class has it.
+        """
+        if not cls.name:
+            raise ValueError(f"{cls.__qualname__}: expected a name to register it by, got none")
+        taken = self.get(cls.name)
+        if taken is not None and _full_name(taken) != _full_name(cls):
+            raise ValueError(
+                f"{_full_name(cls)}: the name {cls.name!r} belongs to {_full_name(taken)}; "
+                "choose another"
+            )
+        self[cls.name] = cast(MakerT, cls)
+        return cls
 
-def _full_name(thing: Any) -> str:
-    return f"{thing.__module__}.{thing.__qualname__}"
+    def find(self, name: str) -> MakerT:
+        """Return what is registered as ``name``.
+
+        Raises
+        ------
+        ValueError
+            If nothing is; the message lists the names and suggests the nearest.
+        """
+        return named(self, name)
+
+    def make(self: Mapping[str, Callable[..., T]], name: str, /, *args: Any, **options: Any) -> T:
+        """Return an object of what is registered as ``name``; errors as of ``find``."""
+        return named(self, name)(*args, **options)
 
 
 def named(registry: Mapping[str, T], name: str) -> T:
-    """Return what is registered as ``name``.
-
-    Raises
-    ------
-    ValueError
-        If nothing is; the message lists the names and suggests the nearest.
-    """
+    """Return what a mapping has as ``name``; see ``Registry.find``."""
     if name not in registry:
         close = difflib.get_close_matches(name, list(registry), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"expected one of {', '.join(registry)}; got {name!r}{hint}")
     return registry[name]
+
+
+def _full_name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies.naming import add_named, named
+from strategies.naming import Registry
 
 if TYPE_CHECKING:  # torch takes seconds, and the door looks at rows without it
     from torch import Tensor, nn
@@ -212,7 +212,7 @@ class Task(ABC):
         return max(value if first.higher_is_better else float(np.exp(-value)), 1e-6)
 
 
-TASKS: dict[str, type[Task]] = {}
+TASKS: Registry[type[Task]] = Registry()
 
 
 def register_task(cls: type[Task]) -> type[Task]:
@@ -223,8 +223,7 @@ def register_task(cls: type[Task]) -> type[Task]:
     ValueError
         If it has no name, or another task has it.
     """
-    add_named(TASKS, cls)
-    return cls
+    return TASKS.register(cls)
 
 
 def make_task(config: RunConfig) -> Task:
@@ -235,4 +234,4 @@ def make_task(config: RunConfig) -> Task:
     ValueError
         If there is no such task; the message lists those that exist.
     """
-    return named(TASKS, config.task)(config)
+    return TASKS.make(config.task, config)

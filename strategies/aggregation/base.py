@@ -24,7 +24,7 @@ from torch import Tensor
 from strategies.aggregation.population import Population
 from strategies.aggregation.state import State
 from strategies.lora import Adapter, AdapterError
-from strategies.naming import add_named, named
+from strategies.naming import Registry
 from strategies.promises import declares, those_that_declare
 
 # Sums are float32: weights further apart than this would overflow or vanish in them.
@@ -312,7 +312,7 @@ def add_into(sums: dict[str, Tensor], key: str, tensor: Tensor, weight: float) -
         sums[key] = tensor.to(torch.float32) * weight
 
 
-AGGREGATIONS: dict[str, Callable[..., Aggregator[Any]]] = {}
+AGGREGATIONS: Registry[Callable[..., Aggregator[Any]]] = Registry()
 
 
 def register(cls: type[RuleT]) -> type[RuleT]:
@@ -323,8 +323,7 @@ def register(cls: type[RuleT]) -> type[RuleT]:
     ValueError
         If the rule has no name, or another rule has it.
     """
-    add_named(AGGREGATIONS, cls)
-    return cls
+    return AGGREGATIONS.register(cls)
 
 
 def make_aggregator(name: str, **options: Any) -> Aggregator[Any]:
@@ -335,4 +334,4 @@ def make_aggregator(name: str, **options: Any) -> Aggregator[Any]:
     ValueError
         If there is no such rule; the message lists those that exist.
     """
-    return named(AGGREGATIONS, name)(**options)
+    return AGGREGATIONS.make(name, **options)

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from strategies.naming import add_named, named
+from strategies.naming import Registry
 from strategies.ranks.autorank import AutoRank
 from strategies.ranks.base import ListRank, RankPolicy, ReportedRank, UniformRank
 from strategies.ranks.pruning import SelfPruningRank
 from strategies.ranks.quality import QualityRank
 
-RANK_POLICIES: dict[str, Callable[..., RankPolicy]] = {
-    "uniform": UniformRank,
-    "list": ListRank,
-    "cycle": lambda ranks: ListRank(ranks, cycle=True),
-    "reported": ReportedRank,
-    "quality": QualityRank,
-    "autorank": AutoRank,
-    "self-pruning": SelfPruningRank,
-}
+RANK_POLICIES: Registry[Callable[..., RankPolicy]] = Registry(
+    {
+        "uniform": UniformRank,
+        "list": ListRank,
+        "cycle": lambda ranks: ListRank(ranks, cycle=True),
+        "reported": ReportedRank,
+        "quality": QualityRank,
+        "autorank": AutoRank,
+        "self-pruning": SelfPruningRank,
+    }
+)
 
 PolicyT = TypeVar("PolicyT", bound=RankPolicy)
 
@@ -32,8 +34,7 @@ def register(cls: type[PolicyT]) -> type[PolicyT]:
     ValueError
         If the policy has no name, or another policy has it.
     """
-    add_named(RANK_POLICIES, cls)
-    return cls
+    return RANK_POLICIES.register(cls)
 
 
 def make_rank_policy(name: str, **options: Any) -> RankPolicy:
@@ -44,4 +45,4 @@ def make_rank_policy(name: str, **options: Any) -> RankPolicy:
     ValueError
         If there is no such policy; the message lists those that exist.
     """
-    return named(RANK_POLICIES, name)(**options)
+    return RANK_POLICIES.make(name, **options)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.clients import Client
-from strategies.naming import add_named, named
+from strategies.naming import Registry
 from strategies.trained import Trained
 from strategies.wallclock.clock import Clock
 
@@ -161,7 +161,7 @@ class Sampler(ABC):
         return self.name
 
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {}
+SAMPLERS: Registry[Callable[..., Sampler]] = Registry()
 
 
 def register(cls: type[SamplerT]) -> type[SamplerT]:
@@ -172,8 +172,7 @@ def register(cls: type[SamplerT]) -> type[SamplerT]:
     ValueError
         If the sampler has no name, or another sampler has it.
     """
-    add_named(SAMPLERS, cls)
-    return cls
+    return SAMPLERS.register(cls)
 
 
 def make_sampler(name: str, **options: Any) -> Sampler:
@@ -184,4 +183,4 @@ def make_sampler(name: str, **options: Any) -> Sampler:
     ValueError
         If there is no such sampler; the message lists those that exist.
     """
-    return named(SAMPLERS, name)(**options)
+    return SAMPLERS.make(name, **options)

@@ -7,16 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strategies.naming import named
+from strategies.naming import Registry
 from strategies.wallclock.channel import PROFILES, devices_from_csv
 from strategies.wallclock.clock import Clock
 from strategies.wallclock.measured import MeasuredClock
 from strategies.wallclock.simulated import SimulatedClock
 
-CLOCKS: dict[str, Callable[..., Clock]] = {
-    MeasuredClock.name: MeasuredClock,
-    **{profile: partial(SimulatedClock, profile) for profile in PROFILES},
-}
+CLOCKS: Registry[Callable[..., Clock]] = Registry(
+    {
+        MeasuredClock.name: MeasuredClock,
+        **{profile: partial(SimulatedClock, profile) for profile in PROFILES},
+    }
+)
 
 
 def make_clock(name: str | Path, **options: Any) -> Clock:
@@ -41,4 +43,4 @@ def make_clock(name: str | Path, **options: Any) -> Clock:
     if str(name).lower().endswith(".csv"):
         devices = devices_from_csv(name, options.pop("profile", "campus"))
         return SimulatedClock(devices, **options)
-    return named(CLOCKS, str(name))(**options)
+    return CLOCKS.make(str(name), **options)
