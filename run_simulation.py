@@ -76,7 +76,7 @@ def check_start(config: RunConfig, args: argparse.Namespace, folder: Path, copie
     ValueError
         With what is wrong and what to do.
     """
-    print(inspect(config.data), flush=True)
+    print(inspect(config), flush=True)
     question = {
         "config": config.to_flat(),
         "folder": str(folder),

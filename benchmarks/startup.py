@@ -44,7 +44,7 @@ def one_message(flat: dict, site: str) -> dict[str, float]:
     mark(PARTS[0])
     from flwr.app import RecordDict
 
-    from fedlora_app.client_app import LoRAClient
+    from fedlora_app.client_app import INFO_KEY, LoRAClient
     from fedlora_app.config import RunConfig
     from fedlora_app.precision import with_precision
 
@@ -52,9 +52,10 @@ def one_message(flat: dict, site: str) -> dict[str, float]:
     labels = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
     client = LoRAClient(config, {"data-path": site}, RecordDict())
     mark(PARTS[1])
-    model = client._model(len(labels))
+    told = {INFO_KEY: json.dumps({"labels": labels})}
+    model = client._model(told)
     mark(PARTS[2])
-    rows, _ = client._rows(labels)
+    rows, _ = client._rows(told)
     mark(PARTS[3])
     from strategies.client import adapter_state, receive, send
     from strategies.lora import Adapter
@@ -74,15 +75,15 @@ def one_message(flat: dict, site: str) -> dict[str, float]:
 
 def write_rows(file: Path, count: int = 500) -> None:
     """Write the first rows of the packaged data as a site would have them."""
-    from fedlora_app.config import DataConfig
-    from fedlora_app.data import load_train
+    from fedlora_app.config import RunConfig
+    from fedlora_app.tasks import make_task
 
-    rows = load_train(DataConfig())
+    rows = make_task(RunConfig()).train_rows()
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(["text", "label"])
-        for text, label in zip(rows.texts[:count], rows.labels[:count], strict=True):
-            writer.writerow([text, rows.label_names[label]])
+        for text, label in zip(rows.items[:count], rows.targets[:count], strict=True):
+            writer.writerow([text, rows.about["labels"][label]])
 
 
 def rounds(site: Path, repeat: int, *, warm: bool) -> list[float]:

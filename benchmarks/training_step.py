@@ -25,9 +25,11 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.measure import machine, table
 from fedlora_app import training
-from fedlora_app.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
-from fedlora_app.data import TokenizedRows, load_train, partition_indices, tokenize
-from fedlora_app.models import MeanPoolClassifier, add_lora, build_model, build_tokenizer
+from fedlora_app.config import LoraConfig, RunConfig, TrainConfig
+from fedlora_app.models import MeanPoolClassifier, add_lora
+from fedlora_app.partition import shares
+from fedlora_app.tasks import TextClassification
+from fedlora_app.tasks.text_classification import Tokens
 from fedlora_app.together import Job, train_together
 from strategies.client import adapter_state, load_adapter
 from strategies.dropout import QuickDropout
@@ -177,7 +179,7 @@ def clients_together(count: int, steps: int, repeat: int) -> None:
         print(table(HEAD, ratios(runs, repeat)))
 
 
-def tiny_client() -> tuple[nn.Module, TokenizedRows]:
+def tiny_client() -> tuple[nn.Module, Tokens]:
     import transformers
 
     config = transformers.BertConfig(
@@ -190,7 +192,7 @@ def tiny_client() -> tuple[nn.Module, TokenizedRows]:
     model = MeanPoolClassifier(transformers.AutoModel.from_config(config), 3)
     rng = np.random.default_rng(0)
     ids, labels = rng.integers(1, 50, size=(60, 20)), rng.integers(3, size=60)
-    rows = TokenizedRows(torch.tensor(ids, dtype=torch.int32), np.full(60, 20), labels)
+    rows = Tokens(torch.tensor(ids, dtype=torch.int32), np.full(60, 20), labels)
     return add_lora(model, LoraConfig(), rank=4, seed=0), rows
 
 
@@ -224,20 +226,18 @@ def evaluate_variants(model: nn.Module, precision: str) -> dict[str, list[Change
     return found
 
 
-def demo_client(precision: str, rank: int) -> tuple[nn.Module, TokenizedRows]:
-    data = load_train(DataConfig())
-    share = partition_indices(data.labels, DataConfig(), num_clients=10, seed=42)[3]
-    rows = tokenize(data.take(share), build_tokenizer(ModelConfig()), DataConfig().max_length)
-    base = build_model(
-        ModelConfig(), num_labels=len(data.label_names), seed=42, precision=precision
-    )
+def demo_client(precision: str, rank: int) -> tuple[nn.Module, Tokens]:
+    task = TextClassification(RunConfig())
+    data = task.train_rows()
+    rows = task.encode(data.take(shares(task, data, 10)[3]))
+    base = task.model(data.about, seed=42, precision=precision)
     return add_lora(base, LoraConfig(), rank=rank, seed=42), rows
 
 
 def compare_training(
     title: str,
     model: nn.Module,
-    rows: TokenizedRows,
+    rows: Tokens,
     config: TrainConfig,
     args: argparse.Namespace,
 ) -> None:

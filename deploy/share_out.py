@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedlora_app.config import DataConfig
-from fedlora_app.data import load_train, partition_indices
+from fedlora_app.config import DataConfig, RunConfig
+from fedlora_app.partition import shares
+from fedlora_app.tasks import make_task
 
 
 def share_out(config: DataConfig, nodes: int, output: Path, seed: int = 42) -> list[Path]:
@@ -42,10 +43,9 @@ def share_out(config: DataConfig, nodes: int, output: Path, seed: int = 42) -> l
     FileExistsError
         If one of the files is there already.
     """
-    rows = load_train(config)
-    parts = partition_indices(
-        rows.labels, config, num_clients=nodes, seed=seed, label_names=rows.label_names
-    )
+    task = make_task(RunConfig(data=config, seed=seed))
+    rows = task.train_rows()
+    parts, names = shares(task, rows, nodes), task.strata_names(rows.about)
     output.mkdir(parents=True, exist_ok=True)
     width = len(str(nodes))
     files = [output / f"node-{number:0{width}}.csv" for number in range(1, nodes + 1)]
@@ -54,7 +54,7 @@ def share_out(config: DataConfig, nodes: int, output: Path, seed: int = 42) -> l
             writer = csv.writer(file)
             writer.writerow(["text", "label"])
             for i in indices:
-                writer.writerow([rows.texts[i], rows.label_names[rows.labels[i]]])
+                writer.writerow([rows.items[i], names[rows.targets[i]]])
     return files
 
 

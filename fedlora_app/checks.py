@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora_app.rank_policies import make_ranks
 from fedlora_app.samplers import make_run_sampler
+from fedlora_app.tasks import LOSS, make_task, primary
 from strategies.aggregation import AGGREGATIONS, Aggregator, make_aggregator
 from strategies.naming import named
 from strategies.participation import Participation
@@ -66,6 +67,7 @@ def impossible(config: RunConfig) -> list[str]:
         )
     if config.method == "head" and config.lora.dora:
         problems.append("method = 'head' trains no LoRA modules; set lora.dora = false")
+    problems += _impossible_task(config)
     problems += _impossible_choice("ranks", config.ranks, RANK_POLICIES)
     problems += _impossible_choice("sampling", config.sampling, SAMPLERS)
     problems += _impossible_ranks(config)
@@ -79,6 +81,31 @@ def impossible(config: RunConfig) -> list[str]:
             problems.append(f"sampling.policy = {config.sampling.policy!r}: {error}")
         else:
             problems += _impossible_together(config, rule, sampler)
+    return problems
+
+
+def _impossible_task(config: RunConfig) -> list[str]:
+    """Return what is wrong with the name of a task, or with a score that is none of it."""
+    try:
+        task = make_task(config)
+    except ValueError as error:
+        return [f"task: {error}"]
+    problems = []
+    known = {score.name: score for score in (*task.scores, LOSS)}
+    wanted = config.checkpoint_best
+    if wanted != "auto":
+        score = known.get(wanted.removeprefix("-"))
+        signed = [name if s.higher_is_better else f"-{name}" for name, s in known.items()]
+        if score is None or wanted not in signed:
+            problems.append(
+                f"checkpoint-best: expected auto or one of {', '.join(signed)}, got {wanted!r}"
+            )
+    first = primary(task)
+    if first.top is not None and config.stop_score > first.top:
+        problems.append(
+            f"stop-score: {config.stop_score:g}, but {first.label} ends at {first.top:g}, so no "
+            "run would stop"
+        )
     return problems
 
 

@@ -17,22 +17,18 @@ from flwr.app import Context, RecordDict
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora_app.config import DataConfig, LoraConfig, ModelConfig, RunConfig
-from fedlora_app.data import (
-    TokenizedRows,
-    load_own,
-    load_train,
-    partition_indices,
-    tokenize,
-    train_validation_split,
-)
+from fedlora_app.config import RunConfig
 from fedlora_app.discretion import LOG, SiteError, discreet
 from fedlora_app.inspection import NO_DATA, block, refuse_few
-from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.models import add_lora
+from fedlora_app.plugins import load
 from fedlora_app.precision import with_precision
-from fedlora_app.training import EvalResult, evaluate, per_sample_losses, train
+from fedlora_app.rows import train_validation_split
+from fedlora_app.tasks import TASKS, About, Inputs, Rows, Task, make_task
+from fedlora_app.training import evaluate, per_sample_losses, train
 from strategies.client import (
     IDENTITY_KEYS,
     adapter_state,
@@ -64,7 +60,7 @@ from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import, which a query does not need
 
-LABELS_KEY = "label-names"
+INFO_KEY = "task-info"  # what the server knows of the task, as JSON
 TIMES_KEY = "steps-factor"
 BITS_KEY = "precision-bits"  # of the frozen weights, as each node chose
 PRECISION_BITS = {"float32": 32, "bfloat16": 16}
@@ -87,6 +83,7 @@ class LoRAClient(NumPyClient):
 
     def __init__(self, config: RunConfig, node: Settings, state: RecordDict) -> None:
         self.config = config
+        self.task = _task(config)
         self.node = node
         self.state = state
         # Also where only the node wants it: nothing about its rows leaves but noised updates.
@@ -108,15 +105,14 @@ class LoRAClient(NumPyClient):
             told.pop("num-examples", None)
             return told
         if config.get(COUNT_KEY):
-            told["num-examples"] = len(self._rows(json.loads(str(config[LABELS_KEY])))[0])
+            told["num-examples"] = len(self._rows(config)[0])
         if config.get(PROFILE_KEY):
-            labels = json.loads(str(config[LABELS_KEY]))
 
             def measure() -> Profile:
-                model = self._model(len(labels))
+                model = self._model(config)
                 merge_into_base(model, Adapter({}))
                 load_adapter(model, _start(model))
-                return self._losses(model, self._rows(labels)[0], config)
+                return self._losses(model, config)
 
             told.update(profile(self.state, measure))
         return told
@@ -125,15 +121,14 @@ class LoRAClient(NumPyClient):
         self, parameters: NDArrays, config: Settings
     ) -> tuple[NDArrays, int, dict[str, Scalar]]:
         """Train at the rank that was sent; return the same arrays, trained."""
-        labels = json.loads(str(config[LABELS_KEY]))
-        model = self._receive(parameters, config, len(labels))
-        rows, held_out = self._rows(labels)
+        model = self._receive(parameters, config)
+        rows, held_out = self._rows(config)
         extra: dict[str, Scalar] = {}
         if self.private:
             wanted = profile_wanted(config) or config.get(VALIDATE_KEY) or config.get(QUALITY_KEY)
             self._refuse(bool(wanted), "numbers measured on its rows")
         if profile_wanted(config):  # of the received adapter, before it is trained
-            found = profile(self.state, lambda: self._losses(model, rows, config), again=True)
+            found = profile(self.state, lambda: self._losses(model, config), again=True)
             extra.update({key: found[key] for key in METRICS})
         server_round = int(config[ROUND_KEY])
         times = int(config.get(TIMES_KEY, 1))
@@ -148,10 +143,9 @@ class LoRAClient(NumPyClient):
             rounds=times,
         )
         if config.get(VALIDATE_KEY) or config.get(QUALITY_KEY):
-            score = self._evaluate(model, held_out, len(labels))
-            extra[VALIDATION_LOSS] = score.loss
-            # A model that gets nothing right still counts a little: weights are above 0.
-            extra["quality"] = max(score.accuracy, 1e-6)
+            scores = self._evaluate(model, held_out)
+            extra[VALIDATION_LOSS] = scores["loss"]
+            extra["quality"] = self.task.quality(scores)
         arrays = send(model, config, self.state, node=self.limits)
         if self.private:
             return [array.numpy() for array in arrays.values()], 1, {}
@@ -169,12 +163,10 @@ class LoRAClient(NumPyClient):
     ) -> tuple[float, int, dict[str, Scalar]]:
         """Evaluate the received adapter on this node's validation rows."""
         self._refuse(self.private, "scores on its rows")
-        labels = json.loads(str(config[LABELS_KEY]))
-        model = self._receive(parameters, config, len(labels))
-        _, rows = self._rows(labels)
-        result = self._evaluate(model, rows, len(labels))
-        metrics: dict[str, Scalar] = {"accuracy": result.accuracy, "macro_f1": result.macro_f1}
-        return result.loss, result.examples, metrics
+        model = self._receive(parameters, config)
+        _, rows = self._rows(config)
+        scores = self._evaluate(model, rows)
+        return scores.pop("loss"), len(rows), dict(scores)
 
     @staticmethod
     def _refuse(asked: bool, what: str) -> None:
@@ -185,29 +177,30 @@ class LoRAClient(NumPyClient):
             )
             raise SiteError(text, text)
 
-    def _evaluate(self, model: PeftModel, rows: TokenizedRows, num_labels: int) -> EvalResult:
-        c = self.config
+    def _evaluate(self, model: PeftModel, rows: Inputs) -> dict[str, float]:
         return evaluate(
+            self.task,
             model,
             rows,
-            batch_size=c.evaluate.batch_size,
-            num_labels=num_labels,
-            precision=c.train.precision,
+            batch_size=self.config.evaluate.batch_size,
+            precision=self.config.train.precision,
         )
 
-    def _losses(self, model: PeftModel, rows: TokenizedRows, config: Settings) -> Profile:
-        """Return the losses of the rows, or of a seeded choice of them, and all labels."""
+    def _losses(self, model: PeftModel, config: Settings) -> Profile:
+        """Return the losses of the rows, or of a seeded choice of them, and all their classes."""
         c = self.config
+        rows, strata = self._rows(config)[0], self._strata(config)
         chosen = profile_rows(len(rows), int(config.get(SAMPLES_KEY, 0)), c.seed)
         losses = per_sample_losses(
+            self.task,
             model,
             rows.take(chosen),
             batch_size=c.evaluate.batch_size,
             precision=c.train.precision,
         )
-        return Profile(losses, rows.labels, len(rows))
+        return Profile(losses, strata, len(rows))
 
-    def _receive(self, parameters: NDArrays, config: Settings, num_labels: int) -> PeftModel:
+    def _receive(self, parameters: NDArrays, config: Settings) -> PeftModel:
         """Put the received arrays into the resident model."""
         try:
             check_limit(config, self.node)
@@ -215,35 +208,63 @@ class LoRAClient(NumPyClient):
             raise SiteError(str(error), str(error)) from None
         names: list[str] = json.loads(str(config[NAMES_KEY]))
         arrays = {n: torch.from_numpy(p) for n, p in zip(names, parameters, strict=True)}
-        model = self._model(num_labels)
+        model = self._model(config)
         receive(model, arrays, config, self.state)
         return model
 
-    def _model(self, num_labels: int) -> PeftModel:
+    def _model(self, config: Settings) -> PeftModel:
         """Return the resident model, as the client before left it."""
-        c = self.config
-        torch.set_num_threads(c.train.threads)  # the process is this app's own
-        return _resident_model(c.model, c.lora, num_labels, c.train.precision, c.seed)
+        torch.set_num_threads(self.config.train.threads)  # the process is this app's own
+        return _resident_model(self.config, _info(config))
 
-    def _rows(self, labels: list[str]) -> tuple[TokenizedRows, TokenizedRows]:
-        """Return this node's training and validation rows."""
-        c, label_names = self.config, tuple(labels)
+    def _rows(self, config: Settings) -> tuple[Inputs, Inputs]:
+        """Return this node's training and validation rows, as the model takes them."""
+        return self._held(config)[:2]
+
+    def _strata(self, config: Settings) -> NDArray[np.int64]:
+        """Return the classes of the training rows; empty where the task has none."""
+        return self._held(config)[2]
+
+    def _held(self, config: Settings) -> Held:
+        info = _info(config)
         if "data-path" in self.node:
-            path = str(self.node["data-path"])
-            return _own_rows(path, c.data, c.model, label_names, c.seed)
+            return _own_rows(str(self.node["data-path"]), self.config, info)
         if "partition-id" not in self.node or "num-partitions" not in self.node:
             raise SiteError(NO_DATA, NO_DATA)
         share, shares = int(self.node["partition-id"]), int(self.node["num-partitions"])
-        return _partition_rows(share, shares, c.data, c.model, label_names, c.seed)
+        return _partition_rows(share, shares, self.config, info)
+
+
+Held = tuple[Inputs, Inputs, NDArray[np.int64]]
+
+
+def _info(config: Settings) -> str:
+    """Return what a message says of the task, as it stands there."""
+    if INFO_KEY not in config:
+        text = f"the message has no {INFO_KEY!r}: the server runs another version of this app"
+        raise SiteError(text, text)
+    return str(config[INFO_KEY])
+
+
+@lru_cache(maxsize=8)
+def _about(info: str) -> About:
+    found: About = json.loads(info)
+    return found
 
 
 @lru_cache(maxsize=1)
-def _resident_model(
-    model: ModelConfig, lora: LoraConfig, num_labels: int, precision: str, seed: int
-) -> PeftModel:
+def _task(config: RunConfig) -> Task:
+    """Return the process's one task; a plug-in that the server has loaded is loaded here too."""
+    if config.task not in TASKS and (problems := load(config.plugins)):
+        raise SiteError("; ".join(problems), "a plugin that the run names cannot be imported here")
+    return make_task(config)
+
+
+@lru_cache(maxsize=1)
+def _resident_model(config: RunConfig, info: str) -> PeftModel:
     """Return the process's one model; every client resizes its LoRA modules in place."""
-    base = build_model(model, num_labels=num_labels, seed=seed, precision=precision)
-    made = add_lora(base, lora, rank=1, seed=seed)
+    base = _task(config).model(_about(info), seed=config.seed, precision=config.train.precision)
+    made = add_lora(base, config.lora, rank=1, seed=config.seed)
     made.fedlora_start = {k: tensor.cpu().clone() for k, tensor in adapter_state(made).items()}
     return made
 
@@ -260,42 +281,40 @@ def _penalty(model: PeftModel, config: Settings) -> Callable[[], Tensor] | None:
 
 
 @lru_cache(maxsize=1)
-def _shares(shares: int, data: DataConfig, labels: tuple[str, ...], seed: int) -> list[np.ndarray]:
-    rows = load_train(data, labels)
-    return partition_indices(rows.labels, data, num_clients=shares, seed=seed, label_names=labels)
-
-
-@lru_cache(maxsize=1024)
-def _partition_rows(
-    share: int,
-    shares: int,
-    data: DataConfig,
-    model: ModelConfig,
-    labels: tuple[str, ...],
-    seed: int,
-) -> tuple[TokenizedRows, TokenizedRows]:
-    indices = _shares(shares, data, labels, seed)[share]
-    rows = tokenize(load_train(data, labels).take(indices), _tokenizer(model), data.max_length)
-    return _split(rows, data, seed)
+def _train_rows(config: RunConfig, info: str) -> Rows:
+    return _task(config).train_rows(_about(info))
 
 
 @lru_cache(maxsize=1)
-def _own_rows(
-    path: str, data: DataConfig, model: ModelConfig, labels: tuple[str, ...], seed: int
-) -> tuple[TokenizedRows, TokenizedRows]:
-    texts = load_own(path, data, labels)
-    refuse_few(texts, path)
-    LOG.info("%s", "\n".join(block("own rows", texts)))  # in this node's own log
-    rows = tokenize(texts, _tokenizer(model), data.max_length)
-    return _split(rows, data, seed)
+def _shares(shares: int, config: RunConfig, info: str) -> list[np.ndarray]:
+    from fedlora_app.partition import shares as share_out  # over a second, and only simulated
+
+    return share_out(_task(config), _train_rows(config, info), shares)
 
 
-def _split(rows: TokenizedRows, data: DataConfig, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
-    kept, held_out = train_validation_split(range(len(rows)), data.validation_fraction, seed)
-    return rows.take(kept), rows.take(held_out)
+@lru_cache(maxsize=1024)
+def _partition_rows(share: int, shares: int, config: RunConfig, info: str) -> Held:
+    indices = _shares(shares, config, info)[share]
+    return _held(_train_rows(config, info).take(indices), config)
 
 
-_tokenizer = lru_cache(maxsize=1)(build_tokenizer)
+@lru_cache(maxsize=1)
+def _own_rows(path: str, config: RunConfig, info: str) -> Held:
+    task = _task(config)
+    rows = task.own_rows(path, _about(info))
+    refuse_few(rows, path)
+    LOG.info("%s", "\n".join(block(task, "own rows", rows)))  # in this node's own log
+    return _held(rows, config)
+
+
+def _held(rows: Rows, config: RunConfig) -> Held:
+    """Encode the rows and hold some out."""
+    task, fraction = _task(config), config.data.validation_fraction
+    kept, held_out = train_validation_split(range(len(rows)), fraction, config.seed)
+    inputs, strata = task.encode(rows), task.strata(rows)
+    if strata is None:
+        strata = np.zeros(0, np.int64)
+    return inputs.take(kept), inputs.take(held_out), strata[kept] if len(strata) else strata
 
 
 def client_fn(context: Context) -> Client:

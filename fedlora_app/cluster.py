@@ -8,6 +8,7 @@ first round every node says whether it could be a client of this run.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 import sys
@@ -109,8 +110,8 @@ def examine(flat: Mapping[str, Scalar]) -> dict[str, Any]:
         found |= {"code": code_digest(), "folder": str(Path(__file__).parents[1])}
         from fedlora_app import client_app  # noqa: F401  (and all that it imports)
         from fedlora_app.config import RunConfig
-        from fedlora_app.models import build_model
         from fedlora_app.precision import with_precision
+        from fedlora_app.tasks import make_task
 
         config = with_precision(RunConfig.from_flat(flat, check=False))
     except ImportError as error:
@@ -121,7 +122,8 @@ def examine(flat: Mapping[str, Scalar]) -> dict[str, Any]:
     except (ImportError, OSError, ValueError) as error:
         found["problems"].append(_say(error))
     try:
-        build_model(config.model, num_labels=2, seed=0, precision=config.train.precision)
+        task = make_task(config)
+        task.model(task.train_rows().about, seed=0, precision=config.train.precision)
     except (ImportError, OSError, ValueError) as error:
         found["problems"].append(_say(error))
     return found
@@ -141,13 +143,12 @@ def versions() -> dict[str, str]:
 
 def digest(config: RunConfig) -> str:
     """Return a digest of the training rows, which all nodes have to divide up alike."""
-    from fedlora_app.data import load_train
+    from fedlora_app.tasks import make_task
 
-    rows = load_train(config.data)
-    summary = hashlib.sha256("\0".join(rows.label_names).encode())
-    summary.update(rows.labels.tobytes())
-    for text in rows.texts:
-        summary.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    rows = make_task(config).train_rows()
+    summary = hashlib.sha256(json.dumps(rows.about, sort_keys=True).encode())
+    for item, target in zip(rows.items, rows.targets, strict=True):
+        summary.update(f"{item!r}\0{target!r}\0".encode("utf-8", "surrogatepass"))
     return summary.hexdigest()
 
 

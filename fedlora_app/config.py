@@ -401,11 +401,11 @@ class RunConfig:
     clip_norm: float = option(
         0.0, "a client's change of a larger norm is scaled down to this; 0: never", low=0
     )
-    stop_accuracy: float = option(
+    stop_score: float = option(
         0.0,
-        "stop when the mean of the last three server accuracies reaches this; 0: run all rounds",
+        "stop when the task's first score (accuracy for classifiers), on the server, is this good "
+        "in the mean of the last three evaluations; 0: run all rounds",
         low=0,
-        high=1,
         on_resume="ignore",
     )
     checkpoint_every: int = option(
@@ -418,9 +418,9 @@ class RunConfig:
         3, "how many of the last to keep, besides the best", low=1, on_resume="ignore"
     )
     checkpoint_best: str = option(
-        "accuracy",
-        "which server score is the best's: accuracy, macro_f1 or -loss",
-        choices=("accuracy", "macro_f1", "-loss"),
+        "auto",
+        "which server score is the best's, as in macro_f1, or -loss where lower is better; auto: "
+        "the task's first",
         on_resume="ignore",
     )
     tensorboard: bool = option(

@@ -14,24 +14,18 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.folders import output_problems
 from fedlora_app.inspection import Report, inspect
-from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.models import add_lora, trained_parts
 from fedlora_app.resuming import check_resume
 from strategies.aggregation import make_aggregator
 from strategies.client import check_mergeable
 from strategies.wallclock import PROFILES, devices_from_csv
-
-LOOKED_AT = 200  # texts that show whether the tokenizer knows their words
-UNKNOWN = 0.5  # of their tokens: more, and it is the tokenizer of another model
 
 
 def check_run(config: RunConfig, folder: Path, data: Report) -> str:
@@ -43,7 +37,7 @@ def check_run(config: RunConfig, folder: Path, data: Report) -> str:
     folder : Path
         Where the run is to write.
     data : Report
-        The rows, as ``inspect`` read them; a few texts are tokenized.
+        The rows, as ``inspect`` read them; a few are encoded.
 
     Returns
     -------
@@ -64,24 +58,20 @@ def check_run(config: RunConfig, folder: Path, data: Report) -> str:
         )
     if problems:
         raise ConfigError(problems)
-    check_resume(config, folder, data.label_names)
-    return check_model(config, len(data.label_names), data.train.texts)
+    check_resume(config, folder, data.about)
+    return check_model(config, data)
 
 
-def check_model(config: RunConfig, num_labels: int, texts: Sequence[str]) -> str:
-    """Refuse a model, tokenizer, targets or lengths that do not go together; see ``check_run``."""
-    tokenizer = build_tokenizer(config.model)
-    base: Any = build_model(config.model, num_labels=num_labels, seed=0, shapes_only=True)
-    line: str = base.loaded.line()
-    name = config.model.name
-    problems = _tokens(name, tokenizer, base, texts[:LOOKED_AT])
-    if (most := positions(base)) is not None and config.data.max_length > most:
-        problems.append(
-            f"data.max-length: {config.data.max_length} tokens, but model.name = {name!r} has "
-            f"{most} positions; set data.max-length={most}"
-        )
-    if problems:
+def check_model(config: RunConfig, data: Report) -> str:
+    """Refuse a model, rows and targets that do not go together; see ``check_run``."""
+    base = data.task.model(data.about, seed=0, shapes_only=True)
+    line: str = base.loaded.line()  # type: ignore[union-attr, operator]
+    if problems := data.task.problems(base, data.train):
         raise ConfigError(problems)
+    if config.method == "head" and not trained_parts(base):
+        raise ConfigError(
+            [f"method = 'head': {config.model.name!r} has no head that could be trained alone"]
+        )
     model = add_lora(base, config.lora, rank=1, seed=0)
     width = max(max(p.shape) for n, p in model.named_parameters() if ".lora_" in n)
     if config.method != "head" and config.max_rank() > width:
@@ -94,19 +84,6 @@ def check_model(config: RunConfig, num_labels: int, texts: Sequence[str]) -> str
     if make_aggregator(config.aggregation, **config.aggregation_settings()).merges_base:
         check_mergeable(model)
     return line
-
-
-def positions(model: nn.Module) -> int | None:
-    """Return how many tokens a model with a table of positions takes; None without a table."""
-    settings: Any = model.config
-    most = getattr(settings, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
-            rows = module.num_embeddings if most is None else min(module.num_embeddings, most)
-            # RoBERTa counts from after the padding.
-            return rows if module.padding_idx is None else rows - module.padding_idx - 1
-    return None
 
 
 def resource_problems(cpus: int, gpus: float) -> list[str]:
@@ -128,37 +105,6 @@ def resource_problems(cpus: int, gpus: float) -> list[str]:
             + (f"give at most {found}" if found else "leave it out")
         )
     return problems
-
-
-def _tokens(name: str, tokenizer: Any, model: nn.Module, texts: Sequence[str]) -> list[str]:
-    """Return how the tokenizer does not fit the model or the texts."""
-    embedding: Any = getattr(model, "encoder", model)
-    rows = embedding.get_input_embeddings().num_embeddings
-    words = tokenizer.get_vocab()
-    last = max(words, key=words.__getitem__)
-    if words[last] >= rows:
-        more = sum(number >= rows for number in words.values())
-        return [
-            f"model.name = {name!r}: the tokenizer knows {more} tokens more than the model, whose "
-            f"embedding has {rows} rows (such as {last!r}, number {words[last]}); take the "
-            "tokenizer the model was trained with, or resize its embedding and save it"
-        ]
-    unknown = tokenizer.unk_token_id
-    if not texts or unknown is None:
-        return []
-    ids = [
-        token
-        for row in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        for token in row
-    ]
-    share = ids.count(unknown) / len(ids) if ids else 1.0
-    if share > UNKNOWN:
-        return [
-            f"model.name = {name!r}: {share:.0%} of the tokens of the first {len(texts)} texts are "
-            "unknown to its tokenizer; take the tokenizer's files that the model was trained with, "
-            "and a model for the language of the texts"
-        ]
-    return []
 
 
 def _optional(config: RunConfig) -> list[str]:
@@ -191,7 +137,7 @@ def main(question: str) -> int:
         if asked["resources"] and (problems := resource_problems(*asked["resources"])):
             raise ConfigError(problems)
         config = RunConfig.from_flat(asked["config"])
-        data = inspect(config.data, clients=asked["clients"], seed=config.seed)
+        data = inspect(config, clients=asked["clients"])
         print(data.shared_out, flush=True)
         print(f"{config.model.name}: {check_run(config, Path(asked['folder']), data)}", flush=True)
     except (ValueError, FileNotFoundError) as error:

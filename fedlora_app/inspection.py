@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from fedlora_app.columns import LABEL_COLUMNS, TEXT_COLUMNS, has_column
-from fedlora_app.config import DataConfig
+from fedlora_app.config import RunConfig
 from fedlora_app.discretion import DataError, SiteError
-from fedlora_app.rows import TextRows, load_own, load_test, load_train, own_table
+from fedlora_app.tasks import About, Rows, Task, make_task
 
 CHECKED = "FEDLORA_CHECKED"
 """An environment variable that says that a run was checked before it was submitted."""
@@ -31,23 +30,25 @@ class Report:
 
     Parameters
     ----------
-    train, test : TextRows
+    task : Task
+    train, test : Rows
         All training rows, and the server's test rows.
     shares : sequence of int
         Rows of each simulated client (default: none were shared out).
     """
 
-    train: TextRows
-    test: TextRows
+    task: Task
+    train: Rows
+    test: Rows
     shares: Sequence[int] = ()
 
     @property
-    def label_names(self) -> tuple[str, ...]:
-        """The labels in the order of their ids."""
-        return self.train.label_names
+    def about(self) -> About:
+        """What all nodes have to agree on."""
+        return self.train.about
 
     def __str__(self) -> str:
-        lines = [*block("train", self.train), *block("test", self.test)]
+        lines = [*block(self.task, "train", self.train), *block(self.task, "test", self.test)]
         return "\n".join([*lines, self.shared_out] if self.shares else lines)
 
     @property
@@ -59,17 +60,15 @@ class Report:
         return f"shares: {len(self.shares)} clients with {low} to {high} rows each"
 
 
-def inspect(config: DataConfig, *, clients: int | None = None, seed: int = 42) -> Report:
+def inspect(config: RunConfig, *, clients: int | None = None) -> Report:
     """Load all training and test rows and share them out once, as a run will.
 
     Parameters
     ----------
-    config : DataConfig
-        Which data.
+    config : RunConfig
+        Which task, and which data.
     clients : int, optional
         Simulated clients that share the training rows (default: the rows are not shared out).
-    seed : int
-        The run's seed (default: 42).
 
     Raises
     ------
@@ -77,39 +76,33 @@ def inspect(config: DataConfig, *, clients: int | None = None, seed: int = 42) -
         If there are no such data, something in them is certainly wrong, or clients would get
         too few rows.
     """
-    train, test = load_train(config), load_test(config)
+    task = make_task(config)
+    train, test = task.train_rows(), task.test_rows()
     if clients is None:
-        return Report(train, test)
-    from fedlora_app.partition import partition  # takes over a second
+        return Report(task, train, test)
+    from fedlora_app.partition import shares  # takes over a second
 
-    parts = partition(
-        train.labels, config, num_clients=clients, seed=seed, label_names=train.label_names
-    )
-    return Report(train, test, [len(part) for part in parts])
+    return Report(task, train, test, [len(part) for part in shares(task, train, clients)])
 
 
-def block(split: str, rows: TextRows) -> list[str]:
+def block(task: Task, split: str, rows: Rows) -> list[str]:
     """Return lines about rows: files, columns, rows, classes, the first row, the longest text."""
     o = rows.origin
     left = f"; left: {_some(o.left)}" if o.left else ""
-    out = f" ({o.blank} left out: no text)" if o.blank else ""
+    out = f" ({o.blank} left out: no {next(iter(o.columns))})" if o.blank else ""
+    taken = "".join(f", {role} from {column!r}" for role, column in o.columns.items())
     lines = [
-        f"{split}: {_some([Path(f).name for f in o.files]) or 'no file'}, "
-        f"text from {o.text!r}, label from {o.label!r}{left}",
+        f"{split}: {_some([Path(f).name for f in o.files]) or 'no file'}{taken}{left}",
         f"  {len(rows)} rows{out}",
     ]
-    counts = np.bincount(rows.labels, minlength=len(rows.label_names))
-    lines[-1] += ": " + _some([f"{n} {c}" for n, c in zip(rows.label_names, counts, strict=True)])
-    if len(rows):
-        first = " ".join(rows.texts[0].split())
-        first = first[:60] + "…" if len(first) > 60 else first
-        longest = max(rows.texts, key=len)
-        lines.append(f"  first: {first!r} → {rows.label_names[rows.labels[0]]}")
-        lines.append(f"  longest text: {len(longest.split())} words, {len(longest)} characters")
-    return [*lines, *(f"  note: {note}" for note in o.notes)]
+    if (strata := task.strata(rows)) is not None:
+        names = task.strata_names(rows.about)
+        counts = np.bincount(strata, minlength=len(names))
+        lines[-1] += ": " + _some([f"{n} {c}" for n, c in zip(names, counts, strict=True)])
+    return [*lines, *task.show(rows), *(f"  note: {note}" for note in o.notes)]
 
 
-def check_own_data(node: Mapping[str, Any], config: DataConfig | None = None) -> str:
+def check_own_data(node: Mapping[str, Any], config: RunConfig | None = None) -> str:
     """Return a block of text about a node's own rows and limits, or raise what is wrong.
 
     For a SuperNode that starts, before it says that it is there; for its own log alone, since
@@ -120,9 +113,9 @@ def check_own_data(node: Mapping[str, Any], config: DataConfig | None = None) ->
     node : mapping
         The node config: ``data-path``, or ``partition-id`` and ``num-partitions``;
         ``max-rank``, ``dp-noise-multiplier``, ``dp-clip``, ``num-examples`` if it has them.
-    config : DataConfig, optional
-        Which columns are read (default: detected, as a run does that names none; if none is
-        detected, the block says so, as a run may name them).
+    config : RunConfig, optional
+        Which task, and which columns are read (default: texts to classify, and columns detected,
+        as a run does that names none; if none is, the block says so, as a run may name them).
 
     Raises
     ------
@@ -135,17 +128,16 @@ def check_own_data(node: Mapping[str, Any], config: DataConfig | None = None) ->
             share, shares = node["partition-id"], node["num-partitions"]
             return f"data: share {share} of {shares} of what the run names"
         raise SiteError(*[NO_DATA] * 2)
-    path, config = str(node["data-path"]), config or DataConfig()
-    table = own_table(path)
-    sought = ((config.text_column, TEXT_COLUMNS), (config.label_column, LABEL_COLUMNS))
-    if not all(has_column(table, wanted, usual) for wanted, usual in sought):
+    path, task = str(node["data-path"]), make_task(config or RunConfig())
+    table = task.own_table(path)
+    if not task.knows(table):
         return (
-            f"{path}: columns {_some(list(table.columns))}; none of them is known as that of the "
-            "texts or the labels, so the run has to set data.text-column and data.label-column"
+            f"{path}: columns {_some(list(table.columns))}; {task.name} does not know which of "
+            "them to take, so the run has to name its columns (data.…-column)"
         )
-    rows = load_own(path, config, None)
+    rows = task.own_rows(path, None)
     refuse_few(rows, path)
-    return "\n".join(block("own rows", rows))
+    return "\n".join(block(task, "own rows", rows))
 
 
 NO_DATA = (
@@ -154,12 +146,13 @@ NO_DATA = (
 )
 
 
-def refuse_few(rows: TextRows, path: str | Path) -> None:
+def refuse_few(rows: Rows, path: str | Path) -> None:
     """Raise DataError if a node has too few rows to train on one and validate on another."""
     if len(rows) < 2:
+        what = next(iter(rows.origin.columns), "something in them")
         raise DataError(
             path,
-            "expected at least 2 rows with text, one to train on and one to validate on",
+            f"expected at least 2 rows with {what}, one to train on and one to validate on",
             str(len(rows)),
             "add rows, or leave this node out",
         )

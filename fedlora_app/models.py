@@ -183,6 +183,11 @@ def build_model(
             task.problem_type = "single_label_classification"  # whatever it was trained for
         else:
             model, found = _mean_pool(found, num_labels)
+    if not _head_names(model):
+        raise ValueError(
+            f"{type(model).__name__} has no classification head under any of the names "
+            f"{', '.join(HEADS)}; set model.head = 'mean-pool' or name another model"
+        )
     model.loaded = found  # type: ignore[assignment]
     for name in trained_parts(model):
         model.get_submodule(name).float()
@@ -224,11 +229,6 @@ def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> P
     if rank < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}")
     heads = trained_parts(model)
-    if not _head_names(model):
-        raise ValueError(
-            f"{type(model).__name__} has no classification head under any of the names "
-            f"{', '.join(HEADS)}; set model.head = 'mean-pool' or name another model"
-        )
     layers = _projections(model, heads)
     targets = _targets(config.target_modules, set(layers))
     with _untouched_rng(), warnings.catch_warnings():
@@ -239,7 +239,7 @@ def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> P
                 r=rank,
                 lora_alpha=config.scale * rank,
                 target_modules=targets,
-                modules_to_save=heads,
+                modules_to_save=heads or None,
                 lora_dropout=config.dropout,
                 use_dora=config.dora,
                 # GPT-2 stores its projections transposed, in a class of its own.
@@ -254,6 +254,19 @@ def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> P
             with torch.no_grad():
                 parameter.copy_(start)
     return peft_model
+
+
+def positions(model: nn.Module) -> int | None:
+    """Return how many tokens a model with a table of positions takes; None without a table."""
+    settings: Any = model.config
+    most = getattr(settings, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
+            rows = module.num_embeddings if most is None else min(module.num_embeddings, most)
+            # RoBERTa counts from after the padding.
+            return rows if module.padding_idx is None else rows - module.padding_idx - 1
+    return None
 
 
 def _head(config: ModelConfig, source: str) -> str:

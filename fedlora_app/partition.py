@@ -1,6 +1,6 @@
 """How simulated clients share the training rows.
 
-Apart from ``data.py`` because ``flwr_datasets`` takes over a second to import, and a
+Apart from ``rows.py`` because ``flwr_datasets`` takes over a second to import, and a
 deployed node, which has rows of its own, never needs it.
 """
 
@@ -22,6 +22,7 @@ from flwr_datasets.partitioner import (
 from numpy.typing import NDArray
 
 from fedlora_app.config import DataConfig
+from fedlora_app.tasks.base import Rows, Task
 
 ATTEMPTS = 20  # seeds tried; each lets flwr_datasets draw a Dirichlet partition 11 times
 
@@ -96,6 +97,29 @@ def double_imbalance(num_clients: int, classes: Sequence[int]) -> list[list[int]
     return [list(classes[:count]) for count in held]
 
 
+def shares(task: Task, rows: Rows, num_clients: int) -> list[Indices]:
+    """Return the row numbers of each simulated client; see ``partition``.
+
+    Raises
+    ------
+    ValueError
+        If the rows cannot be shared out so.
+    """
+    config, strata = task.config, task.strata(rows)
+    if strata is None and config.data.partition != "iid":
+        raise ValueError(
+            f"data.partition = {config.data.partition!r} shares rows out by their classes, and "
+            f"those of {task.name} have none; use 'iid'"
+        )
+    return partition(
+        np.zeros(len(rows), np.int64) if strata is None else strata,
+        config.data,
+        num_clients=num_clients,
+        seed=config.seed,
+        label_names=task.strata_names(rows.about),
+    )
+
+
 def partition(
     labels: NDArray[np.int64],
     config: DataConfig,
@@ -104,7 +128,39 @@ def partition(
     seed: int,
     label_names: Sequence[str] = (),
 ) -> list[Indices]:
-    """Share out the rows; see ``fedlora_app.data.partition_indices``."""
+    """Share the training rows out to simulated clients.
+
+    Parameters
+    ----------
+    labels : ndarray of int64, shape (n,)
+        Label of each row.
+    config : DataConfig
+        ``partition`` is one of
+
+        - ``iid``: equal shares of the shuffled rows;
+        - ``dirichlet``: each class is shared in proportions drawn from Dirichlet(alpha);
+        - ``pathological``: each client holds ``classes_per_client`` classes;
+        - ``double-imbalance``: client i holds the first i + 1 classes, each class split
+          equally over its holders (see ``double_imbalance`` for a number of clients other than
+          that of the classes).
+    num_clients : int
+        Number of clients.
+    seed : int
+        Same seed, same shares.
+    label_names : sequence of str
+        Names for errors (default: the labels' numbers).
+
+    Returns
+    -------
+    list of ndarray of int64
+        Sorted row numbers per client; every row is in exactly one of them, and each has
+        at least ``config.min_samples``.
+
+    Raises
+    ------
+    ValueError
+        If that cannot be had.
+    """
     rows = len(labels)
     if num_clients < 1:
         raise ValueError(f"number of clients: expected at least 1, got {num_clients}")

@@ -9,10 +9,11 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from logging import INFO, WARNING
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from flwr.common import log
@@ -37,8 +38,8 @@ class RunFolder:
         ``metrics.jsonl``, ``summary.json``, ``adapter/`` and the plots.
     config : RunConfig
         Written by ``begin``, as it is in effect.
-    label_names : sequence of str
-        The classes, in the order of their ids; for ``summary.json`` and the adapter.
+    about : mapping
+        What the task says of its data, such as labels; for ``summary.json`` and the adapter.
     resume_round : int, optional
         Go on with the run in this folder after this round: its records are kept, later ones
         are dropped. (default: begin a new run)
@@ -59,7 +60,7 @@ class RunFolder:
         self,
         path: Path,
         config: RunConfig,
-        label_names: Sequence[str] = (),
+        about: Mapping[str, Any] = MappingProxyType({}),
         *,
         resume_round: int | None = None,
     ) -> None:
@@ -67,7 +68,7 @@ class RunFolder:
         if resume_round is None:
             refuse_used(self.path)
         self.config = config
-        self.label_names = list(label_names)
+        self.about = dict(about)
         self.rounds: list[Record] = []
         self.last_reason = "nobody was asked"
         self._end: Record = {}
@@ -148,7 +149,7 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
         adapter = self.path / "adapter"
-        save_adapter(model, adapter, self.config.model.name, self.label_names)
+        save_adapter(model, adapter, self.config.model.name, self.about)
         summary = {
             "method": self.config.method,
             "aggregation": self.config.aggregation,
@@ -162,7 +163,7 @@ class RunFolder:
             "rejected": sum(r["rejected"] for r in self.rounds),
             "ended": self._end.get("reason", ""),
             "never_took_part": self._end.get("never_took_part", []),
-            "labels": self.label_names,
+            **self.about,
             "adapter": str(adapter),
         }
         plots = plot_run(self.rounds, self.path)
@@ -194,10 +195,8 @@ class RunFolder:
                 metrics, ", ".join(map(str, lost)))  # fmt: skip
 
 
-def save_adapter(
-    model: PeftModel, folder: Path, model_name: str, label_names: Sequence[str]
-) -> None:
-    """Write the adapter so that PEFT finds its base, with the classes in the order of their ids.
+def save_adapter(model: PeftModel, folder: Path, model_name: str, about: Mapping[str, Any]) -> None:
+    """Write the adapter so that PEFT finds its base, and beside it what the task says of its data.
 
     Parameters
     ----------
@@ -205,8 +204,9 @@ def save_adapter(
     folder : Path
     model_name : str
         The base model as the run config names it.
-    label_names : sequence of str
-        Written to ``labels.json``, since PEFT's own files have no place for them.
+    about : mapping
+        Each entry is written to a file of its name, such as ``labels.json``, since PEFT's own
+        files have no place for it.
     """
     config = model.peft_config["default"]
     path = Path(model_name).expanduser()
@@ -216,8 +216,9 @@ def save_adapter(
     new = folder.with_name(folder.name + ".new")  # the disk may be full: the old one stays
     try:
         model.save_pretrained(str(new), save_embedding_layers=False)
-        text = json.dumps(list(label_names), ensure_ascii=False, indent=2)
-        (new / "labels.json").write_text(text + "\n", encoding="utf-8")
+        for name, value in about.items():
+            text = json.dumps(value, ensure_ascii=False, indent=2)
+            (new / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

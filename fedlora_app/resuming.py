@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedlora_app.config import ConfigError, RunConfig, Scalar
+from fedlora_app.tasks import make_task, primary
 from strategies.checkpoint import Checkpoints
 from strategies.saving import Saver, matching
 
-LABELS = "labels"  # in a checkpoint's settings: the names of the classes, in order
 
-
-def make_saver(config: RunConfig, path: Path, label_names: Sequence[str]) -> Saver | None:
+def make_saver(config: RunConfig, path: Path, about: Mapping[str, Any]) -> Saver | None:
     """Return what saves the run, with the checkpoint it goes on from; None if neither is asked."""
     if not (config.checkpoint_every or config.resume_from) or config.method == "local":
         return None
@@ -21,21 +21,21 @@ def make_saver(config: RunConfig, path: Path, label_names: Sequence[str]) -> Sav
         return Saver(
             _checkpoints(config, path),
             resume_from=config.resume_from,
-            fingerprint=_settings(config, label_names),
-            fatal=_fatal(),
+            fingerprint=_settings(config, about),
+            fatal=_fatal(about),
             ignored=config.keys_on_resume("ignore"),
         )
     except (OSError, ValueError) as error:
         raise ConfigError([f"resume-from: {error}"]) from error
 
 
-def check_resume(config: RunConfig, path: Path, label_names: Sequence[str]) -> None:
+def check_resume(config: RunConfig, path: Path, about: Mapping[str, Any]) -> None:
     """Read what the run would go on from, and touch nothing.
 
     Raises
     ------
     ConfigError
-        If there is no such checkpoint, or one of a run with other settings or labels.
+        If there is no such checkpoint, or one of a run with other settings, or of another task.
     """
     if not config.resume_from or config.method == "local":
         return
@@ -43,8 +43,8 @@ def check_resume(config: RunConfig, path: Path, label_names: Sequence[str]) -> N
         matching(
             _checkpoints(config, path),
             config.resume_from,
-            _settings(config, label_names),
-            fatal=_fatal(),
+            _settings(config, about),
+            fatal=_fatal(about),
             ignored=config.keys_on_resume("ignore"),
         )
     except (OSError, ValueError) as error:
@@ -58,20 +58,29 @@ def resumed_here(saver: Saver | None, path: Path) -> int | None:
     return saver.round if path in saver.resumed.path.parents else None
 
 
+def best_score(config: RunConfig) -> str:
+    """Return the score by which one checkpoint is the best, with a minus where lower is better."""
+    if config.checkpoint_best != "auto":
+        return config.checkpoint_best
+    score = primary(make_task(config))
+    return score.name if score.higher_is_better else f"-{score.name}"
+
+
 def _checkpoints(config: RunConfig, path: Path) -> Checkpoints:
     return Checkpoints(
         path / "checkpoints",
         every=config.checkpoint_every or config.rounds,
         keep=config.checkpoint_keep,
-        best=config.checkpoint_best,
+        best=best_score(config),
     )
 
 
-def _settings(config: RunConfig, label_names: Sequence[str]) -> dict[str, Scalar]:
+def _settings(config: RunConfig, about: Mapping[str, Any]) -> dict[str, Scalar]:
     """Return what a run must have in common with the checkpoint it goes on from."""
-    return {**config.to_flat(), LABELS: json.dumps(list(label_names), ensure_ascii=False)}
+    said = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
+    return {**config.to_flat(), **said}
 
 
-def _fatal() -> list[str]:
+def _fatal(about: Mapping[str, Any]) -> list[str]:
     # The same number of classes in another order would train the head for other words.
-    return [*RunConfig.keys_on_resume("fatal"), LABELS]
+    return [*RunConfig.keys_on_resume("fatal"), *about]

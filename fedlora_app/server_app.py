@@ -15,34 +15,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.app import ConfigRecord, Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_app.client_app import LABELS_KEY, TIMES_KEY
+from fedlora_app.alone import Alone
+from fedlora_app.client_app import INFO_KEY, TIMES_KEY
 from fedlora_app.config import RunConfig
-from fedlora_app.data import TextRows, TokenizedRows, load_test, tokenize
 from fedlora_app.door import check_run
+from fedlora_app.held_out import HeldOut, effective_adapter
 from fedlora_app.inspection import CHECKED, inspect
-from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.models import add_lora
 from fedlora_app.precision import with_precision
 from fedlora_app.rank_policies import make_ranks
 from fedlora_app.report import RunFolder
 from fedlora_app.resuming import make_saver, resumed_here
 from fedlora_app.samplers import make_run_sampler
+from fedlora_app.tasks import About, Inputs, Score, Task, primary
 from fedlora_app.tensorboard import TensorBoardListener
-from fedlora_app.training import EvalResult, evaluate, per_sample_losses, torch_threads
+from fedlora_app.training import output_of
 from strategies import FedLoRA
 from strategies.aggregation import make_aggregator
 from strategies.client import adapter_state, load_adapter
-from strategies.clients import Client
 from strategies.lora import Adapter
-from strategies.messages import from_record, to_record
-from strategies.model import GlobalModel
+from strategies.messages import to_record
 from strategies.privacy import Privacy, PrivateRun
 from strategies.saving import Saver
-from strategies.seeding import stream
 from strategies.wallclock import (
     PROFILES,
     Clock,
@@ -66,15 +64,15 @@ def main(grid: Grid, context: Context) -> None:
     default = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
     began = time.perf_counter()
     path = Path(config.output or default).expanduser().absolute()
-    data = inspect(config.data)
+    data = inspect(config)
     if CHECKED not in os.environ:  # ``flwr run`` comes without the door of run_simulation.py
         log(INFO, "%s", data)
         log(INFO, "%s: %s", config.model.name, check_run(config, path, data))
-    test = TestSet(config, data.test)
-    model, adapter = initial_adapter(config, len(test.label_names))
-    saver = make_saver(config, path, test.label_names)
+    test = HeldOut(data.task, data.test)
+    model, adapter = initial_adapter(data.task, data.about)
+    saver = make_saver(config, path, data.about)
     resumed = resumed_here(saver, path)
-    folder = RunFolder(path, config, test.label_names, resume_round=resumed)
+    folder = RunFolder(path, config, data.about, resume_round=resumed)
     log(INFO, "%s: %s on %s in %s, %s", config.method, config.model.name, config.data.name,
         config.train.precision, adapter)  # fmt: skip
 
@@ -88,7 +86,7 @@ def main(grid: Grid, context: Context) -> None:
         strategy.listeners.append(board)
     alone = config.method == "local"
     train_config = ConfigRecord(
-        {LABELS_KEY: json.dumps(test.label_names), TIMES_KEY: config.rounds if alone else 1}
+        {INFO_KEY: json.dumps(data.about), TIMES_KEY: config.rounds if alone else 1}
     )
     result = strategy.start(
         grid,
@@ -108,81 +106,18 @@ def main(grid: Grid, context: Context) -> None:
         )
     if strategy.degradation.over:  # what was trained so far is in the checkpoints
         raise RuntimeError(f"the run ended after round {strategy.round.number}: {strategy.ended}")
-    load_adapter(model, effective_adapter(result.arrays, config))
+    load_adapter(model, effective_adapter(result.arrays, config.lora.scale))
     if isinstance(strategy, Alone):
         scores = strategy.scores()
     else:
-        score = test.evaluate(model, everything=True)
-        scores = {"accuracy": score.accuracy, "macro_f1": score.macro_f1, "loss": score.loss}
+        scores = test.evaluate(model, everything=True)
     folder.finish(scores, model, seconds=time.perf_counter() - began)
 
 
-class TestSet:
-    """The server's held-out rows; ``validation`` are those that judge, and never test."""
-
-    __test__ = False  # not a test, whatever pytest makes of its name
-
-    def __init__(self, config: RunConfig, rows: TextRows | None = None) -> None:
-        rows = load_test(config.data) if rows is None else rows
-        self.label_names = rows.label_names
-        self.config = config
-        tokenizer = build_tokenizer(config.model)
-        self.all: TokenizedRows = tokenize(rows, tokenizer, config.data.max_length)
-        self.validation: TokenizedRows | None = None
-        if config.ranks.policy == "quality" and (size := config.ranks.validation_rows):
-            order = stream(config.seed, "validation").permutation(len(self.all))
-            self.validation = self.all.take(np.sort(order[:size]))
-            self.all = self.all.take(np.sort(order[size:]))
-        self.some = self.all
-        if 0 < config.data.test_rows < len(self.all):
-            rng = np.random.default_rng(config.seed)
-            chosen = rng.choice(len(self.all), config.data.test_rows, replace=False)
-            self.some = self.all.take(np.sort(chosen))
-
-    def evaluate(self, model: PeftModel, *, everything: bool = False) -> EvalResult:
-        """Evaluate the model as it is, on all cores."""
-        with torch_threads(os.cpu_count() or 1):
-            return evaluate(
-                model,
-                self.all if everything else self.some,
-                batch_size=self.config.evaluate.batch_size,
-                num_labels=len(self.label_names),
-                precision=self.config.train.precision,
-            )
-
-    def validation_loss(self, model: PeftModel, adapter: Adapter) -> float:
-        """Return the loss of a client's adapter on the validation rows."""
-        if self.validation is None:
-            raise ValueError("there are no validation rows; set ranks.validation-rows")
-        load_adapter(model, adapter)
-        with torch_threads(os.cpu_count() or 1):
-            losses = per_sample_losses(
-                model,
-                self.validation,
-                batch_size=self.config.evaluate.batch_size,
-                precision=self.config.train.precision,
-            )
-        return float(losses.mean())
-
-    def metrics(self, model: PeftModel, arrays: ArrayRecord) -> MetricRecord:
-        """Evaluate global arrays; what the strategy calls after each round."""
-        load_adapter(model, effective_adapter(arrays, self.config))
-        score = self.evaluate(model)
-        return MetricRecord(
-            {"loss": score.loss, "accuracy": score.accuracy, "macro_f1": score.macro_f1}
-        )
-
-
-def effective_adapter(arrays: ArrayRecord, config: RunConfig) -> Adapter:
-    """Return the whole global model as one adapter on the base, for evaluation and export."""
-    return GlobalModel.from_tensors(from_record(arrays), config.lora.scale).combined()
-
-
-def initial_adapter(config: RunConfig, num_labels: int) -> tuple[PeftModel, Adapter]:
+def initial_adapter(task: Task, about: About) -> tuple[PeftModel, Adapter]:
     """Return the server's model and the adapter that round 1 starts from."""
-    base = build_model(
-        config.model, num_labels=num_labels, seed=config.seed, precision=config.train.precision
-    )
+    config = task.config
+    base = task.model(about, seed=config.seed, precision=config.train.precision)
     model = add_lora(base, config.lora, rank=config.max_rank(), seed=config.seed)
     state = {key: value.clone() for key, value in adapter_state(model).items()}
     adapter = Adapter.from_state_dict(state, config=model.peft_config["default"])
@@ -190,30 +125,28 @@ def initial_adapter(config: RunConfig, num_labels: int) -> tuple[PeftModel, Adap
 
 
 def stop_at(
-    accuracy: float, rounds: Iterable[Mapping[str, Any]]
+    score: Score, wanted: float, rounds: Iterable[Mapping[str, Any]]
 ) -> Callable[[Mapping[str, float]], bool] | None:
-    """Return what ends a run when three accuracies in a row have this mean.
+    """Return what ends a run when a score's mean over three evaluations in a row is good enough.
 
-    ``rounds`` are those of a run that is resumed.
+    ``wanted`` 0: nothing does. ``rounds`` are those of a run that is resumed.
     """
-    before = (
-        r["server_accuracy"]
-        for r in rounds
-        if r["round"] > 0 and r.get("server_accuracy") is not None
-    )
-    last: deque[float] = deque(before, maxlen=3)
+    known = (r.get(f"server_{score.name}") for r in rounds if r["round"] > 0)
+    last: deque[float] = deque((value for value in known if value is not None), maxlen=3)
 
     def reached(scores: Mapping[str, float]) -> bool:
-        last.append(scores["accuracy"])
-        return len(last) == last.maxlen and sum(last) / len(last) >= accuracy
+        last.append(scores[score.name])
+        mean = sum(last) / len(last)
+        good = mean >= wanted if score.higher_is_better else mean <= wanted
+        return len(last) == last.maxlen and good
 
-    return reached if accuracy else None
+    return reached if wanted else None
 
 
 def make_strategy(
     config: RunConfig,
     folder: RunFolder,
-    test: TestSet,
+    test: HeldOut,
     model: PeftModel,
     saver: Saver | None = None,
 ) -> FedLoRA:
@@ -239,7 +172,7 @@ def make_strategy(
         "saver": saver,
         "clip_norm": config.clip_norm,
         "privacy": make_privacy(config, folder.path, saver),
-        "stop_when": stop_at(config.stop_accuracy, folder.rounds),
+        "stop_when": stop_at(primary(test.task), config.stop_score, folder.rounds),
         "listeners": [folder],
     }
     if config.method == "local":
@@ -274,7 +207,7 @@ def make_privacy(config: RunConfig, path: Path, saver: Saver | None) -> PrivateR
     return PrivateRun(Privacy(p.clip, p.noise_multiplier), p.delta, ledger)
 
 
-def make_run_clock(config: RunConfig, model: PeftModel, test: TestSet) -> Clock:
+def make_run_clock(config: RunConfig, model: PeftModel, test: HeldOut) -> Clock:
     """Return the clock of the run config, with the FLOPs of a training step as counted."""
     measured = config.clock.profile == "measured"
     if measured and config.sampling.policy != "planned":
@@ -314,53 +247,18 @@ def simulated_clock(
 
 
 def training_step(
-    model: PeftModel, rows: TokenizedRows, config: RunConfig, rank: int
+    model: PeftModel, inputs: Inputs, config: RunConfig, rank: int
 ) -> Callable[[], None]:
-    """Return one training step at a rank, forward and backward, on a batch of full length."""
+    """Return one training step at a rank, forward and backward, on a batch of the largest rows."""
     adapter = Adapter.from_state_dict(
         {k: t.clone() for k, t in adapter_state(model).items()}, config.lora.scale
     )
     load_adapter(model, adapter.with_rank(rank))
-    shape = (config.train.batch_size, config.data.max_length)
-    ids = torch.full(shape, int(rows.input_ids[0, 0]))
-
-    low = config.train.precision == "bfloat16"
+    largest = int(np.argmax(inputs.sizes))
+    batch = inputs.batch([largest] * config.train.batch_size)
 
     def step() -> None:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=low):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        logits.float().sum().backward()
+        output_of(model, batch, config.train.precision).loss.backward()
         model.zero_grad()
 
     return step
-
-
-class Alone(FedLoRA):
-    """Baseline: every client trains alone, and each result is tested by itself."""
-
-    def __init__(self, test: TestSet, model: PeftModel, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.test = test
-        self.model = model
-        self.results: dict[Client, EvalResult] = {}
-
-    def on_update(self, client: Client, adapter: Adapter) -> None:
-        """Test one client's own adapter on the server's test set."""
-        load_adapter(self.model, adapter)
-        score = self.test.evaluate(self.model, everything=True)
-        self.results[client] = score
-        log(INFO, "%s alone: accuracy %.3f macro-F1 %.3f",
-            client.name, score.accuracy, score.macro_f1)  # fmt: skip
-
-    def scores(self) -> dict[str, float]:
-        """Return mean, best and worst over the clients."""
-        results = list(self.results.values())
-        accuracy = [r.accuracy for r in results]
-        return {
-            "accuracy": float(np.mean(accuracy)),
-            "accuracy_best": max(accuracy),
-            "accuracy_worst": min(accuracy),
-            "macro_f1": float(np.mean([r.macro_f1 for r in results])),
-            "macro_f1_best": max(r.macro_f1 for r in results),
-            "loss": float(np.mean([r.loss for r in results])),
-        }

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedlora_app.config import RunConfig
 from fedlora_app.plots import points, pyplot, save
 from fedlora_app.records import of_kind, plan_periods, read_json, read_records
+from fedlora_app.tasks import make_task
 
 if TYPE_CHECKING:
     from fedlora_app.compare import Study
@@ -122,15 +123,19 @@ def plot_ranks(run: Path, clients: int, file: Path) -> None:
     file : Path
         PNG to write.
     """
-    from fedlora_app.data import load_train, partition_indices
+    from fedlora_app.partition import shares
 
     config = RunConfig.from_flat(read_json(run / "config.json"))
     book = of_kind(read_records(run / "metrics.jsonl"), "ranks")[-1]
     ranks = {entry["client"]: entry["rank"] for entry in book["clients"]}
-    rows = load_train(config.data)
-    shares = partition_indices(rows.labels, config.data, num_clients=clients, seed=config.seed)
-    classes = range(len(rows.label_names))
-    counts = np.array([[np.sum(rows.labels[share] == c) for c in classes] for share in shares])
+    task = make_task(config)
+    rows = task.train_rows()
+    names = task.strata_names(rows.about)
+    strata = task.strata(rows)
+    if strata is None:  # rows of no class: their number alone
+        strata, names = np.zeros(len(rows), np.int64), ("rows",)
+    parts = shares(task, rows, clients)
+    counts = np.array([np.bincount(strata[part], minlength=len(names)) for part in parts])
 
     plt = pyplot()
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.5, 6), sharex=True, height_ratios=[1, 2])
@@ -142,8 +147,8 @@ def plot_ranks(run: Path, clients: int, file: Path) -> None:
     top.set_title(f"{config.ranks.policy}, partition {config.data.partition}, seed {config.seed}")
     top.margins(y=0.2)
     below = np.zeros(clients)
-    for c in classes:
-        bottom.bar(x, counts[:, c], bottom=below, label=rows.label_names[c])
+    for c, name in enumerate(names):
+        bottom.bar(x, counts[:, c], bottom=below, label=name)
         below += counts[:, c]
     bottom.set_ylabel("training rows")
     bottom.set_xlabel("client")

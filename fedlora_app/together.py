@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fedlora_app.batches import training_batches
 from fedlora_app.config import TrainConfig
-from fedlora_app.data import Batch, TokenizedRows, training_batches
+from fedlora_app.tasks.base import Inputs
 from fedlora_app.training import (
     TrainResult,
     Updates,
     amount,
     default_device,
-    logits_of,
     mode,
+    on_device,
+    output_of,
     seeded,
     torch_threads,
 )
@@ -42,8 +44,8 @@ class Job:
     ----------
     adapter : Adapter
         What it starts from, of its own rank.
-    rows : TokenizedRows
-        At least one row.
+    inputs : Inputs
+        At least one row, of token ids.
     config : TrainConfig
         Precision and threads are those of all jobs that are trained together.
     seed : int
@@ -51,7 +53,7 @@ class Job:
     """
 
     adapter: Adapter
-    rows: TokenizedRows
+    inputs: Inputs
     config: TrainConfig
     seed: int
 
@@ -93,10 +95,11 @@ def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainRes
     ):
         while going := [client for client in clients if client.load()]:
             batch, sizes = _joined([client.batch for client in going], _padding(model))
-            with _Own(named, going), _OwnDropout(going, batch.input_ids.shape[1]):
-                logits = logits_of(model, batch, device, config.precision)
+            with _Own(named, going), _OwnDropout(going, batch["input_ids"].shape[1]):
+                output = output_of(model, on_device(batch, device), config.precision)
+                logits = output.logits.float()
             losses = [
-                functional.cross_entropy(own[:size], client.batch.labels.to(device))
+                functional.cross_entropy(own[:size], client.batch["labels"].to(device))
                 for client, own, size in zip(
                     going, logits.view(len(going), -1, logits.shape[-1]), sizes, strict=True
                 )
@@ -148,7 +151,7 @@ class _Client:
     job: Job
     named: dict[str, Tensor]
     device: torch.device
-    batch: Batch = field(init=False)
+    batch: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         job = self.job
@@ -156,19 +159,20 @@ class _Client:
         for key, value in job.adapter.to_state_dict().items():
             own = value.detach().to(self.device, self.named[key].dtype, copy=True)
             self.weights[key] = own.requires_grad_(self.named[key].requires_grad)
-        total, self.steps = amount(job.config, len(job.rows))
+        total, self.steps = amount(job.config, len(job.inputs))
         trained = {key: weight for key, weight in self.weights.items() if weight.requires_grad}
         self.updates = Updates(trained, job.config, self.steps)
         self.bits = np.random.SFC64(job.seed)
         rng = np.random.default_rng(job.seed)
-        self.batches = training_batches(job.rows, job.config.batch_size, total, rng)
+        rows = len(job.inputs)
+        self.batches = training_batches(rows, job.config.batch_size, total, rng)
         self.losses = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def load(self) -> bool:
         """Take the next batch; return whether there is one."""
         found = next(self.batches, None)
         if found is not None:
-            self.batch = found
+            self.batch = self.job.inputs.batch(found)
         return found is not None
 
     def update(self, loss: Tensor) -> None:
@@ -177,27 +181,28 @@ class _Client:
 
     def result(self, seconds: float) -> tuple[TrainResult, Adapter]:
         done = TrainResult(
-            float(self.losses) / self.steps, len(self.job.rows), self.steps, seconds * self.steps
+            float(self.losses) / self.steps, len(self.job.inputs), self.steps, seconds * self.steps
         )
         state = {key: weight.detach() for key, weight in self.weights.items()}
         scale = next((pair.scale for pair in self.job.adapter.pairs.values()), 1.0)
         return done, Adapter.from_state_dict(state, scale, check_finite=False)
 
 
-def _joined(batches: Sequence[Batch], padding: int) -> tuple[Batch, list[int]]:
+def _joined(
+    batches: Sequence[dict[str, Tensor]], padding: int
+) -> tuple[dict[str, Tensor], list[int]]:
     """Return one batch with the same number of rows and tokens for each, and their own numbers."""
-    sizes = [len(batch.labels) for batch in batches]
-    width = max(batch.input_ids.shape[1] for batch in batches)
+    sizes = [len(batch["labels"]) for batch in batches]
+    width = max(batch["input_ids"].shape[1] for batch in batches)
 
     def widened(tensor: Tensor, value: int) -> Tensor:
         wide = functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
         # Rows that only fill up are some that there are: a row of padding alone may give NaN.
         return torch.cat([wide, wide[:1].expand(max(sizes) - len(wide), -1)])
 
-    ids = torch.cat([widened(batch.input_ids, padding) for batch in batches])
-    mask = torch.cat([widened(batch.attention_mask, 0) for batch in batches])
-    none = batches[0]
-    return Batch(ids, mask, none.labels, none.rows), sizes
+    ids = torch.cat([widened(batch["input_ids"], padding) for batch in batches])
+    mask = torch.cat([widened(batch["attention_mask"], 0) for batch in batches])
+    return {"input_ids": ids, "attention_mask": mask}, sizes
 
 
 class _Own(TorchFunctionMode):
@@ -255,7 +260,7 @@ class _OwnDropout(QuickDropout):
         # (rows, heads, tokens, tokens) two.
         axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
         for client, part in zip(self.clients, found, strict=True):
-            rows, tokens = client.batch.input_ids.shape
+            rows, tokens = client.batch["input_ids"].shape
             own = [rows, *shape[1:]]
             for axis in axes:
                 own[axis] = tokens if own[axis] == self.width else own[axis]

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedlora_app.batches import evaluation_batches, training_batches
 from fedlora_app.config import TrainConfig
-from fedlora_app.data import Batch, TokenizedRows, evaluation_batches, training_batches
+from fedlora_app.tasks.base import Inputs, Task
 from strategies.dropout import QuickDropout
 
 #: Tokens of an evaluation batch for each CPU thread: what passes between layers stays in cache.
@@ -47,28 +48,6 @@ class TrainResult:
     seconds: float
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """Quality of a model on some rows.
-
-    Parameters
-    ----------
-    loss : float
-        Mean cross-entropy over the rows.
-    accuracy : float
-        Share of the rows whose most likely label is right.
-    macro_f1 : float
-        Mean F1 over the labels that occur among the rows or the predictions.
-    examples : int
-        Number of rows.
-    """
-
-    loss: float
-    accuracy: float
-    macro_f1: float
-    examples: int
-
-
 def default_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +66,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 def train(
     model: nn.Module,
-    rows: TokenizedRows,
+    inputs: Inputs,
     config: TrainConfig,
     *,
     seed: int,
@@ -102,9 +81,8 @@ def train(
     Parameters
     ----------
     model : nn.Module
-        Takes ``input_ids`` and ``attention_mask``, returns ``.logits``. It is moved to
-        the GPU if there is one.
-    rows : TokenizedRows
+        ``model(**batch)`` returns ``.loss``. It is moved to the GPU if there is one.
+    inputs : Inputs
         Training rows, at least one.
     config : TrainConfig
         Steps or epochs, batch size, learning rates and so on.
@@ -128,7 +106,7 @@ def train(
         raise ValueError(
             f"expected trainable weights in {type(model).__name__}, but none requires gradients"
         )
-    total, steps = amount(config, len(rows))
+    total, steps = amount(config, len(inputs))
     device = default_device()
     losses = torch.zeros((), dtype=torch.float64)
     with (
@@ -141,89 +119,74 @@ def train(
         losses = losses.to(device)
         updates = Updates(trained, config, steps, rounds)
         rng = np.random.default_rng(seed)
-        for batch in training_batches(rows, config.batch_size, total, rng):
-            logits = logits_of(model, batch, device, config.precision)
-            loss = nn.functional.cross_entropy(logits, batch.labels.to(device))
+        for chosen in training_batches(len(inputs), config.batch_size, total, rng):
+            batch = on_device(inputs.batch(chosen), device)
+            loss = output_of(model, batch, config.precision).loss.float()
             objective = loss if penalty is None else loss + penalty()
             objective.backward()  # type: ignore[no-untyped-call]
             updates.step()
             losses += loss.detach()  # read once at the end: each read would wait for the GPU
     mean = float(losses) / steps
-    return TrainResult(mean, len(rows), steps, time.perf_counter() - start)
+    return TrainResult(mean, len(inputs), steps, time.perf_counter() - start)
 
 
 def evaluate(
-    model: nn.Module,
-    rows: TokenizedRows,
-    *,
-    batch_size: int,
-    num_labels: int,
-    precision: str = "float32",
-) -> EvalResult:
-    """Measure the loss, accuracy and macro-F1 of ``model``, which stays as it is.
+    task: Task, model: nn.Module, inputs: Inputs, *, batch_size: int, precision: str = "float32"
+) -> dict[str, float]:
+    """Return the scores of ``model``, which stays as it is; ``loss`` and those of the task.
 
     Parameters
     ----------
+    task : Task
+        Says what a row's loss is, and what its scores are.
     model : nn.Module
-        Takes ``input_ids`` and ``attention_mask``, returns ``.logits``.
-    rows : TokenizedRows
+        ``model(**batch)`` returns ``.logits``.
+    inputs : Inputs
         At least one row.
     batch_size : int
         Rows of a batch, fewer on a CPU if they are long; changes the speed, not the result.
-    num_labels : int
-        Labels of the task.
     precision : {"float32", "bfloat16"}
         As in ``build_model`` (default: "float32").
 
     Raises
     ------
     ValueError
-        If there are no rows, or one has a label that is not below ``num_labels``.
+        If there are no rows, or they are none of the task's.
     """
-    from sklearn.metrics import f1_score  # takes most of a second
-
-    if not len(rows):
+    if not len(inputs):
         raise ValueError("expected rows to evaluate on, got none")
-    if not 0 <= rows.labels.min() <= rows.labels.max() < num_labels:
-        raise ValueError(
-            f"expected labels 0 to {num_labels - 1}, got {rows.labels.min()} to "
-            f"{rows.labels.max()}; load these rows with the label names of training"
-        )
-    losses, predictions = _forward_all(model, rows, batch_size, precision)
-    return EvalResult(
-        loss=float(losses.mean()),
-        accuracy=float((predictions == rows.labels).mean()),
-        macro_f1=float(f1_score(rows.labels, predictions, average="macro", zero_division=0)),
-        examples=len(rows),
-    )
+    losses, sums = _forward_all(task, model, inputs, batch_size, precision)
+    return {"loss": float(losses.mean()), **task.summary(sums)}
 
 
 def per_sample_losses(
-    model: nn.Module, rows: TokenizedRows, *, batch_size: int, precision: str = "float32"
+    task: Task, model: nn.Module, inputs: Inputs, *, batch_size: int, precision: str = "float32"
 ) -> NDArray[np.float64]:
-    """Return the cross-entropy of each row, shape (n,), in the order of the rows.
+    """Return the loss of each row, shape (n,), in the order of the rows.
 
     Parameters are those of ``evaluate``.
     """
-    return _forward_all(model, rows, batch_size, precision)[0]
+    return _forward_all(task, model, inputs, batch_size, precision)[0]
 
 
 def _forward_all(
-    model: nn.Module, rows: TokenizedRows, batch_size: int, precision: str
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return loss and most likely label of each row."""
-    losses = np.empty(len(rows), dtype=np.float64)
-    predictions = np.empty(len(rows), dtype=np.int64)
+    task: Task, model: nn.Module, inputs: Inputs, batch_size: int, precision: str
+) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+    """Return the loss of each row, and the sums that the scores are made of."""
+    losses = np.empty(len(inputs), dtype=np.float64)
+    sums: dict[str, NDArray[np.float64]] = {}
     device = default_device()
-    tokens = THREAD_TOKENS * torch.get_num_threads() if device.type == "cpu" else None
+    most = THREAD_TOKENS * torch.get_num_threads() if device.type == "cpu" else None
     with torch.inference_mode(), mode(model, training=False):
         model.to(device)
-        for batch in evaluation_batches(rows, batch_size, tokens):
-            logits = logits_of(model, batch, device, precision)
-            loss = nn.functional.cross_entropy(logits, batch.labels.to(device), reduction="none")
-            losses[batch.rows] = loss.cpu().numpy()
-            predictions[batch.rows] = logits.argmax(-1).cpu().numpy()
-    return losses, predictions
+        for chosen in evaluation_batches(inputs, batch_size, most):
+            batch = on_device(inputs.batch(chosen), device)
+            asked = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            logits = output_of(model, asked, precision).logits.float()
+            losses[chosen] = task.losses(logits, batch).cpu().numpy()
+            for name, found in task.judge(logits, batch).items():
+                sums[name] = sums[name] + found if name in sums else found
+    return losses, sums
 
 
 class Updates:
@@ -269,14 +232,16 @@ def amount(config: TrainConfig, rows: int) -> tuple[int, int]:
     return total, math.ceil(total / config.batch_size)
 
 
-def logits_of(model: nn.Module, batch: Batch, device: torch.device, precision: str) -> Tensor:
-    """Return the logits of a batch in float32, (batch, labels)."""
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch where the model is."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def output_of(model: nn.Module, batch: Mapping[str, Tensor], precision: str) -> Any:
+    """Return what a model says of a batch: ``.logits`` and ``.loss``."""
+    device = next(iter(batch.values())).device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        output = model(
-            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
-        )
-    logits: Tensor = output.logits
-    return logits.float()
+        return model(**batch)
 
 
 def _rate_of(config: TrainConfig, step: int, steps: int, rounds: int) -> float:

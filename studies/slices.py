@@ -10,19 +10,23 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from fedlora_app.config import RunConfig
+from fedlora_app.held_out import HeldOut
 from fedlora_app.precision import with_precision
-from fedlora_app.server_app import TestSet, initial_adapter
+from fedlora_app.server_app import initial_adapter
+from fedlora_app.tasks import make_task
 from strategies.client import load_adapter
 from strategies.lora import Adapter
 
 for run in map(Path, sys.argv[1:]):
     config = with_precision(RunConfig.from_flat(json.loads((run / "config.json").read_text())))
-    test = TestSet(config)
-    model, _ = initial_adapter(config, len(test.label_names))
+    task = make_task(config)
+    rows = task.test_rows()
+    test, score = HeldOut(task, rows), task.scores[0].name
+    model, _ = initial_adapter(task, rows.about)
     state = load_file(run / "adapter" / "adapter_model.safetensors")
     adapter = Adapter.from_state_dict(state, config.lora.scale)
     scores = []
     for rank in (r for r in (2, 4, 8, 16, 32, 64) if r <= adapter.rank):
         load_adapter(model, adapter.with_rank(rank))
-        scores.append(f"rank {rank}: {test.evaluate(model).accuracy:.3f}")
+        scores.append(f"rank {rank}: {test.evaluate(model)[score]:.3f}")
     print(run, *scores, sep="  ")

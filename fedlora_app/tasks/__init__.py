@@ -12,8 +12,10 @@ from fedlora_app.tasks.base import (
     Sums,
     Task,
     make_task,
+    primary,
     register_task,
 )
+from fedlora_app.tasks.text_classification import TextClassification
 
 __all__ = [
     "LOSS",
@@ -26,6 +28,8 @@ __all__ = [
     "Score",
     "Sums",
     "Task",
+    "TextClassification",
     "make_task",
+    "primary",
     "register_task",
 ]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch takes seconds, and the door looks at rows without it
     from torch import Tensor, nn
 
     from fedlora_app.config import RunConfig
+    from fedlora_app.tables import Table
 
 Indices = NDArray[np.int64]
 About = Mapping[str, Any]
@@ -105,8 +106,10 @@ class Rows:
 class Inputs(Protocol):
     """Rows as the model takes them, in memory."""
 
-    sizes: NDArray[np.int64]
-    """Cost of each row, shape (n,): tokens, for batches of like length; all ones where all are."""
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Cost of each row, shape (n,): tokens, for batches of like length; ones where all are."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -136,16 +139,54 @@ class Task(ABC):
     # ----- rows ------------------------------------------------------------------------
 
     @abstractmethod
+    def rows(self, table: Table, about: About | None, place: str) -> Rows:
+        """Return what a table of data holds.
+
+        Parameters
+        ----------
+        table : Table
+            Columns as they were read, and where each row stands.
+        about : mapping, optional
+            As the other nodes know it (default: found in the table).
+        place : str
+            What errors call the data.
+        """
+
+    def passed_over(self, table: Table, rows: Rows) -> str:
+        """Return why a table cannot test a model that trained on ``rows``; empty: it can."""
+        return "" if self.knows(table) else "no such columns"
+
+    def knows(self, table: Table) -> bool:
+        """Tell whether the columns of a table can be told."""
+        return True
+
+    def splits(self, name: str) -> Mapping[str, Table]:
+        """Return the tables of a data set by split; ``train``, and ``test`` or the like."""
+        from fedlora_app.tables import read_splits
+
+        return read_splits(name)
+
+    def own_table(self, path: str) -> Table:
+        """Return the table of a node's own file or folder."""
+        from fedlora_app.rows import own_table
+
+        return own_table(path)
+
     def train_rows(self, about: About | None = None) -> Rows:
-        """Return all training rows of ``data.name``; ``about`` as other nodes know it."""
+        """Return the training rows of ``data.name``, without those held out for tests."""
+        from fedlora_app.rows import read_train
 
-    @abstractmethod
+        return read_train(self, self.config.data.name, about)
+
     def test_rows(self, about: About | None = None) -> Rows:
-        """Return the server's test rows."""
+        """Return the server's test rows: a split of their own, or held out from training."""
+        from fedlora_app.rows import read_test
 
-    @abstractmethod
+        return read_test(self, self.config.data.name, about)
+
     def own_rows(self, path: str, about: About | None) -> Rows:
         """Return the rows of a node's own file or folder."""
+        return self.rows(self.own_table(path), about, path)
 
     def strata(self, rows: Rows) -> NDArray[np.int64] | None:
         """Return a class of each row, shape (n,), for partitions and AutoRank's label measures.
@@ -157,10 +198,10 @@ class Task(ABC):
 
     def strata_names(self, about: About) -> Sequence[str]:
         """Return the names of the classes of ``strata``."""
-        return tuple(about.get("labels", ()))
+        return ()
 
     def show(self, rows: Rows) -> list[str]:
-        """Return lines about rows for the block before a run: classes, the first, the longest."""
+        """Return lines about rows for the block before a run: the first, the longest."""
         return []
 
     # ----- the model -------------------------------------------------------------------
@@ -180,10 +221,6 @@ class Task(ABC):
         "meta", no weights are read.
         """
 
-    def heads(self, model: nn.Module) -> list[str]:
-        """Return the modules that are trained in full beside LoRA; none for language models."""
-        return []
-
     def problems(self, model: nn.Module, rows: Rows) -> list[str]:
         """Return, one sentence each, how model and rows do not go together."""
         return []
@@ -195,19 +232,16 @@ class Task(ABC):
         """Return the loss of each row of a batch, shape (rows,)."""
 
     def judge(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
-        """Return sums that add up over batches, beside that of the loss.
-
-        By default each is ``[sum, weight]`` of the score of that name, as ``summary`` reads it.
-        """
+        """Return what adds up over batches to the scores; ``[sum, weight]`` each by default."""
         return {}
 
     def summary(self, sums: Sums) -> dict[str, float]:
-        """Return the scores by name, ``loss`` among them, of sums over all rows."""
+        """Return the scores by name from what ``judge`` gave for all rows."""
         return {name: float(total / weight) for name, (total, weight) in sums.items()}
 
     def quality(self, scores: Mapping[str, float]) -> float:
         """Return how much a client of these scores counts for rules that weigh by quality (> 0)."""
-        first = (*self.scores, LOSS)[0]
+        first = primary(self)
         value = scores[first.name]
         return max(value if first.higher_is_better else float(np.exp(-value)), 1e-6)
 
@@ -218,12 +252,19 @@ TASKS: Registry[type[Task]] = Registry()
 def register_task(cls: type[Task]) -> type[Task]:
     """Make a task available by its ``name``, for the key ``task`` of the run config.
 
+    A class defined anew, as when its module is loaded again, takes the place of the old one.
+
     Raises
     ------
     ValueError
         If it has no name, or another task has it.
     """
     return TASKS.register(cls)
+
+
+def primary(task: Task) -> Score:
+    """Return the score that decides between models: the task's first, or the loss."""
+    return (*task.scores, LOSS)[0]
 
 
 def make_task(config: RunConfig) -> Task:

@@ -12,21 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora_app import packaged
+from fedlora_app.batches import evaluation_batches, training_batches
 from fedlora_app.config import DataConfig, ModelConfig
-from fedlora_app.data import (
-    TextRows,
-    TokenizedRows,
-    evaluation_batches,
+from fedlora_app.models import build_tokenizer
+from fedlora_app.partition import _named, double_imbalance
+from fedlora_app.rows import train_validation_split
+from tests.app.texts import (
+    Texts,
+    Tokens,
     load_own,
     load_test,
     load_train,
     partition_indices,
     tokenize,
-    train_validation_split,
-    training_batches,
 )
-from fedlora_app.models import build_tokenizer
-from fedlora_app.partition import _named, double_imbalance
 
 ROWS = [
     ('oil, gas and "coal"', "crude"),
@@ -375,7 +374,7 @@ def test_tokens_are_those_of_the_tokenizer(r8):
     rows = tokenize(texts, tokenizer, 20)
     expected = tokenizer(list(texts.texts), truncation=True, max_length=20, padding=True)
     assert rows.input_ids.tolist() == expected["input_ids"]
-    assert rows.lengths.tolist() == [sum(mask) for mask in expected["attention_mask"]]
+    assert rows.sizes.tolist() == [sum(mask) for mask in expected["attention_mask"]]
     assert rows.labels.tolist() == texts.labels.tolist()
     assert len(tokenize(r8.take([]), tokenizer, 20)) == 0
     assert rows.take([2, 0]).input_ids.tolist() == [rows.input_ids.tolist()[i] for i in (2, 0)]
@@ -385,14 +384,13 @@ def toy(lengths):
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int32)
     for i, length in enumerate(lengths):
         ids[i, :length] = i + 1
-    return TokenizedRows(ids, np.array(lengths), np.arange(len(lengths)))
+    return Tokens(ids, np.array(lengths), np.arange(len(lengths)))
 
 
 def test_training_batches_see_every_row_before_any_again():
-    rows = toy([3, 9, 1, 20, 5])
-    batches = list(training_batches(rows, 4, 12, np.random.default_rng(0)))
-    assert [len(batch.rows) for batch in batches] == [4, 4, 4]
-    seen = np.concatenate([batch.rows for batch in batches])
+    batches = list(training_batches(5, 4, 12, np.random.default_rng(0)))
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    seen = np.concatenate(batches)
     assert sorted(seen[:5]) == sorted(seen[5:10]) == [0, 1, 2, 3, 4]
     assert seen[:5].tolist() != seen[5:10].tolist()
 
@@ -405,25 +403,24 @@ def test_training_batches_see_every_row_before_any_again():
 def test_evaluation_batches_hold_every_row_once(lengths, batch_size, tokens):
     rows = toy(lengths)
     seen = []
-    for batch in evaluation_batches(rows, batch_size, tokens):
-        assert len(batch.rows) <= batch_size
-        assert (
-            tokens is None or len(batch.rows) == 1 or sum(lengths[i] for i in batch.rows) <= tokens
-        )
-        longest = max(lengths[i] for i in batch.rows)
-        assert longest <= batch.input_ids.shape[1] <= min(longest + 7, max(lengths))
+    for chosen in evaluation_batches(rows, batch_size, tokens):
+        assert len(chosen) <= batch_size
+        assert tokens is None or len(chosen) == 1 or sum(lengths[i] for i in chosen) <= tokens
+        batch = rows.batch(chosen)
+        longest = max(lengths[i] for i in chosen)
+        assert longest <= batch["input_ids"].shape[1] <= min(longest + 7, max(lengths))
         for i, ids, mask, label in zip(
-            batch.rows, batch.input_ids, batch.attention_mask, batch.labels, strict=True
+            chosen, batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
         ):
             assert ids[mask == 1].tolist() == [i + 1] * lengths[i]
             assert label == i
-        seen += batch.rows.tolist()
+        seen += chosen.tolist()
     assert sorted(seen) == list(range(len(lengths)))
     assert [lengths[i] for i in seen] == sorted(lengths, reverse=True)
 
 
 def test_take_keeps_text_and_label_together():
-    rows = TextRows(["a", "b", "c"], np.array([0, 1, 0]), ("x", "y"))
+    rows = Texts.of(["a", "b", "c"], [0, 1, 0], ["x", "y"])
     taken = rows.take(np.array([2, 1]))
     assert list(taken.texts) == ["c", "b"]
     assert taken.labels.tolist() == [0, 1]

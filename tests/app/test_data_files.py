@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fedlora_app.config import DataConfig
+from fedlora_app.config import DataConfig, RunConfig
 from fedlora_app.discretion import DataError
 from fedlora_app.inspection import inspect
-from fedlora_app.rows import load_own, load_test, load_train
+from tests.app.texts import load_own, load_test, load_train
 
 HEADER = "text,label\n"
 ROWS = "".join(f"line {i} about it,{'ab'[i % 2]}\n" for i in range(12))
@@ -213,7 +213,9 @@ def test_shards_of_a_hub_are_one_split(tmp_path, where):
     })  # fmt: skip
     assert [*load_train(config).texts] == [*TEXTS, "last"]
     assert [*load_test(config).texts] == TEXTS
-    assert "train-00000-of-00002.parquet, train-00001-of-00002.parquet" in str(inspect(config))
+    assert "train-00000-of-00002.parquet, train-00001-of-00002.parquet" in str(
+        inspect(RunConfig(data=config))
+    )
 
 
 def test_shards_of_csv_and_the_line_of_an_error_in_the_second(tmp_path):
@@ -259,7 +261,7 @@ def test_splits_of_several_formats_and_upper_case(tmp_path):
 def test_folders_that_leave_a_choice(tmp_path, files, match):
     config = folder(tmp_path, files)
     with pytest.raises(ValueError, match=match):
-        inspect(config)
+        inspect(RunConfig(data=config))
 
 
 # ----- parquet -------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from fedlora_app.discretion import DataError, NoDataError, told
 from fedlora_app.inspection import check_own_data
 
 SECRET = "Jane Placeholder"
-LABELS = json.dumps(["food", "sport"])
+LABELS = json.dumps({"labels": ["food", "sport"]})
 CONFIG = {
-    "label-names": LABELS,
+    "task-info": LABELS,
     "array-names": json.dumps(["a"]),
     "model-round": 1,
     "report-num-examples": True,
@@ -106,8 +106,8 @@ def test_lines_that_are_no_utf8_or_not_there_tell_no_folder(tmp_path):
 
 @pytest.mark.parametrize(
     "place",
-    ["load_own", "tokenize", "_tokenizer", "train_validation_split", "_own_rows", "_resident_model",
-     "receive", "train", "evaluate", "send", "build_model", "block"],
+    ["_task", "_about", "_held", "train_validation_split", "_own_rows", "_resident_model",
+     "receive", "train", "evaluate", "send", "add_lora", "block"],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "error",
@@ -128,13 +128,13 @@ def test_no_exception_carries_text_out(tmp_path, monkeypatch, place, error):
     path = tmp_path / "d.csv"
     path.write_text(f"text,label\n{SECRET},food\n{SECRET},sport\n")
     monkeypatch.setattr(client_app, place, fails)
-    if place not in ("_resident_model", "receive", "build_model"):
+    if place not in ("_resident_model", "receive", "add_lora"):
         monkeypatch.setattr(client_app.LoRAClient, "_receive", lambda *args: None)
     for kind in ("query", "train", "evaluate"):
         reply = ask(kind, {"data-path": str(path)})
         told_to_server = str(reply.error.reason if reply.has_error() else reply.content)
         assert "Placeholder" not in told_to_server
-        if place == "load_own" and kind == "query":
+        if place == "_held" and kind == "query":
             assert told_to_server.startswith(type(error).__name__)
             assert "client_app.py, line" in told_to_server
 
@@ -188,4 +188,4 @@ def test_a_supernode_shows_its_own_rows(tmp_path):
     assert "own.csv, text from 'text', label from 'label'; left: id" in shown
     assert "2 rows (1 left out: no text): food 1, sport 1" in shown
     path.write_text("body,kind\nsoup,food\n")
-    assert "the run has to set data.text-column" in check_own_data({"data-path": str(path)})
+    assert "the run has to name its columns" in check_own_data({"data-path": str(path)})

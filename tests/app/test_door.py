@@ -4,15 +4,19 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 import run_simulation
+from fedlora_app import door
 from fedlora_app.config import ConfigError, LoraConfig, RunConfig
-from fedlora_app.door import check_model, positions, resource_problems
-from fedlora_app.models import build_model
+from fedlora_app.door import resource_problems
+from fedlora_app.inspection import Report
+from fedlora_app.models import build_model, positions
 from fedlora_app.resuming import check_resume, make_saver
+from fedlora_app.tasks import Rows, make_task
 from strategies.checkpoint import Checkpoints
 from tests.app.test_models import folders  # noqa: F401
 from tests.app.test_pretrained import checkpoint  # noqa: F401
@@ -22,6 +26,12 @@ TEXTS = ["oil price", "bank rate"]
 
 def config(folder, **flat):
     return RunConfig.from_flat({"model.name": str(folder), "data.max-length": 8, **flat})
+
+
+def check_model(config, labels, texts):
+    """As the door does, for texts of so many labels."""
+    rows = Rows(list(texts), np.zeros(len(texts), int), {"labels": [str(i) for i in range(labels)]})
+    return door.check_model(config, Report(make_task(config), rows, rows))
 
 
 def test_a_good_model_is_said_to_be_loaded(checkpoint):  # noqa: F811
@@ -97,7 +107,7 @@ def test_resources_that_nobody_has(monkeypatch):
 
 def test_a_checkpoint_of_other_classes_is_refused_with_both_lists(tmp_path):
     run = RunConfig.from_flat({"resume-from": "latest", "output": str(tmp_path)})
-    saved = make_saver(RunConfig(), tmp_path, ["food", "sport"])
+    saved = make_saver(RunConfig(), tmp_path, {"labels": ["food", "sport"]})
     Checkpoints(tmp_path / "checkpoints").save(
         2, {"x": torch.zeros(1)}, {"progress": [2, 0]}, saved.fingerprint
     )
@@ -106,7 +116,7 @@ def test_a_checkpoint_of_other_classes_is_refused_with_both_lists(tmp_path):
     for labels in (["sport", "food"], ["food", "sport", "zoo"]):
         for check in (check_resume, make_saver):
             with pytest.raises(ConfigError) as caught:
-                check(run, tmp_path, labels)
+                check(run, tmp_path, {"labels": labels})
             assert repr(json.dumps(labels)) in str(caught.value)
             assert '["food", "sport"]' in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before

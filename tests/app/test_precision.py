@@ -6,13 +6,13 @@ import torch
 
 from fedlora_app import precision
 from fedlora_app.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from fedlora_app.data import load_train, tokenize
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.precision import native_bfloat16, with_precision
 from fedlora_app.server_app import training_step
 from fedlora_app.training import per_sample_losses
 from strategies.profiling import METRICS, profile_metrics
 from strategies.wallclock import rank_flops
+from tests.app.texts import TASK, load_train, tokenize
 
 L3 = ModelConfig("packaged:minilm-l3")
 
@@ -85,7 +85,7 @@ def test_profiles_of_both_precisions_can_be_compared() -> None:
     found = {}
     for name in ("float32", "bfloat16"):
         base = build_model(L3, num_labels=8, seed=0, precision=name)
-        losses = per_sample_losses(base, rows, batch_size=64, precision=name)
+        losses = per_sample_losses(TASK, base, rows, batch_size=64, precision=name)
         found[name] = profile_metrics(losses, rows.labels)
     for key in METRICS:
         assert found["bfloat16"][key] == pytest.approx(found["float32"][key], rel=2e-3)

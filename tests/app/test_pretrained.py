@@ -11,10 +11,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from fedlora_app.config import LoraConfig, ModelConfig
-from fedlora_app.data import TextRows, tokenize
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.training import per_sample_losses
 from tests.app.test_models import SMALL, folders, inputs  # noqa: F401
+from tests.app.texts import TASK, Texts, tokenize
 
 HEADS = {"num_attention_heads": 2}
 # Pretrained for masked or next words: no classification head, and no pooler either.
@@ -199,12 +199,12 @@ def test_padding_on_the_left_and_weights_in_bfloat16_change_nothing(checkpoint):
     settings |= {"padding_side": "left"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     named = ModelConfig(name=str(folder))
-    rows = TextRows(["oil price", "bank rate price oil"], np.array([0, 1]), ("a", "b"))
+    rows = Texts.of(["oil price", "bank rate price oil"], [0, 1], ["a", "b"])
     model = add_lora(build_model(named, num_labels=3, seed=0), LoraConfig(), rank=2, seed=0)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     tokens = tokenize(rows, build_tokenizer(named), 8)
-    together = per_sample_losses(model, tokens, batch_size=2)
-    alone = [per_sample_losses(model, tokens.take([i]), batch_size=1)[0] for i in range(2)]
+    together = per_sample_losses(TASK, model, tokens, batch_size=2)
+    alone = [per_sample_losses(TASK, model, tokens.take([i]), batch_size=1)[0] for i in range(2)]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 

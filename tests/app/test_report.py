@@ -123,7 +123,7 @@ def test_a_used_folder_is_refused_and_left_as_it_is(tmp_path):
 
 
 def test_nothing_is_made_before_the_run_begins(tmp_path):
-    folder = RunFolder(tmp_path / "run", RunConfig(), ["no", "yes"])
+    folder = RunFolder(tmp_path / "run", RunConfig(), {"labels": ["no", "yes"]})
     folder({"kind": "clock"})
     assert not (tmp_path / "run").exists()
     folder.begin()
@@ -230,7 +230,7 @@ def test_a_full_disk_does_not_end_the_run_and_loses_no_line(tmp_path, caplog):
 
 def test_finish_sums_up_with_the_time_before_the_interruption(tmp_path):
     run = write_run(tmp_path / "run", clocked_run())
-    folder = RunFolder(run, RunConfig(), ["no", "ja: é"], resume_round=4)
+    folder = RunFolder(run, RunConfig(), {"labels": ["no", "ja: é"]}, resume_round=4)
     folder.begin()
     folder.finish({"accuracy": 0.8, "macro_f1": 0.7, "loss": 0.3}, FakeModel(), seconds=10.0)
     summary = json.loads((run / "summary.json").read_text())

@@ -10,12 +10,12 @@ import transformers
 
 from fedlora_app import training
 from fedlora_app.config import LoraConfig, TrainConfig
-from fedlora_app.data import TokenizedRows
 from fedlora_app.models import MeanPoolClassifier, add_lora
 from fedlora_app.together import Job, train_together
 from fedlora_app.training import train
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
+from tests.app.texts import Tokens
 
 LABELS = 3
 SIZE = dict(vocab_size=50, hidden_size=32, intermediate_size=40)  # noqa: C408
@@ -49,7 +49,7 @@ def rows(count, longest, seed):
     ids = rng.integers(10, 50, size=(count, lengths.max()))
     ids[:, 0] = rng.integers(1, 1 + LABELS, size=count)
     ids[np.arange(ids.shape[1]) >= lengths[:, None]] = 0
-    return TokenizedRows(torch.tensor(ids, dtype=torch.int32), lengths, ids[:, 0] - 1)
+    return Tokens(torch.tensor(ids, dtype=torch.int32), lengths, ids[:, 0] - 1)
 
 
 def jobs(model, config):
@@ -80,7 +80,7 @@ def jobs(model, config):
 def one_after_the_other(model, jobs):
     for job in jobs:
         load_adapter(model, job.adapter)
-        result = train(model, job.rows, job.config, seed=job.seed)
+        result = train(model, job.inputs, job.config, seed=job.seed)
         state = {key: tensor.clone() for key, tensor in adapter_state(model).items()}
         yield result, Adapter.from_state_dict(state, 2.0)
 

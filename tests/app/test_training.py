@@ -11,14 +11,14 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from fedlora_app import training
 from fedlora_app.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
-from fedlora_app.data import TokenizedRows, load_train, tokenize
 from fedlora_app.models import MeanPoolClassifier, add_lora, build_model, build_tokenizer
 from fedlora_app.training import evaluate, per_sample_losses, torch_threads, train
+from tests.app.texts import TASK, Tokens, load_train, tokenize
 
 LABELS = 3
 
 
-def tiny(seed=0, dropout=0.1):
+def tiny(seed=0, dropout=0.1, labels=LABELS):
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=50,
@@ -29,7 +29,7 @@ def tiny(seed=0, dropout=0.1):
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
-    model = MeanPoolClassifier(transformers.AutoModel.from_config(config), LABELS)
+    model = MeanPoolClassifier(transformers.AutoModel.from_config(config), labels)
     return add_lora(model, LoraConfig(), rank=4, seed=seed)
 
 
@@ -41,7 +41,7 @@ def rows():
     ids = rng.integers(10, 50, size=(60, 20))
     ids[:, 0] = rng.integers(1, 1 + LABELS, size=60)
     ids[np.arange(20) >= lengths[:, None]] = 0
-    return TokenizedRows(torch.tensor(ids, dtype=torch.int32), lengths, ids[:, 0] - 1)
+    return Tokens(torch.tensor(ids, dtype=torch.int32), lengths, ids[:, 0] - 1)
 
 
 def weights(model, trained=True):
@@ -120,9 +120,10 @@ class Constant(torch.nn.Module):
         super().__init__()
         self.bias = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask, labels):
         logits = torch.zeros(len(input_ids), 2) + torch.stack([self.bias * 0, -self.bias])
-        return transformers.modeling_outputs.SequenceClassifierOutput(logits=logits)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return transformers.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def sum_of_rates(rows, **settings):
@@ -185,11 +186,11 @@ def test_clipping_bounds_the_gradient(rows):
 
 def test_training_learns(rows):
     model = tiny()
-    before = evaluate(model, rows, batch_size=16, num_labels=LABELS)
+    before = evaluate(TASK, model, rows, batch_size=16)
     train(model, rows, TrainConfig(steps=60, learning_rate=0.02, head_learning_rate=0.02), seed=0)
-    after = evaluate(model, rows, batch_size=16, num_labels=LABELS)
-    assert after.loss < 0.7 * before.loss
-    assert after.accuracy > before.accuracy
+    after = evaluate(TASK, model, rows, batch_size=16)
+    assert after["loss"] < 0.7 * before["loss"]
+    assert after["accuracy"] > before["accuracy"]
 
 
 def test_divergence_is_returned_not_raised(rows):
@@ -197,7 +198,7 @@ def test_divergence_is_returned_not_raised(rows):
     with torch.no_grad():
         model.base_model.model.classifier.modules_to_save["default"].bias.fill_(float("nan"))
     assert math.isnan(train(model, rows, TrainConfig(steps=1), seed=0).loss)
-    assert math.isnan(evaluate(model, rows, batch_size=16, num_labels=LABELS).loss)
+    assert math.isnan(evaluate(TASK, model, rows, batch_size=16)["loss"])
 
 
 def test_nothing_to_train(rows):
@@ -218,20 +219,22 @@ def test_head_alone_can_be_trained(rows):
 def test_evaluation_agrees_with_sklearn_row_by_row(rows):
     model = tiny()
     model.train()
-    result = evaluate(model, rows, batch_size=7, num_labels=LABELS)
+    result = evaluate(TASK, model, rows, batch_size=7)
     assert model.training
     model.eval()
     probabilities = []
     for i in range(len(rows)):  # one row at a time, without padding
-        ids = rows.input_ids[i : i + 1, : rows.lengths[i]].long()
+        ids = rows.input_ids[i : i + 1, : rows.sizes[i]].long()
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         probabilities.append(logits.double().softmax(-1)[0].numpy())
     predicted = np.argmax(probabilities, axis=1)
-    assert result.loss == pytest.approx(log_loss(rows.labels, probabilities), rel=1e-5)
-    assert result.accuracy == accuracy_score(rows.labels, predicted)
-    assert result.macro_f1 == f1_score(rows.labels, predicted, average="macro", zero_division=0)
-    losses = per_sample_losses(model, rows, batch_size=16)
+    assert result["loss"] == pytest.approx(log_loss(rows.labels, probabilities), rel=1e-5)
+    assert result["accuracy"] == accuracy_score(rows.labels, predicted)
+    assert result["macro_f1"] == pytest.approx(
+        f1_score(rows.labels, predicted, average="macro", zero_division=0)
+    )
+    losses = per_sample_losses(TASK, model, rows, batch_size=16)
     expected = -np.log(np.array(probabilities)[np.arange(60), rows.labels])
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
@@ -239,17 +242,17 @@ def test_evaluation_agrees_with_sklearn_row_by_row(rows):
 def test_order_and_batch_size_do_not_matter(rows):
     model = tiny()
     order = np.random.default_rng(1).permutation(len(rows))
-    losses = per_sample_losses(model, rows, batch_size=16)
+    losses = per_sample_losses(TASK, model, rows, batch_size=16)
     np.testing.assert_allclose(
-        per_sample_losses(model, rows.take(order), batch_size=5), losses[order], rtol=1e-4
+        per_sample_losses(TASK, model, rows.take(order), batch_size=5), losses[order], rtol=1e-4
     )
 
 
 def test_evaluation_refuses(rows):
     with pytest.raises(ValueError, match="expected labels 0 to 1, got 0 to 2"):
-        evaluate(tiny(), rows, batch_size=4, num_labels=2)
+        evaluate(TASK, tiny(labels=2), rows, batch_size=4)
     with pytest.raises(ValueError, match="got none"):
-        evaluate(tiny(), rows.take([]), batch_size=4, num_labels=2)
+        evaluate(TASK, tiny(), rows.take([]), batch_size=4)
 
 
 def test_threads_return_after_an_error():
@@ -267,10 +270,10 @@ def test_real_model_learns_real_data_in_a_few_steps(precision):
     model = add_lora(base, LoraConfig(), rank=4, seed=0)
     held_out, used = rows.take(range(64)), rows.take(range(64, 240))
     with torch_threads(1):
-        before = evaluate(model, held_out, batch_size=32, num_labels=8, precision=precision)
+        before = evaluate(TASK, model, held_out, batch_size=32, precision=precision)
         train(model, used, TrainConfig(steps=20, precision=precision), seed=0)
-        after = evaluate(model, held_out, batch_size=32, num_labels=8, precision=precision)
-    assert after.loss < 0.6 * before.loss
+        after = evaluate(TASK, model, held_out, batch_size=32, precision=precision)
+    assert after["loss"] < 0.6 * before["loss"]
     majority = np.bincount(held_out.labels).max() / len(held_out)
-    assert after.accuracy > majority + 0.15
+    assert after["accuracy"] > majority + 0.15
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)

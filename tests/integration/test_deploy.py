@@ -20,9 +20,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from fedlora_app.config import DataConfig
-from fedlora_app.data import load_train
+from fedlora_app.config import RunConfig
 from fedlora_app.ports import free_port
+from fedlora_app.tasks import make_task
 from tests.integration.conftest import ROOT, records, wait_for
 
 DEPLOY = ROOT / "deploy"
@@ -384,12 +384,12 @@ def test_the_door_lets_nodes_in_and_operators_not(federation, tmp_path) -> None:
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    rows = load_train(DataConfig())
+    rows = make_task(RunConfig()).train_rows()
     for name, chosen in (("train", range(300)), ("test", range(300, 400))):
         with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["text", "label"])
-            writer.writerows([rows.texts[i], rows.label_names[rows.labels[i]]] for i in chosen)
+            writer.writerows([rows.items[i], rows.about["labels"][rows.targets[i]]] for i in chosen)
     return folder
 
 

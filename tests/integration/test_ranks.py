@@ -8,19 +8,21 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedlora_app import client_app
 from fedlora_app.config import ConfigError, RunConfig
+from fedlora_app.held_out import HeldOut
 from fedlora_app.rank_policies import make_ranks
-from fedlora_app.server_app import TestSet, initial_adapter
+from fedlora_app.server_app import initial_adapter
+from fedlora_app.tasks import make_task
 from strategies import FedLoRA
 from strategies.messages import to_record
 from strategies.profiling import METRICS
 from strategies.ranks import AutoRank
 from tests.fakes import FakeGrid
-from tests.integration.test_rules import FLAT, LABELS, NODES, App
+from tests.integration.test_rules import ABOUT, FLAT, NODES, App
 
 
 def run(*, rounds=2, app=None, score_fn=None, **keys):
     config = RunConfig.from_flat({**FLAT, "ranks.min": 2, "ranks.max": 8, **keys})
-    _, adapter = initial_adapter(config, len(LABELS))
+    _, adapter = initial_adapter(make_task(config), ABOUT)
     records = []
     policy = make_ranks(config, score_fn)
     strategy = FedLoRA(
@@ -30,7 +32,7 @@ def run(*, rounds=2, app=None, score_fn=None, **keys):
         scale=config.lora.scale,
         listeners=[records.append],
     )
-    settings = ConfigRecord({"label-names": json.dumps(LABELS)})
+    settings = ConfigRecord({"task-info": json.dumps(ABOUT)})
     app = app or App(config)
     start = to_record(adapter.to_state_dict())
     result = strategy.start(
@@ -48,9 +50,9 @@ def passes(monkeypatch):
     rows = []
     original = client_app.per_sample_losses
 
-    def counted(model, chosen, **options):
+    def counted(task, model, chosen, **options):
         rows.append(len(chosen))
-        return original(model, chosen, **options)
+        return original(task, model, chosen, **options)
 
     monkeypatch.setattr(client_app, "per_sample_losses", counted)
     return rows
@@ -133,10 +135,12 @@ def test_quality(judge):
     if judge == "server":
         keys["ranks.validation-rows"] = 50
         config = RunConfig.from_flat({**FLAT, **keys})
-        test = TestSet(config)
+        task = make_task(config)
+        rows = task.test_rows()
+        test = HeldOut(task, rows)
         assert len(test.validation) == 50
-        assert len(test.all) + 50 == len(TestSet(RunConfig.from_flat(FLAT)).all)
-        model, _ = initial_adapter(config, len(LABELS))
+        assert len(test.all) + 50 == len(rows)
+        model, _ = initial_adapter(make_task(config), ABOUT)
         score_fn = lambda adapter: test.validation_loss(model, adapter)  # noqa: E731
     _, ranks, records, _ = run(score_fn=score_fn, **keys)
     assert ranks[0] == [2, 2, 2]

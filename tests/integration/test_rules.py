@@ -10,8 +10,10 @@ from peft import PeftModel
 
 from fedlora_app import client_app
 from fedlora_app.config import RunConfig
+from fedlora_app.held_out import effective_adapter
 from fedlora_app.models import add_lora, build_model
-from fedlora_app.server_app import effective_adapter, initial_adapter
+from fedlora_app.server_app import initial_adapter
+from fedlora_app.tasks import make_task
 from strategies import FedLoRA
 from strategies.aggregation import AGGREGATIONS, make_aggregator
 from strategies.client import load_adapter, receive
@@ -21,6 +23,7 @@ from strategies.ranks import ListRank
 from tests.fakes import FakeGrid
 
 LABELS = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
+ABOUT = {"labels": LABELS}
 FLAT = {
     "train.steps": 1,
     "train.batch-size": 4,
@@ -68,7 +71,7 @@ class Forgetful(App):
 def run(rule, *, rounds=2, ranks=(2, 4), config=CONFIG, app=None, **options):
     from flwr.app import ConfigRecord
 
-    _, adapter = initial_adapter(config, len(LABELS))
+    _, adapter = initial_adapter(make_task(config), ABOUT)
     records = []
     strategy = FedLoRA(
         aggregation=make_aggregator(rule) if isinstance(rule, str) else rule,
@@ -78,7 +81,7 @@ def run(rule, *, rounds=2, ranks=(2, 4), config=CONFIG, app=None, **options):
         listeners=[records.append],
         **options,
     )
-    settings = ConfigRecord({"label-names": json.dumps(LABELS)})
+    settings = ConfigRecord({"task-info": json.dumps(ABOUT)})
     app = app or App(config)
     result = strategy.start(
         FakeGrid(NODES, app),
@@ -110,8 +113,8 @@ def test_two_rounds_of_every_rule_and_its_adapter_in_peft(rule, tmp_path):
     evaluated = [r for r in records if r["kind"] == "client-evaluation"]
     assert len(evaluated) == 6
 
-    start = initial_adapter(CONFIG, len(LABELS))[1]
-    final = effective_adapter(arrays, CONFIG)
+    start = initial_adapter(make_task(CONFIG), ABOUT)[1]
+    final = effective_adapter(arrays, CONFIG.lora.scale)
     moved = [float((final.delta(m) - start.delta(m)).norm()) for m in start.pairs]
     assert (min(moved) > 0) == (rule != "fedsa")  # its B stays with the clients
 
@@ -204,7 +207,7 @@ def test_every_wire_type_goes_both_ways(wire):
     exact, full, _ = run("rbla")
     arrays, records, _ = run("rbla", wire_dtype=wire)
     assert all(r["status"] == "ok" for r in records if r["kind"] == "client")
-    exact, got = (effective_adapter(a, CONFIG) for a in (exact, arrays))
+    exact, got = (effective_adapter(a, CONFIG.lora.scale) for a in (exact, arrays))
     for module in exact.pairs:
         error = (got.delta(module) - exact.delta(module)).norm() / exact.delta(module).norm()
         assert error < 0.5  # two rounds of Adam from rounded numbers; the codec has its own test

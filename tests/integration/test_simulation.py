@@ -11,9 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from fedlora_app.config import RunConfig
-from fedlora_app.data import load_test, tokenize
-from fedlora_app.models import build_model, build_tokenizer
 from fedlora_app.superlink import SuperLink
+from fedlora_app.tasks import make_task
 from fedlora_app.training import evaluate
 from tests.integration.conftest import ROOT, SMALL, records
 
@@ -57,13 +56,13 @@ def test_a_client_of_rank_r_trains_and_sends_rank_r(simulated):
 def test_the_adapter_loads_in_peft_to_the_same_predictions(simulated):
     config = RunConfig.from_flat(json.loads((simulated / "config.json").read_text()))
     summary = json.loads((simulated / "summary.json").read_text())
-    test = load_test(config.data)
-    base = build_model(config.model, num_labels=len(test.label_names), seed=7)  # any seed
+    task = make_task(config)
+    test = task.test_rows()
+    base = task.model(test.about, seed=7)  # any seed
     model = PeftModel.from_pretrained(base, str(simulated / "adapter"))
-    rows = tokenize(test, build_tokenizer(config.model), config.data.max_length)
-    score = evaluate(model, rows, batch_size=64, num_labels=len(test.label_names))
-    assert score.accuracy == pytest.approx(summary["accuracy"], abs=1e-3)
-    assert score.loss == pytest.approx(summary["loss"], rel=1e-4)
+    score = evaluate(task, model, task.encode(test), batch_size=64)
+    assert score["accuracy"] == pytest.approx(summary["accuracy"], abs=1e-3)
+    assert score["loss"] == pytest.approx(summary["loss"], rel=1e-4)
 
 
 def test_golden_run(simulated):

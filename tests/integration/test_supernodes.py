@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from fedlora_app.config import DataConfig
-from fedlora_app.data import load_train
+from fedlora_app.config import RunConfig
 from fedlora_app.superlink import SuperLink
+from fedlora_app.tasks import make_task
 from tests.integration.conftest import ROOT, SMALL, records
 
 
@@ -17,13 +17,13 @@ from tests.integration.conftest import ROOT, SMALL, records
 )
 def test_two_supernodes_with_their_own_data_and_limits(rule, tmp_path):
     """Every message is a fresh process: fedsa's B lasts in the node's Flower state."""
-    rows = load_train(DataConfig())
+    rows = make_task(RunConfig()).train_rows()
     for site in range(2):
         with (tmp_path / f"site{site}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["text", "label"])
             for i in range(site, 400, 2):
-                writer.writerow([rows.texts[i], rows.label_names[rows.labels[i]]])
+                writer.writerow([rows.items[i], rows.about["labels"][rows.targets[i]]])
     folder = tmp_path / "run"
     with SuperLink() as link:
         limits = (4, 16)

@@ -1,0 +1,84 @@
+"""The rows on which the server tests, and judges clients where a rank policy asks for it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flwr.app import ArrayRecord, MetricRecord
+
+from fedlora_app.tasks import Inputs, Rows, Task
+from fedlora_app.training import evaluate, per_sample_losses, torch_threads
+from strategies.client import load_adapter
+from strategies.lora import Adapter
+from strategies.messages import from_record
+from strategies.model import GlobalModel
+from strategies.seeding import stream
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # takes seconds to import
+
+
+class HeldOut:
+    """The server's held-out rows; ``validation`` are those that judge, and never test.
+
+    Parameters
+    ----------
+    task : Task
+    rows : Rows
+        Its test rows.
+    """
+
+    def __init__(self, task: Task, rows: Rows) -> None:
+        config = task.config
+        self.task, self.about = task, rows.about
+        self.all: Inputs = task.encode(rows)
+        self.validation: Inputs | None = None
+        if config.ranks.policy == "quality" and (size := config.ranks.validation_rows):
+            order = stream(config.seed, "validation").permutation(len(self.all))
+            self.validation = self.all.take(np.sort(order[:size]))
+            self.all = self.all.take(np.sort(order[size:]))
+        self.some = self.all
+        if 0 < config.data.test_rows < len(self.all):
+            rng = np.random.default_rng(config.seed)
+            chosen = rng.choice(len(self.all), config.data.test_rows, replace=False)
+            self.some = self.all.take(np.sort(chosen))
+
+    def evaluate(self, model: PeftModel, *, everything: bool = False) -> dict[str, float]:
+        """Evaluate the model as it is, on all cores; return its scores, ``loss`` among them."""
+        config = self.task.config
+        with torch_threads(os.cpu_count() or 1):
+            return evaluate(
+                self.task,
+                model,
+                self.all if everything else self.some,
+                batch_size=config.evaluate.batch_size,
+                precision=config.train.precision,
+            )
+
+    def validation_loss(self, model: PeftModel, adapter: Adapter) -> float:
+        """Return the loss of a client's adapter on the validation rows."""
+        if self.validation is None:
+            raise ValueError("there are no validation rows; set ranks.validation-rows")
+        load_adapter(model, adapter)
+        config = self.task.config
+        with torch_threads(os.cpu_count() or 1):
+            losses = per_sample_losses(
+                self.task,
+                model,
+                self.validation,
+                batch_size=config.evaluate.batch_size,
+                precision=config.train.precision,
+            )
+        return float(losses.mean())
+
+    def metrics(self, model: PeftModel, arrays: ArrayRecord) -> MetricRecord:
+        """Evaluate global arrays; what the strategy calls after each round."""
+        load_adapter(model, effective_adapter(arrays, self.task.config.lora.scale))
+        return MetricRecord(dict(self.evaluate(model)))
+
+
+def effective_adapter(arrays: ArrayRecord, scale: float) -> Adapter:
+    """Return the whole global model as one adapter on the base, for evaluation and export."""
+    return GlobalModel.from_tensors(from_record(arrays), scale).combined()

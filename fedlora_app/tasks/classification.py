@@ -1,0 +1,184 @@
+"""What all classifiers share, whatever they classify: labels, strata, accuracy and macro-F1."""
+
+from __future__ import annotations
+
+import unicodedata
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_app.columns import LABEL_COLUMNS, has_column, label_column
+from fedlora_app.discretion import DataError
+from fedlora_app.labels import HOLES, NUMBER, Fail, encode, hidden, label_name
+from fedlora_app.tables import Table
+from fedlora_app.tasks.base import About, Origin, Rows, Score, Sums, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Classification(Task):
+    """One of several labels for each row; ``about["labels"]`` names them, in the order of ids.
+
+    A subclass says what a row is: ``item_columns`` and ``item``, ``encode`` and ``model``.
+    """
+
+    scores = (Score("accuracy", "accuracy"), Score("macro_f1", "macro-F1"))
+    key: ClassVar[str] = ""  #: of the run config, that names the columns of an item
+
+    @abstractmethod
+    def item_columns(self, table: Table, label: str) -> dict[str, str]:
+        """Return the columns that make an item, by role; never that of the labels."""
+
+    @abstractmethod
+    def item(self, values: Mapping[str, Any], fail: Fail) -> Any:
+        """Return what ``encode`` takes of one row, by column; ``fail(kind, got, remedy)``."""
+
+    def knows_items(self, table: Table) -> bool:
+        """Tell whether the columns of items can be told."""
+        return True
+
+    def rows(self, table: Table, about: About | None, place: str) -> Rows:
+        """Pick the columns, skip rows without an item, number the labels."""
+        label = label_column(table, self.config.data)
+        columns = self.item_columns(table, label)
+        parts = [table.columns[column][:] for column in columns.values()]
+        whole: list[tuple[Any, ...]] = list(zip(*parts, strict=True))
+        kept = [i for i, values in enumerate(whole) if not any(map(_blank, values))]
+
+        def fail(row: int | None, kind: str, got: str = "", remedy: str = "") -> NoReturn:
+            path, line = table.place(None if row is None else kept[row])
+            raise DataError(path if table.parts else place, kind, got, remedy, line)
+
+        if not kept:
+            names = " and ".join(map(repr, columns.values()))
+            what = next(iter(columns))
+            fail(None, f"expected {what}s", f"none in column {names}",
+                 f"set {self.key}")  # fmt: skip
+        items = []
+        for row, i in enumerate(kept):
+            values = dict(zip(columns.values(), whole[i], strict=True))
+            items.append(self.item(values, partial(fail, row)))
+        labels = table.columns[label][:]
+        raw = [labels[i] for i in kept]
+        declared = table.class_names.get(label)
+        known = about["labels"] if about else None
+        ids, found = encode(raw, declared, known, fail)
+        used = {*columns.values(), label}
+        origin = Origin(
+            tuple(str(part.path) for part in table.parts),
+            {**columns, "label": label},
+            tuple(column for column in table.columns if column not in used),
+            len(whole) - len(kept),
+            (*table.notes, *_doubts(raw, found, declared)),
+        )
+        return Rows(items, ids, {"labels": list(found)}, origin=origin)
+
+    def train_rows(self, about: About | None = None) -> Rows:
+        """Return the training rows; refuse those of one class."""
+        rows = super().train_rows(about)
+        names = rows.about["labels"]
+        if len(names) < 2:
+            raise DataError(
+                self.config.data.name,
+                "expected at least two labels",
+                f"{', '.join(names)} alone in column {rows.origin.columns['label']!r}",
+                "set data.label-column",
+            )
+        return rows
+
+    def passed_over(self, table: Table, rows: Rows) -> str:
+        """Return why a split cannot test: it has no labels, or hides them."""
+        if not has_column(table, self.config.data.label_column, LABEL_COLUMNS):
+            return "no column of labels"
+        values = table.columns[label_column(table, self.config.data)][:]
+        return "labels hidden" if hidden(values, rows.about["labels"]) else ""  # as -1
+
+    def knows(self, table: Table) -> bool:
+        """Tell whether items and labels are in columns of usual or named names."""
+        labelled = has_column(table, self.config.data.label_column, LABEL_COLUMNS)
+        return labelled and self.knows_items(table)
+
+    def strata(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the label ids."""
+        found: NDArray[np.int64] = rows.targets
+        return found
+
+    def strata_names(self, about: About) -> Sequence[str]:
+        """Return the labels."""
+        return tuple(about["labels"])
+
+    def losses(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the cross-entropy of each row.
+
+        Raises
+        ------
+        ValueError
+            If a label is none of those the model knows.
+        """
+        from torch.nn import functional
+
+        labels, known = batch["labels"], logits.shape[-1]
+        if not 0 <= int(labels.min()) <= int(labels.max()) < known:
+            raise ValueError(
+                f"expected labels 0 to {known - 1}, got {int(labels.min())} to "
+                f"{int(labels.max())}; load these rows with the label names of training"
+            )
+        return functional.cross_entropy(logits, labels, reduction="none")
+
+    def judge(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+        """Return, by label, how many rows have it, were given it, and both."""
+        labels = batch["labels"].cpu().numpy()
+        given = logits.argmax(-1).cpu().numpy()
+
+        def counts(which: NDArray[np.int64]) -> NDArray[np.float64]:
+            return np.bincount(which, minlength=logits.shape[-1]).astype(np.float64)
+
+        hits = counts(labels[labels == given])
+        return {"true": counts(labels), "given": counts(given), "hits": hits}
+
+    def summary(self, sums: Sums) -> dict[str, float]:
+        """Return accuracy, and the mean F1 over the labels that occur or were given."""
+        both = sums["true"] + sums["given"]
+        f1 = 2 * sums["hits"][both > 0] / both[both > 0]
+        accuracy = sums["hits"].sum() / sums["true"].sum()
+        return {"accuracy": float(accuracy), "macro_f1": float(f1.mean())}
+
+
+def _blank(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _doubts(
+    values: Sequence[Any], names: Sequence[str], declared: Sequence[str] | None
+) -> list[str]:
+    """Return what about the labels is worth a look."""
+    notes = []
+    blanks = sum(isinstance(value, str) and value != value.strip() for value in values)
+    if blanks:
+        notes.append(f"{blanks} labels had blanks around them: stripped")
+    folded = Counter(map(_folded, names))
+    alike = [name for name in names if folded[_folded(name)] > 1]
+    if alike:
+        notes.append(f"labels that differ in case, blanks or width alone: {', '.join(alike[:6])}")
+    holes = [name for name in names if name.lower() in HOLES]
+    numbers = [name for name in names if NUMBER.fullmatch(name)]
+    if holes:
+        notes.append(f"a label that looks like a missing one: {', '.join(holes)}")
+    elif numbers and len(numbers) < len(names):
+        words = [name for name in names if name not in numbers]
+        notes.append(f"labels that are words beside numbers: {', '.join(words[:6])}")
+    if declared is None and label_name(values[0]) not in map(label_name, names):
+        notes.append(f"labels that are numbers: taken as positions, 0 for {names[0]}")
+    return notes
