@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.measure import machine, table
-from fedlora_app import training
+from fedlora_app import evaluation, training
 from fedlora_app.config import LoraConfig, RunConfig, TrainConfig
 from fedlora_app.models import MeanPoolClassifier, add_lora
 from fedlora_app.partition import shares
@@ -75,7 +75,7 @@ def clipping() -> Any:
 
 
 def tokens(count: int) -> Change:
-    return lambda: patch.object(training, "THREAD_TOKENS", count)
+    return lambda: patch.object(evaluation, "THREAD_TOKENS", count)
 
 
 @contextmanager
@@ -274,7 +274,7 @@ def main() -> None:
             compare_training(f"rank {rank}", model, rows, config, args)
         few = rows.take(range(min(args.rows, len(rows))))
         evaluate = partial(
-            training.per_sample_losses, model, few, batch_size=64, precision=precision
+            evaluation.per_sample_losses, model, few, batch_size=64, precision=precision
         )
         print(f"Evaluation of {len(few)} rows, {precision}\n")
         found = {n: changed(evaluate, c) for n, c in evaluate_variants(model, precision).items()}

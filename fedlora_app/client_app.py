@@ -7,7 +7,6 @@ after the other; only the adapter is swapped, at the rank the server sent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -18,43 +17,31 @@ from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedlora_app.config import RunConfig
 from fedlora_app.discretion import LOG, SiteError, discreet
+from fedlora_app.evaluation import evaluate, per_sample_losses
 from fedlora_app.inspection import NO_DATA, block, refuse_few
 from fedlora_app.models import add_lora
 from fedlora_app.plugins import load
 from fedlora_app.precision import with_precision
 from fedlora_app.rows import train_validation_split
 from fedlora_app.tasks import TASKS, About, Inputs, Rows, Task, make_task
-from fedlora_app.training import evaluate, per_sample_losses, train
+from fedlora_app.training import train
 from strategies.client import (
     IDENTITY_KEYS,
     adapter_state,
-    check_limit,
+    fit_reply,
     load_adapter,
     merge_into_base,
     profile,
     profile_wanted,
-    receive,
-    send,
-    tail_penalty,
+    receive_parameters,
 )
 from strategies.lora import Adapter
-from strategies.messages import (
-    CLIENT_KEY,
-    COUNT_KEY,
-    MODEL_ROUND_KEY,
-    NAMES_KEY,
-    QUALITY_KEY,
-    ROUND_KEY,
-    STEPS_KEY,
-    TRAIN_SECONDS_KEY,
-)
+from strategies.messages import COUNT_KEY, MODEL_ROUND_KEY, QUALITY_KEY
 from strategies.privacy.mechanism import CLIP_KEY, NOISE_KEY
-from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, Profile, profile_rows
-from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
+from strategies.profiling import PROFILE_KEY, SAMPLES_KEY, Profile, profile_rows
 from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
 
 if TYPE_CHECKING:
@@ -121,42 +108,26 @@ class LoRAClient(NumPyClient):
         self, parameters: NDArrays, config: Settings
     ) -> tuple[NDArrays, int, dict[str, Scalar]]:
         """Train at the rank that was sent; return the same arrays, trained."""
+        judged = bool(config.get(VALIDATE_KEY) or config.get(QUALITY_KEY))
+        if self.private:
+            self._refuse(judged or profile_wanted(config), "numbers measured on its rows")
         model = self._receive(parameters, config)
         rows, held_out = self._rows(config)
-        extra: dict[str, Scalar] = {}
-        if self.private:
-            wanted = profile_wanted(config) or config.get(VALIDATE_KEY) or config.get(QUALITY_KEY)
-            self._refuse(bool(wanted), "numbers measured on its rows")
-        if profile_wanted(config):  # of the received adapter, before it is trained
-            found = profile(self.state, lambda: self._losses(model, config), again=True)
-            extra.update({key: found[key] for key in METRICS})
-        server_round = int(config[ROUND_KEY])
         times = int(config.get(TIMES_KEY, 1))
         settings = self.config.train.in_round(int(config[MODEL_ROUND_KEY]), times=times)
-        seed = np.random.SeedSequence([self.config.seed, server_round, int(config[CLIENT_KEY])])
-        result = train(
-            model,
-            rows,
-            settings,
-            seed=int(seed.generate_state(1)[0]),
-            penalty=_penalty(model, config),
-            rounds=times,
-        )
-        if config.get(VALIDATE_KEY) or config.get(QUALITY_KEY):
+        done = train(model, rows, settings, config, seed=self.config.seed, rounds=times)
+        metrics = {**done.metrics(), BITS_KEY: PRECISION_BITS[settings.precision]}
+        if judged:
             scores = self._evaluate(model, held_out)
-            extra[VALIDATION_LOSS] = scores["loss"]
-            extra["quality"] = self.task.quality(scores)
-        arrays = send(model, config, self.state, node=self.limits)
-        if self.private:
-            return [array.numpy() for array in arrays.values()], 1, {}
-        metrics = {
-            "loss": result.loss,
-            TRAIN_SECONDS_KEY: result.seconds,
-            STEPS_KEY: result.steps,
-            BITS_KEY: PRECISION_BITS[self.config.train.precision],
-            **extra,
-        }
-        return [array.numpy() for array in arrays.values()], result.examples, metrics
+            metrics |= {VALIDATION_LOSS: scores["loss"], "quality": self.task.quality(scores)}
+        return fit_reply(
+            model,
+            config,
+            self.state,
+            num_examples=done.num_examples,
+            metrics=metrics,
+            node=self.limits,
+        )
 
     def evaluate(
         self, parameters: NDArrays, config: Settings
@@ -201,15 +172,16 @@ class LoRAClient(NumPyClient):
         return Profile(losses, strata, len(rows))
 
     def _receive(self, parameters: NDArrays, config: Settings) -> PeftModel:
-        """Put the received arrays into the resident model."""
-        try:
-            check_limit(config, self.node)
-        except ValueError as error:  # nothing in it comes from the data
-            raise SiteError(str(error), str(error)) from None
-        names: list[str] = json.loads(str(config[NAMES_KEY]))
-        arrays = {n: torch.from_numpy(p) for n, p in zip(names, parameters, strict=True)}
+        """Put the received arrays into the resident model, and profile it if that is asked for."""
         model = self._model(config)
-        receive(model, arrays, config, self.state)
+        receive_parameters(
+            model,
+            parameters,
+            config,
+            self.state,
+            measure=lambda: self._losses(model, config),
+            node=self.node,
+        )
         return model
 
     def _model(self, config: Settings) -> PeftModel:
@@ -272,12 +244,6 @@ def _resident_model(config: RunConfig, info: str) -> PeftModel:
 def _start(model: PeftModel) -> Adapter:
     """Return the adapter the model was made with: a seeded head, and B = 0."""
     return Adapter.from_state_dict(model.fedlora_start, 1.0)  # no scale matters where B = 0
-
-
-def _penalty(model: PeftModel, config: Settings) -> Callable[[], Tensor] | None:
-    """Return what self-pruning adds to the loss, if the message asks for it."""
-    weight, gamma = float(config.get(PENALTY_KEY, 0.0)), float(config.get(GAMMA_KEY, 1.0))
-    return (lambda: weight * tail_penalty(model, gamma)) if weight else None
 
 
 @lru_cache(maxsize=1)

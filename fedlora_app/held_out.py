@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
 
+from fedlora_app.evaluation import evaluate, per_sample_losses
 from fedlora_app.tasks import Inputs, Rows, Task
-from fedlora_app.training import evaluate, per_sample_losses, torch_threads
 from strategies.client import load_adapter
 from strategies.lora import Adapter
 from strategies.messages import from_record
 from strategies.model import GlobalModel
 from strategies.seeding import stream
+from strategies.surroundings import torch_threads
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
@@ -33,11 +34,11 @@ from fedlora_app.resuming import make_saver, resumed_here
 from fedlora_app.samplers import make_run_sampler
 from fedlora_app.tasks import About, Inputs, Score, Task, primary
 from fedlora_app.tensorboard import TensorBoardListener
-from fedlora_app.training import output_of
 from strategies import FedLoRA
 from strategies.aggregation import make_aggregator
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
+from strategies.losses import autocast_type, on_device
 from strategies.messages import to_record
 from strategies.privacy import Privacy, PrivateRun
 from strategies.saving import Saver
@@ -255,10 +256,15 @@ def training_step(
     )
     load_adapter(model, adapter.with_rank(rank))
     largest = int(np.argmax(inputs.sizes))
-    batch = inputs.batch([largest] * config.train.batch_size)
+    device = next(model.parameters()).device
+    batch = on_device(inputs.batch([largest] * config.train.batch_size), device)
+
+    dtype = autocast_type(config.train.precision)
 
     def step() -> None:
-        output_of(model, batch, config.train.precision).loss.backward()
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = model(**batch).loss
+        loss.backward()
         model.zero_grad()
 
     return step

@@ -21,19 +21,17 @@ from fedlora_app.batches import training_batches
 from fedlora_app.config import TrainConfig
 from fedlora_app.tasks.base import Inputs
 from fedlora_app.training import (
-    TrainResult,
-    Updates,
     amount,
     default_device,
-    mode,
-    on_device,
-    output_of,
-    seeded,
-    torch_threads,
+    rates,
 )
 from strategies.client.peft_model import adapter_parameters
 from strategies.dropout import QuickDropout, draw
 from strategies.lora import Adapter
+from strategies.losses import autocast_type, on_device
+from strategies.surroundings import mode, seeded, torch_threads
+from strategies.training import TrainOutcome, training_seed
+from strategies.updates import Updates
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Job:
     config : TrainConfig
         Precision and threads are those of all jobs that are trained together.
     seed : int
-        As in ``train``.
+        As in ``train``, which has no message here.
     """
 
     adapter: Adapter
@@ -58,7 +56,7 @@ class Job:
     seed: int
 
 
-def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainResult, Adapter]]:
+def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainOutcome, Adapter]]:
     """Train the adapters of several clients at once; each as if ``train`` had trained it alone.
 
     Equal to one after the other within rounding, each with its own rank, rows, rates, clipping
@@ -74,7 +72,7 @@ def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainRes
 
     Returns
     -------
-    list of (TrainResult, Adapter)
+    list of (TrainOutcome, Adapter)
         In the order of the jobs; the seconds are each one's share.
 
     Raises
@@ -85,6 +83,7 @@ def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainRes
     _check(model, jobs)
     start = time.perf_counter()
     device, config = default_device(), jobs[0].config
+    dtype = autocast_type(config.precision)
     model.to(device)
     named = dict(adapter_parameters(model, "default", all_parameters=False))
     clients = [_Client(job, named, device) for job in jobs]
@@ -95,9 +94,12 @@ def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainRes
     ):
         while going := [client for client in clients if client.load()]:
             batch, sizes = _joined([client.batch for client in going], _padding(model))
-            with _Own(named, going), _OwnDropout(going, batch["input_ids"].shape[1]):
-                output = output_of(model, on_device(batch, device), config.precision)
-                logits = output.logits.float()
+            with (
+                _Own(named, going),
+                _OwnDropout(going, batch["input_ids"].shape[1]),
+                torch.autocast(device.type, dtype, enabled=dtype is not None),
+            ):
+                logits = model(**on_device(batch, device)).logits.float()
             losses = [
                 functional.cross_entropy(own[:size], client.batch["labels"].to(device))
                 for client, own, size in zip(
@@ -161,9 +163,9 @@ class _Client:
             self.weights[key] = own.requires_grad_(self.named[key].requires_grad)
         total, self.steps = amount(job.config, len(job.inputs))
         trained = {key: weight for key, weight in self.weights.items() if weight.requires_grad}
-        self.updates = Updates(trained, job.config, self.steps)
-        self.bits = np.random.SFC64(job.seed)
-        rng = np.random.default_rng(job.seed)
+        self.updates = Updates(trained, self.steps, **rates(job.config))
+        seed = training_seed({}, job.seed)
+        self.bits, rng = np.random.SFC64(seed), np.random.default_rng(seed)
         rows = len(job.inputs)
         self.batches = training_batches(rows, job.config.batch_size, total, rng)
         self.losses = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -179,9 +181,9 @@ class _Client:
         self.updates.step()
         self.losses += loss
 
-    def result(self, seconds: float) -> tuple[TrainResult, Adapter]:
-        done = TrainResult(
-            float(self.losses) / self.steps, len(self.job.inputs), self.steps, seconds * self.steps
+    def result(self, seconds: float) -> tuple[TrainOutcome, Adapter]:
+        done = TrainOutcome(
+            float(self.losses) / self.steps, self.steps, seconds * self.steps, len(self.job.inputs)
         )
         state = {key: weight.detach() for key, weight in self.weights.items()}
         scale = next((pair.scale for pair in self.job.adapter.pairs.values()), 1.0)

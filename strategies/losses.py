@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ def sample_losses(
     losses: Callable[[Tensor, dict[str, Any]], Tensor],
     *,
     precision: str = "float32",
+    withhold: Collection[str] = (),
 ) -> NDArray[np.float32]:
     """Return the loss of each sample, shape (n,), in the order of the batches.
 
@@ -42,6 +43,9 @@ def sample_losses(
         ``losses(logits, batch)`` returns those of the rows of a batch; logits in float32.
     precision : str (default: "float32")
         As in ``train_loop``.
+    withhold : collection of str (default: none)
+        What of a batch is for ``losses`` alone: without ``labels`` most models save themselves the
+        mean loss of a batch, which nobody reads here.
     """
     dtype = autocast_type(precision)
     device = next(model.parameters()).device
@@ -50,7 +54,7 @@ def sample_losses(
         for batch in batches:
             moved = on_device(batch, device)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                logits = model(**moved).logits
+                logits = model(**{k: v for k, v in moved.items() if k not in withhold}).logits
             found.append(losses(logits.float(), moved).cpu())
     return torch.cat(found).numpy()
 

@@ -107,7 +107,7 @@ def test_lines_that_are_no_utf8_or_not_there_tell_no_folder(tmp_path):
 @pytest.mark.parametrize(
     "place",
     ["_task", "_about", "_held", "train_validation_split", "_own_rows", "_resident_model",
-     "receive", "train", "evaluate", "send", "add_lora", "block"],
+     "receive_parameters", "train", "evaluate", "fit_reply", "add_lora", "block"],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "error",
@@ -128,7 +128,7 @@ def test_no_exception_carries_text_out(tmp_path, monkeypatch, place, error):
     path = tmp_path / "d.csv"
     path.write_text(f"text,label\n{SECRET},food\n{SECRET},sport\n")
     monkeypatch.setattr(client_app, place, fails)
-    if place not in ("_resident_model", "receive", "add_lora"):
+    if place not in ("_resident_model", "receive_parameters", "add_lora"):
         monkeypatch.setattr(client_app.LoRAClient, "_receive", lambda *args: None)
     for kind in ("query", "train", "evaluate"):
         reply = ask(kind, {"data-path": str(path)})

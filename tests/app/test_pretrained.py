@@ -11,8 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from fedlora_app.config import LoraConfig, ModelConfig
+from fedlora_app.evaluation import per_sample_losses
 from fedlora_app.models import add_lora, build_model, build_tokenizer
-from fedlora_app.training import per_sample_losses
 from tests.app.test_models import SMALL, folders, inputs  # noqa: F401
 from tests.app.texts import TASK, Texts, tokenize
 

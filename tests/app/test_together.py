@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from fedlora_app import config as run_config
 from fedlora_app import training
-from fedlora_app.config import LoraConfig, TrainConfig
+from fedlora_app.config import LoraConfig
 from fedlora_app.models import MeanPoolClassifier, add_lora
 from fedlora_app.together import Job, train_together
 from fedlora_app.training import train
@@ -18,6 +20,7 @@ from strategies.lora import Adapter
 from tests.app.texts import Tokens
 
 LABELS = 3
+TrainConfig = partial(run_config.TrainConfig, precision="float32")  # what "auto" may become
 SIZE = dict(vocab_size=50, hidden_size=32, intermediate_size=40)  # noqa: C408
 
 
@@ -92,7 +95,7 @@ def compare(model, made, rtol=1e-4):
     for job, (ours, adapter), (alone, expected) in zip(
         made, found, one_after_the_other(model, made), strict=True
     ):
-        assert (ours.steps, ours.examples) == (alone.steps, alone.examples)
+        assert (ours.steps, ours.num_examples) == (alone.steps, alone.num_examples)
         assert ours.loss == pytest.approx(alone.loss, rel=rtol)
         assert adapter.ranks == expected.ranks == job.adapter.ranks
         started, state = job.adapter.to_state_dict(), adapter.to_state_dict()

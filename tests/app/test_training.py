@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,13 +10,17 @@ import torch
 import transformers
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
+from fedlora_app import config as run_config
 from fedlora_app import training
-from fedlora_app.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
+from fedlora_app.config import DataConfig, LoraConfig, ModelConfig
+from fedlora_app.evaluation import evaluate, per_sample_losses
 from fedlora_app.models import MeanPoolClassifier, add_lora, build_model, build_tokenizer
-from fedlora_app.training import evaluate, per_sample_losses, torch_threads, train
+from fedlora_app.training import train
+from strategies.surroundings import torch_threads
 from tests.app.texts import TASK, Tokens, load_train, tokenize
 
 LABELS = 3
+TrainConfig = partial(run_config.TrainConfig, precision="float32")  # what "auto" may become
 
 
 def tiny(seed=0, dropout=0.1, labels=LABELS):
@@ -163,7 +168,7 @@ def test_steps_and_epochs(rows):
     config = TrainConfig(steps=0, epochs=1.5, batch_size=16)
     result = train(tiny(), rows, config, seed=0)
     assert result.steps == math.ceil(90 / 16)
-    assert result.examples == 60
+    assert result.num_examples == 60
     assert result.seconds > 0
 
 
