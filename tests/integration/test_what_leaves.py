@@ -193,7 +193,7 @@ def test_an_error_tells_what_the_page_says(tmp_path, monkeypatch):
     def fails(*_):
         raise KeyError("Jane Placeholder")
 
-    monkeypatch.setattr(client_app, "_held", fails)
+    monkeypatch.setattr(client_app, "_own_rows", fails)
     place = re.compile(r"in \w+\.py, line \d+")
     reason = ask("query", {"data-path": str(bad)}).error.reason
     assert place.search(reason)
