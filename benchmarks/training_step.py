@@ -158,6 +158,7 @@ def ratios(variants: dict[str, Callable[[], Any]], repeat: int) -> list[Any]:
 def clients_together(count: int, steps: int, repeat: int) -> None:
     """Compare clients one after the other with all in one batch, of two models."""
     names = "one after the other", "in one batch"
+    task = TextClassification(RunConfig())
     ranks = [(4, 8, 16, 32)[i % 4] for i in range(count)]
     for what, (model, rows) in {
         "the packaged model": demo_client("float32", 4),
@@ -174,7 +175,7 @@ def clients_together(count: int, steps: int, repeat: int) -> None:
                 load_adapter(model, job.adapter)
                 training.train(model, job.rows, job.config, seed=job.seed)
 
-        runs = dict(zip(names, (alone, partial(train_together, model, jobs)), strict=True))
+        runs = dict(zip(names, (alone, partial(train_together, task, model, jobs)), strict=True))
         print(f"{count} clients of {steps} steps, ranks 4 to 32, float32: {what}\n")
         print(table(HEAD, ratios(runs, repeat)))
 

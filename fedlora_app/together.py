@@ -7,7 +7,7 @@ stacked and filled up with zeros to the largest rank; what a zero is multiplied 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedlora_app.batches import training_batches
 from fedlora_app.config import TrainConfig
-from fedlora_app.tasks.base import Inputs
+from fedlora_app.tasks.base import Inputs, Task
 from fedlora_app.training import (
     amount,
     default_device,
@@ -43,7 +43,7 @@ class Job:
     adapter : Adapter
         What it starts from, of its own rank.
     inputs : Inputs
-        At least one row, of token ids.
+        At least one row.
     config : TrainConfig
         Precision and threads are those of all jobs that are trained together.
     seed : int
@@ -56,7 +56,9 @@ class Job:
     seed: int
 
 
-def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainOutcome, Adapter]]:
+def train_together(
+    task: Task, model: nn.Module, jobs: Sequence[Job]
+) -> list[tuple[TrainOutcome, Adapter]]:
     """Train the adapters of several clients at once; each as if ``train`` had trained it alone.
 
     Equal to one after the other within rounding, each with its own rank, rows, rates, clipping
@@ -65,6 +67,8 @@ def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainOut
 
     Parameters
     ----------
+    task : Task
+        Says what the loss of a row is, and how rows of different length are filled up.
     model : nn.Module
         From ``add_lora``, of any rank. Its weights stay as they are.
     jobs : sequence of Job
@@ -83,7 +87,7 @@ def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainOut
     _check(model, jobs)
     start = time.perf_counter()
     device, config = default_device(), jobs[0].config
-    dtype = autocast_type(config.precision)
+    dtype, fill = autocast_type(config.precision), task.fill()
     model.to(device)
     named = dict(adapter_parameters(model, "default", all_parameters=False))
     clients = [_Client(job, named, device) for job in jobs]
@@ -93,17 +97,17 @@ def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[tuple[TrainOut
         seeded(device, jobs[0].seed),
     ):
         while going := [client for client in clients if client.load()]:
-            batch, sizes = _joined([client.batch for client in going], _padding(model))
+            batch, sizes = _joined([client.batch for client in going], fill)
             with (
                 _Own(named, going),
-                _OwnDropout(going, batch["input_ids"].shape[1]),
+                _OwnDropout(going, batch, fill),
                 torch.autocast(device.type, dtype, enabled=dtype is not None),
             ):
                 logits = model(**on_device(batch, device)).logits.float()
             losses = [
-                functional.cross_entropy(own[:size], client.batch["labels"].to(device))
+                task.losses(own[:size], on_device(client.batch, device)).mean()
                 for client, own, size in zip(
-                    going, logits.view(len(going), -1, logits.shape[-1]), sizes, strict=True
+                    going, logits.view(len(going), -1, *logits.shape[1:]), sizes, strict=True
                 )
             ]
             torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
@@ -140,10 +144,6 @@ def _check(model: nn.Module, jobs: Sequence[Job]) -> None:
                     f"job {number}: expected LoRA scale {scales[name]:g} as in the model, got "
                     f"{pair.scale:g} for {name!r}; convert it (LoraPair.with_scale)"
                 )
-
-
-def _padding(model: nn.Module) -> int:
-    return int(getattr(getattr(model, "config", None), "pad_token_id", None) or 0)
 
 
 @dataclass
@@ -191,20 +191,23 @@ class _Client:
 
 
 def _joined(
-    batches: Sequence[dict[str, Tensor]], padding: int
+    batches: Sequence[dict[str, Tensor]], fill: Mapping[str, int]
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """Return one batch with the same number of rows and tokens for each, and their own numbers."""
+    """Return one batch with the same number of rows and the same length for each, and the rows."""
     sizes = [len(batch["labels"]) for batch in batches]
-    width = max(batch["input_ids"].shape[1] for batch in batches)
 
-    def widened(tensor: Tensor, value: int) -> Tensor:
-        wide = functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
+    def widened(tensor: Tensor, width: int, value: int) -> Tensor:
+        missing = width - tensor.shape[1]
+        wide = functional.pad(tensor, (0, missing), value=value) if missing else tensor
         # Rows that only fill up are some that there are: a row of padding alone may give NaN.
-        return torch.cat([wide, wide[:1].expand(max(sizes) - len(wide), -1)])
+        return torch.cat([wide, wide[:1].expand(max(sizes) - len(wide), *wide.shape[1:])])
 
-    ids = torch.cat([widened(batch["input_ids"], padding) for batch in batches])
-    mask = torch.cat([widened(batch["attention_mask"], 0) for batch in batches])
-    return {"input_ids": ids, "attention_mask": mask}, sizes
+    joined = {}
+    for name in batches[0].keys() - {"labels"}:
+        tensors = [batch[name] for batch in batches]
+        width = max(tensor.shape[1] for tensor in tensors)
+        joined[name] = torch.cat([widened(t, width, fill.get(name, 0)) for t in tensors])
+    return joined, sizes
 
 
 class _Own(TorchFunctionMode):
@@ -252,9 +255,13 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 class _OwnDropout(QuickDropout):
     """Each client draws what it would draw alone: for its own rows, tokens and no others."""
 
-    def __init__(self, clients: Sequence[_Client], width: int) -> None:
+    def __init__(
+        self, clients: Sequence[_Client], joined: Mapping[str, Tensor], fill: Mapping[str, int]
+    ) -> None:
         super().__init__(0)
-        self.clients, self.width = clients, width
+        # Rows of one shape for all have no axis to leave a part of: any will do.
+        self.clients, self.name = clients, next(iter(fill), next(iter(joined)))
+        self.width = joined[self.name].shape[1]
 
     def noise(self, shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
         found = torch.ones(len(self.clients), shape[0] // len(self.clients), *shape[1:]).to(dtype)
@@ -262,7 +269,7 @@ class _OwnDropout(QuickDropout):
         # (rows, heads, tokens, tokens) two.
         axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
         for client, part in zip(self.clients, found, strict=True):
-            rows, tokens = client.batch["input_ids"].shape
+            rows, tokens = client.batch[self.name].shape[:2]
             own = [rows, *shape[1:]]
             for axis in axes:
                 own[axis] = tokens if own[axis] == self.width else own[axis]

@@ -225,6 +225,13 @@ class Task(ABC):
         """Return, one sentence each, how model and rows do not go together."""
         return []
 
+    def fill(self) -> dict[str, int]:
+        """Return with what rows are filled up to the same length, by tensor; empty: they have it.
+
+        The first tensor is the one whose second axis is the length.
+        """
+        return {}
+
     # ----- how good it is --------------------------------------------------------------
 
     @abstractmethod

@@ -86,6 +86,10 @@ class TextClassification(Classification):
         """Return token ids, at most ``data.max-length`` (and what the model takes) each."""
         return tokenize(rows, self.tokenizer, self.config.data.max_length)
 
+    def fill(self) -> dict[str, int]:
+        """Return the padding token, behind a mask of zeros."""
+        return {"input_ids": int(self.tokenizer.pad_token_id), "attention_mask": 0}
+
     def model(
         self, about: About, *, seed: int, precision: str = "float32", shapes_only: bool = False
     ) -> nn.Module:

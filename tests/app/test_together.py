@@ -17,7 +17,7 @@ from fedlora_app.together import Job, train_together
 from fedlora_app.training import train
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
-from tests.app.texts import Tokens
+from tests.app.texts import TASK, Tokens
 
 LABELS = 3
 TrainConfig = partial(run_config.TrainConfig, precision="float32")  # what "auto" may become
@@ -90,7 +90,7 @@ def one_after_the_other(model, jobs):
 
 def compare(model, made, rtol=1e-4):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    found = train_together(model, made)
+    found = train_together(TASK, model, made)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     for job, (ours, adapter), (alone, expected) in zip(
         made, found, one_after_the_other(model, made), strict=True
@@ -109,6 +109,42 @@ def compare(model, made, rtol=1e-4):
 def test_together_is_one_after_the_other(make):
     model = make()
     compare(model, jobs(model, TrainConfig(steps=3, batch_size=4)))
+
+
+class Pictures:
+    """Rows of one shape, with no axis to fill up."""
+
+    def __init__(self, count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.pixels = torch.randn(count, 1, 8, 8, generator=generator)
+        self.labels = torch.randint(LABELS, (count,), generator=generator)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, chosen):
+        return {"pixel_values": self.pixels[chosen], "labels": self.labels[chosen]}
+
+
+def test_pictures_too(monkeypatch):
+    monkeypatch.setattr(training, "LARGE", 0)
+    monkeypatch.setattr(type(TASK), "fill", lambda self: {})
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=LABELS,
+        hidden_dropout_prob=0.2,
+        attention_probs_dropout_prob=0.1,
+    )
+    model = add_lora(transformers.ViTForImageClassification(config), LoraConfig(), rank=3, seed=0)
+    made = jobs(model, TrainConfig(steps=3, batch_size=4))
+    compare(model, [replace(job, inputs=Pictures(5 + n, n)) for n, job in enumerate(made)])
 
 
 def test_epochs_with_short_last_batches():
@@ -143,7 +179,7 @@ def test_a_frozen_factor_stays():
             parameter.requires_grad_(False)
     made = jobs(model, TrainConfig(steps=3, batch_size=4))
     compare(model, made)
-    for job, (_, adapter) in zip(made, train_together(model, made), strict=True):
+    for job, (_, adapter) in zip(made, train_together(TASK, model, made), strict=True):
         for name, pair in adapter.pairs.items():
             assert torch.equal(pair.A, job.adapter.pairs[name].A)
 
@@ -153,7 +189,7 @@ def test_bfloat16():
     model = bert()
     made = jobs(model, TrainConfig(steps=3, batch_size=4, precision="bfloat16"))
     for (ours, _), (alone, _) in zip(
-        train_together(model, made), one_after_the_other(model, made), strict=True
+        train_together(TASK, model, made), one_after_the_other(model, made), strict=True
     ):
         assert ours.loss == pytest.approx(alone.loss, rel=0.02)
 
@@ -163,8 +199,8 @@ def test_one_that_diverges_leaves_the_others_alone():
     made = jobs(model, TrainConfig(steps=3, batch_size=4))
     bad = {k: t * float("nan") for k, t in made[1].adapter.to_state_dict().items()}
     wrong = replace(made[1], adapter=Adapter.from_state_dict(bad, 2.0, check_finite=False))
-    found = train_together(model, [made[0], wrong, *made[2:]])
-    expected = train_together(model, made)
+    found = train_together(TASK, model, [made[0], wrong, *made[2:]])
+    expected = train_together(TASK, model, made)
     for number, ((ours, _), (other, _)) in enumerate(zip(found, expected, strict=True)):
         assert math.isnan(ours.loss) if number == 1 else ours.loss == other.loss
 
@@ -173,15 +209,15 @@ def test_what_cannot_be_trained_together():
     model = bert()
     made = jobs(model, TrainConfig(steps=3))
     with pytest.raises(ValueError, match="got none"):
-        train_together(model, [])
+        train_together(TASK, model, [])
     other = replace(made[1], config=replace(made[1].config, precision="bfloat16"))
     with pytest.raises(ValueError, match=r"train\.precision: expected one for all jobs"):
-        train_together(model, [made[0], other])
+        train_together(TASK, model, [made[0], other])
     scaled = replace(made[1], adapter=made[1].adapter.with_scale(1.0))
     with pytest.raises(ValueError, match="job 1: expected LoRA scale 2 as in the model, got 1"):
-        train_together(model, [made[0], scaled])
+        train_together(TASK, model, [made[0], scaled])
     with pytest.raises(ValueError, match="job 0: its adapter and what this model trains differ"):
-        train_together(model, [replace(made[0], adapter=made[0].adapter.only_dense())])
+        train_together(TASK, model, [replace(made[0], adapter=made[0].adapter.only_dense())])
     dora = bert(dora=True)
     with pytest.raises(ValueError, match="only linear layers can be trained together"):
-        train_together(dora, jobs(dora, TrainConfig(steps=3)))
+        train_together(TASK, dora, jobs(dora, TrainConfig(steps=3)))
