@@ -2,6 +2,7 @@
 
     python -m benchmarks.training_step [--repeat 9] [--steps 3] [--rows 192] [--profile]
     python -m benchmarks.training_step --clients 8
+    python -m benchmarks.training_step --decoder
 
 One client of the demo on one thread, or several one after the other and in one batch. The variants
 take turns in one process; a ratio is the median over the turns of a variant's time by that of the
@@ -31,6 +32,7 @@ from fedlora_app.partition import shares
 from fedlora_app.tasks import TextClassification
 from fedlora_app.tasks.text_classification import Tokens
 from fedlora_app.together import Job, train_together
+from strategies import dropout as dropout_module
 from strategies.client import adapter_state, load_adapter
 from strategies.dropout import QuickDropout
 from strategies.lora import Adapter
@@ -180,6 +182,36 @@ def clients_together(count: int, steps: int, repeat: int) -> None:
         print(table(HEAD, ratios(runs, repeat)))
 
 
+def decoder(steps: int, repeat: int) -> None:
+    """Compare torch's fused attention with the plain formula, in a Llama of six layers."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=5000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        num_labels=4,
+        pad_token_id=0,
+    )
+    base = transformers.LlamaForSequenceClassification(config).to(torch.bfloat16)
+    model = add_lora(base, LoraConfig(), rank=8, seed=0)
+    rng, settings = np.random.default_rng(0), TrainConfig(steps=steps, precision="bfloat16")
+    for length in (32, 64, 128, 256):
+        ids, labels = rng.integers(1, 5000, size=(48, length)), rng.integers(4, size=48)
+        rows = Tokens(torch.tensor(ids, dtype=torch.int32), np.full(48, length), labels)
+        train = partial(training.train, model, rows, settings, seed=1)
+        found = {
+            name: changed(train, [lambda most=most: patch.object(dropout_module, "SHORT", most)])
+            for name, most in (("fused", 0), ("plain", length))
+        }
+        print(f"{steps} training steps, bfloat16, Llama of 6 layers, {length} tokens\n")
+        print(table(HEAD, ratios(found, repeat)))
+
+
 def tiny_client() -> tuple[nn.Module, Tokens]:
     import transformers
 
@@ -261,10 +293,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=192, help="of one evaluation")
     parser.add_argument("--ranks", default="4,32")
     parser.add_argument("--clients", type=int, default=0, help="compare so many in one batch")
+    parser.add_argument("--decoder", action="store_true", help="compare attention without dropout")
     parser.add_argument("--profile", action="store_true", help="torch's profile of a step as well")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}\n")
+    if args.decoder:
+        decoder(args.steps, args.repeat)
+        return
     if args.clients:
         clients_together(args.clients, args.steps, args.repeat)
         return
@@ -274,8 +310,9 @@ def main() -> None:
             config = TrainConfig(steps=args.steps, precision=precision)
             compare_training(f"rank {rank}", model, rows, config, args)
         few = rows.take(range(min(args.rows, len(rows))))
+        task = TextClassification(RunConfig())
         evaluate = partial(
-            evaluation.per_sample_losses, model, few, batch_size=64, precision=precision
+            evaluation.per_sample_losses, task, model, few, batch_size=64, precision=precision
         )
         print(f"Evaluation of {len(few)} rows, {precision}\n")
         found = {n: changed(evaluate, c) for n, c in evaluate_variants(model, precision).items()}
