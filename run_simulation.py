@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora_app import cluster
 from fedlora_app.config import ConfigError, RunConfig, Scalar
@@ -31,13 +31,18 @@ from fedlora_app.flower import flatten_dict
 from fedlora_app.folders import refuse_used
 from fedlora_app.inspection import CHECKED, inspect
 from fedlora_app.ray_head import RayHead
+from fedlora_app.read import read_config
 from fedlora_app.superlink import SuperLink, SuperLinkError, exit_on_signals
+from fedlora_app.tasks import make_task
+
+if TYPE_CHECKING:
+    from fedlora_app.build import Parts
 
 PROJECT = Path(__file__).resolve().parent
 OPTIONS = {"rounds": "rounds", "output": "output", "resume-from": "resume"}  # keys with their own
 
 
-def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dict[str, Scalar]]:
+def read_arguments(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dict[str, Scalar]]:
     """Return the run's configuration and what in it differs from ``pyproject.toml``.
 
     Raises
@@ -57,8 +62,9 @@ def read_config(project: Path, args: argparse.Namespace) -> tuple[RunConfig, dic
         changes["resume-from"] = "latest"
     toml = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
     app: Mapping[str, Any] = toml.get("tool", {}).get("flwr", {}).get("app", {})
-    config = RunConfig.from_flat(flatten_dict(app.get("config")) | changes)
-    if problems := _too_few_clients(config, args.clients):
+    parts = read_config(flatten_dict(app.get("config")) | changes)
+    config = parts.config
+    if problems := _too_few_clients(parts, args.clients):
         raise ConfigError(problems)
     # Decided here, so that we know where the app writes and where a relative path begins.
     output = config.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
@@ -76,7 +82,7 @@ def check_start(config: RunConfig, args: argparse.Namespace, folder: Path, copie
     ValueError
         With what is wrong and what to do.
     """
-    print(inspect(config), flush=True)
+    print(inspect(make_task(config)), flush=True)
     question = {
         "config": config.to_flat(),
         "folder": str(folder),
@@ -149,7 +155,7 @@ def main(argv: Sequence[str] | None = None, project: Path = PROJECT) -> int:
     """Run the command line ``argv`` for the app in ``project`` and return the exit code."""
     args = _parser().parse_args(argv)
     try:
-        config, changes = read_config(project, args)
+        config, changes = read_arguments(project, args)
     except (ConfigError, ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -198,9 +204,11 @@ def _twice(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _too_few_clients(config: RunConfig, clients: int) -> list[str]:
+def _too_few_clients(parts: Parts, clients: int) -> list[str]:
     """Return what a run with so few clients could never do."""
-    problems = []
+    from strategies.clients import Client
+
+    config, problems = parts.config, []
     if clients < config.min_nodes:
         problems.append(
             f"min-nodes: the run would wait for {config.min_nodes} nodes, but has {clients}; "
@@ -214,10 +222,10 @@ def _too_few_clients(config: RunConfig, clients: int) -> list[str]:
             f"min-replies: {config.min_replies} replies are needed, but a round asks {asked} "
             f"of {clients} clients; lower it or raise sampling.fraction"
         )
-    if config.ranks.policy == "list" and len(config.rank_list()) < clients:
+    if not parts.policy.serves(Client(0, clients - 1)):
         problems.append(
-            f"ranks.list: {len(config.rank_list())} ranks for {clients} clients; list one a client "
-            "or set ranks.policy=cycle"
+            f"ranks.policy: {parts.policy.summary()} has no rank for client {clients - 1} of "
+            f"{clients} clients; list one a client or set ranks.policy=cycle"
         )
     return problems
 

@@ -48,7 +48,7 @@ def one_message(flat: dict, site: str) -> dict[str, float]:
     from fedlora_app.config import RunConfig
     from fedlora_app.precision import with_precision
 
-    config = with_precision(RunConfig.from_flat(flat, check=False))
+    config = with_precision(RunConfig.from_flat(flat))
     labels = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
     client = LoRAClient(config, {"data-path": site}, RecordDict())
     mark(PARTS[1])

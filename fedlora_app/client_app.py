@@ -286,7 +286,7 @@ def _held(rows: Rows, config: RunConfig) -> Held:
 def client_fn(context: Context) -> Client:
     """Return the client of one node."""
     # The server has checked it. In what this node computes is for its own hardware to say.
-    config = with_precision(RunConfig.from_flat(context.run_config, check=False))
+    config = with_precision(RunConfig.from_flat(context.run_config))
     return LoRAClient(config, dict(context.node_config), context.state).to_client()
 
 

@@ -113,7 +113,7 @@ def examine(flat: Mapping[str, Scalar]) -> dict[str, Any]:
         from fedlora_app.precision import with_precision
         from fedlora_app.tasks import make_task
 
-        config = with_precision(RunConfig.from_flat(flat, check=False))
+        config = with_precision(RunConfig.from_flat(flat))
     except ImportError as error:
         found["problems"].append(_say(error))
         return found

@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from fedlora_app.config import ConfigError, RunConfig, Scalar
+from fedlora_app.config import ConfigError, Scalar
 from fedlora_app.copies import Copies
 from fedlora_app.flower import flatten_dict
 from fedlora_app.plots import megabytes
 from fedlora_app.ray_head import RayHead
+from fedlora_app.read import read_config
 from fedlora_app.records import of_kind, plan_periods, read_json, read_records
 from fedlora_app.retiming import retime_folder, training_of
 from fedlora_app.study_plots import plot_ranks, plot_study
@@ -71,7 +72,7 @@ class Study:
             {name: flatten_dict(keys) for name, keys in toml["arms"].items()},
         )
         for run in study.runs(Path()):
-            RunConfig.from_flat(run.config)
+            read_config(run.config)
         return study
 
     def runs(self, folder: Path) -> Iterator[Run]:
@@ -245,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained: dict[tuple[str, str], Any] = {
         (run.setting, run.arm): run
         for run in reversed(list(study.runs(folder)))
-        if run.done and run.config.get("ranks.policy") == "autorank"
+        if run.done and _scored(run.folder)
     }
     for (setting, arm), run in explained.items():
         file = folder / f"ranks-{setting}-{arm}.png"
@@ -254,6 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in plot_study(study, folder):
         print(file)
     return 1 if failed else 0
+
+
+def _scored(run: Path) -> bool:
+    """Return whether the ranks of a run are by scores of the clients, as autorank's are."""
+    books = of_kind(read_records(run / "metrics.jsonl"), "ranks")
+    return any("score" in entry for book in books[-1:] for entry in book["clients"])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 ``RunConfig.from_flat`` reads the flat mapping that Flower hands to an app
 (``context.run_config``: dotted kebab-case keys, scalar values) and either returns
-a complete, valid configuration or raises one ``ConfigError`` that lists everything
-that is wrong. ``python -m fedlora_app.config`` prints the table of all keys;
+a complete configuration or raises one ``ConfigError`` that lists every key that is
+wrong. ``python -m fedlora_app.config`` prints the table of all keys;
 ``--write`` puts it into pyproject.toml and docs/configuration.md.
 """
 
@@ -24,7 +24,7 @@ from fedlora_app.fields import (
     unknown_key,
     values_of,
 )
-from fedlora_app.plugins import load
+from fedlora_app.round_keys import ClockConfig, PrivacyConfig, RanksConfig, SamplingConfig
 
 __all__ = ["ConfigError", "RunConfig", "Scalar", "markdown_table", "toml_section"]
 
@@ -134,211 +134,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class RanksConfig:
-    """Which client trains which LoRA rank."""
-
-    policy: str = option(
-        "cycle",
-        "uniform (rank), list (one per client), cycle (list repeated), reported (node's max-rank), "
-        "quality (low, the best high), autorank (by each client's data, min to max), "
-        "self-pruning (max, shrinking), or one of your own (see plugins)",
-        on_resume="fatal",
-    )
-    options: str = option("", "policy of your own: its options, as in 'low=2, high=16'")
-    rank: int = option(8, "uniform: rank of every client", low=1)
-    list: str = option("4,8,16,32", "list and cycle: comma-separated ranks")
-    min: int = option(4, "autorank and self-pruning: smallest rank", low=1)
-    max: int = option(
-        32,
-        "reported, autorank, self-pruning: largest rank; also the rank of the global adapter",
-        low=1,
-    )
-    fallback: int = option(
-        0,
-        "reported: rank of a node that names no max-rank; autorank: of one that gives no usable "
-        "profile; 0: ranks.min",
-        low=0,
-    )
-    budget: float = option(
-        0.0,
-        "autorank: mean rank of the clients, divided in proportion to the scores; 0: none",
-        low=0,
-    )
-    budget_mb: float = option(
-        0.0,
-        "autorank: instead, megabytes a round in which every client trains may move, "
-        "down and up; 0: none",
-        low=0,
-    )
-    reassign_every: int = option(
-        0, "autorank: profile and assign again every N rounds; 0: never", low=0
-    )
-    profile_samples: int = option(
-        2000, "autorank: rows of the profiling forward pass, a seeded choice; 0: all", low=0
-    )
-    profile_timeout: float = option(
-        600.0,
-        "seconds to wait for what nodes say of themselves, and (autorank) for their profiles",
-        above=0,
-    )
-    order: str = option(
-        "score",
-        "autorank: score, or to compare with: reversed (lowest score, highest rank), random",
-        choices=("score", "reversed", "random"),
-    )
-    low: int = option(5, "quality: rank of everyone at first", low=1)
-    high: int = option(20, "quality: rank of the best after their first round", low=1)
-    best_fraction: float = option(
-        0.1, "quality: share of the clients that are best", above=0, high=1
-    )
-    validation_rows: int = option(
-        0,
-        "quality: rows of the server's test set that judge the clients, and are then left out of "
-        "all test scores; 0: the clients' own validation rows judge",
-        low=0,
-    )
-    gamma: float = option(
-        0.99,
-        "self-pruning: share of its rank a client keeps; 0.99 as published shrinks nothing "
-        "below rank 100",
-        above=0,
-        high=0.9999,
-    )
-    penalty: float = option(0.001, "self-pruning: weight of the tail in the client's loss", low=0)
-
-    def fallback_rank(self) -> int:
-        """Return ``fallback``, or the smallest rank where none is named."""
-        return self.fallback or self.min
-
-    def settings(self) -> dict[str, Scalar]:
-        """Return ``options`` as keyword arguments of a policy."""
-        return dict(key_values(self.options))
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """Which clients join a round."""
-
-    policy: str = option(
-        "fraction",
-        "fraction (so many, without replacement); each client by its own coin: independent (given "
-        "probabilities), weighted (in proportion to its rows), statistical (rows times the size of "
-        "its updates), planned (what reaches the target soonest on the clock, by two pilots); or "
-        "one of your own (see plugins)",
-        on_resume="fatal",
-    )
-    options: str = option("", "sampler of your own: its options, as in 'size=4'")
-    fraction: float = option(
-        0.6, "share of the clients in a round; of coins: the expected share", above=0, high=1
-    )
-    clients: int = option(0, "fraction: exactly so many clients instead; 0: by the share", low=0)
-    min_clients: int = option(1, "fraction: at least this many clients in a round", low=1)
-    q: str = option(
-        "", "independent: comma-separated probabilities, one per client; empty: the share for all"
-    )
-    q_min: float = option(
-        0.01, "weighted, statistical, planned: no client's probability is below", above=0, high=1
-    )
-    estimator: str = option(
-        "auto",
-        "with coins, updates count a/q: unbiased (divided by everybody's weight), ratio (by the "
-        "participants': biased, less variance), auto (what suits the rule)",
-        choices=("auto", "unbiased", "ratio"),
-    )
-    server_rate: float = option(
-        1.0, "with coins and unbiased: factor on the aggregated change", above=0
-    )
-    pilot_rounds: int = option(
-        5,
-        "planned: rounds of each of the two pilots that estimate alpha and beta",
-        low=2,
-        on_resume="fatal",
-    )
-    pilot_fractions: str = option(
-        "0.2,0.05",
-        "planned: expected shares of the clients in the two pilots",
-        on_resume="fatal",
-    )
-    alpha: float = option(
-        0.0,
-        "planned: with beta, instead of pilots: rounds = alpha / (beta - s); 0: pilots",
-        low=0,
-        on_resume="fatal",
-    )
-    beta: float = option(0.0, "planned: see alpha; 0: pilots", low=0, on_resume="fatal")
-    sketch_cost: float = option(
-        1.0,
-        "planned with fslora: exponent of how much a sketch of k of R entries adds to the "
-        "variance, (R/k)^this; 0: nothing",
-        low=0,
-    )
-    replan_every: int = option(
-        0, "planned: plan again every N rounds, from fresh channels and speeds; 0: once", low=0
-    )
-
-    def probabilities(self) -> list[float] | float:
-        """Return ``q`` as numbers, or the share for all."""
-        return [float(part) for part in self.q.split(",")] if self.q else self.fraction
-
-    def pilots(self) -> tuple[float, float]:
-        """Return ``pilot-fractions`` as numbers."""
-        first, second = (float(part) for part in self.pilot_fractions.split(","))
-        return first, second
-
-    def settings(self) -> dict[str, Scalar]:
-        """Return ``options`` as keyword arguments of a sampler."""
-        return dict(key_values(self.options))
-
-
-@dataclass(frozen=True)
-class ClockConfig:
-    """How long rounds take."""
-
-    profile: str = option(
-        "measured",
-        "measured (real seconds), or simulated devices on a shared uplink: lab, campus, rural, "
-        "phones, or a csv file with the columns snr_db and flops",
-        on_resume="fatal",
-    )
-    surroundings: str = option(
-        "campus",
-        "csv: which profile's band, fading and limits",
-        choices=("lab", "campus", "rural", "phones"),
-    )
-    bandwidth: str = option(
-        "optimal",
-        "how a round's clients share the band: optimal (all finish together) or equal",
-        choices=("optimal", "equal"),
-    )
-    bandwidth_mhz: float = option(0.0, "the band; 0: the profile's", low=0)
-    deadline: float = option(
-        0.0, "simulated: seconds after which a round ends without who is late; 0: none", low=0
-    )
-    idle_seconds: float = option(1.0, "simulated: length of a round without clients", above=0)
-    change_round: int = option(
-        0, "simulated: from this round on some clients have a worse channel; 0: never", low=0
-    )
-    change_share: float = option(0.5, "their share", above=0, high=1)
-    change_factor: float = option(0.1, "what is left of their rate", above=0, high=1)
-
-
-@dataclass(frozen=True)
-class PrivacyConfig:
-    """Differential privacy of what clients send."""
-
-    noise_multiplier: float = option(
-        0.0,
-        "clients add Gaussian noise of so many times the clipping norm to what they send; 0: none",
-        low=0,
-        on_resume="fatal",
-    )
-    clip: float = option(
-        1.0, "with noise: largest norm of a client's change", above=0, on_resume="fatal"
-    )
-    delta: float = option(1e-5, "with noise: delta of the guarantee", above=0, high=0.5)
-
-
-@dataclass(frozen=True)
 class EvaluateConfig:
     """Evaluation on the server and on the clients."""
 
@@ -351,7 +146,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run needs, valid by construction."""
+    """Everything a run needs, each key valid by itself."""
 
     rounds: int = option(10, "federated rounds", low=1, on_resume="ignore")
     seed: int = option(42, "same seed, same result", low=0, on_resume="fatal")
@@ -442,21 +237,20 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     @classmethod
-    def from_flat(cls, flat: Mapping[str, Scalar], *, check: bool = True) -> RunConfig:
+    def from_flat(cls, flat: Mapping[str, Scalar]) -> RunConfig:
         """Read ``{"data.alpha": 0.5, …}``; keys left out take their defaults.
+
+        Each key is checked by itself, which is all that clients need: nothing is imported or
+        made. ``read_config`` also makes what the keys name, and judges it together.
 
         Parameters
         ----------
         flat : Mapping[str, bool, int, float or str]
-        check : bool (default: True)
-            Whether to import ``plugins`` and to check names and combinations of keys. A client
-            leaves that to the server, and does not need the plug-ins.
 
         Raises
         ------
         ConfigError
-            With every unknown key, wrong type, value out of range and impossible
-            combination.
+            With every unknown key, wrong type and value out of range.
         """
         problems: list[str] = []
         known = dict(options(cls))
@@ -464,12 +258,6 @@ class RunConfig:
             if key not in known:
                 problems.append(unknown_key(key, list(known)))
         config: RunConfig = build(cls, flat, "", problems)
-        if check and not problems:
-            problems += load(config.plugins)
-        if check and not problems:
-            from fedlora_app.checks import impossible  # needs the rules, and they need torch
-
-            problems += impossible(config)
         if problems:
             raise ConfigError(problems)
         return config
@@ -486,26 +274,6 @@ class RunConfig:
     def aggregation_settings(self) -> dict[str, Scalar]:
         """Return ``aggregation-options`` as keyword arguments of the rule."""
         return dict(key_values(self.aggregation_options))
-
-    def rank_list(self) -> list[int]:
-        """Return ``ranks.list`` as integers."""
-        return [int(part) for part in self.ranks.list.split(",")]
-
-    def max_rank(self) -> int:
-        """Return the rank of the global adapter."""
-        match self.ranks.policy:
-            case "uniform":
-                return self.ranks.rank
-            case "list" | "cycle":
-                return max(self.rank_list())
-            case "quality":
-                return self.ranks.high
-            case "reported" | "autorank" | "self-pruning":
-                return self.ranks.max
-            case own:
-                from strategies.ranks import make_rank_policy  # needs torch
-
-                return make_rank_policy(own, **self.ranks.settings()).max_rank
 
 
 def toml_section() -> str:

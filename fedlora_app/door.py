@@ -18,22 +18,23 @@ from pathlib import Path
 
 import torch
 
+from fedlora_app.build import Parts
 from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.folders import output_problems
 from fedlora_app.inspection import Report, inspect
 from fedlora_app.models import add_lora, trained_parts
+from fedlora_app.read import read_config
 from fedlora_app.resuming import check_resume
-from strategies.aggregation import make_aggregator
 from strategies.client import check_mergeable
-from strategies.wallclock import PROFILES, devices_from_csv
 
 
-def check_run(config: RunConfig, folder: Path, data: Report) -> str:
+def check_run(parts: Parts, folder: Path, data: Report) -> str:
     """Refuse what could not end well, without reading weights or writing anything.
 
     Parameters
     ----------
-    config : RunConfig
+    parts : Parts
+        As ``read_config`` judged them.
     folder : Path
         Where the run is to write.
     data : Report
@@ -49,9 +50,10 @@ def check_run(config: RunConfig, folder: Path, data: Report) -> str:
     FileNotFoundError or ValueError
         With file or key, what is wrong and what to do.
     """
+    config = parts.config
     problems = output_problems(folder, resumed=bool(config.resume_from)) + _optional(config)
-    size = config.ranks.validation_rows
-    if config.ranks.policy == "quality" and size >= len(data.test):
+    size = parts.validation_rows
+    if size and size >= len(data.test):
         problems.append(
             f"ranks.validation-rows: the test set has {len(data.test)} rows, so {size} leave none "
             "to test on"
@@ -59,11 +61,12 @@ def check_run(config: RunConfig, folder: Path, data: Report) -> str:
     if problems:
         raise ConfigError(problems)
     check_resume(config, folder, data.about)
-    return check_model(config, data)
+    return check_model(parts, data)
 
 
-def check_model(config: RunConfig, data: Report) -> str:
+def check_model(parts: Parts, data: Report) -> str:
     """Refuse a model, rows and targets that do not go together; see ``check_run``."""
+    config, rank = parts.config, parts.policy.max_rank
     base = data.task.model(data.about, seed=0, shapes_only=True)
     line: str = base.loaded.line()  # type: ignore[union-attr, operator]
     if problems := data.task.problems(base, data.train):
@@ -74,14 +77,14 @@ def check_model(config: RunConfig, data: Report) -> str:
         )
     model = add_lora(base, config.lora, rank=1, seed=0)
     width = max(max(p.shape) for n, p in model.named_parameters() if ".lora_" in n)
-    if config.method != "head" and config.max_rank() > width:
+    if config.method != "head" and rank > width:
         raise ConfigError(
             [
-                f"ranks.policy = {config.ranks.policy!r} gives ranks up to {config.max_rank()}, "
-                f"and the widest layer with LoRA has {width}, all that a rank can be; lower it"
+                f"ranks.policy = {config.ranks.policy!r} gives ranks up to {rank}, and the "
+                f"widest layer with LoRA has {width}, all that a rank can be; lower it"
             ]
         )
-    if make_aggregator(config.aggregation, **config.aggregation_settings()).merges_base:
+    if parts.rule.merges_base:
         check_mergeable(model)
     return line
 
@@ -114,12 +117,6 @@ def _optional(config: RunConfig) -> list[str]:
         problems.append(
             "tensorboard: TensorBoard is not installed; run: pip install 'fedlora[tensorboard]'"
         )
-    profile = config.clock.profile
-    if profile != "measured" and profile not in PROFILES:
-        try:
-            devices_from_csv(Path(profile).expanduser(), config.clock.surroundings)
-        except (OSError, ValueError) as error:
-            problems.append(f"clock.profile: {error}")
     return problems
 
 
@@ -136,10 +133,11 @@ def main(question: str) -> int:
     try:
         if asked["resources"] and (problems := resource_problems(*asked["resources"])):
             raise ConfigError(problems)
-        config = RunConfig.from_flat(asked["config"])
-        data = inspect(config, clients=asked["clients"])
+        parts = read_config(asked["config"])
+        data = inspect(parts.task, clients=asked["clients"])
         print(data.shared_out, flush=True)
-        print(f"{config.model.name}: {check_run(config, Path(asked['folder']), data)}", flush=True)
+        line = check_run(parts, Path(asked["folder"]), data)
+        print(f"{parts.config.model.name}: {line}", flush=True)
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2

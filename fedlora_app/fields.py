@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, field, fields, is_dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 Scalar = bool | int | float | str
+N = TypeVar("N", int, float)
 
 
 class ConfigError(ValueError):
@@ -28,15 +29,17 @@ def option(
     high: float | None = None,
     above: float | None = None,
     choices: tuple[str, ...] = (),
+    each: type[int] | type[float] | None = None,
     on_resume: Literal["fatal", "warn", "ignore"] = "warn",
 ) -> Any:
     """Declare a config key: its default, its help and what values it may take.
 
+    The value of a key with ``each`` is a text of comma-separated numbers, each within the limits.
     ``on_resume`` says what it means that a resumed run has another value: a checkpoint's
     numbers depend on it, it is worth a warning, or it is nobody's business.
     """
     rules = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
-    return field(default=default, metadata={**rules, "on_resume": on_resume})
+    return field(default=default, metadata={**rules, "each": each, "on_resume": on_resume})
 
 
 def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
@@ -94,13 +97,40 @@ def _check(
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return value, f"{key}: expected one of {', '.join(rules['choices'])}; got {value!r}{hint}"
     if not isinstance(value, str):
-        if rules["low"] is not None and value < rules["low"]:
-            return value, f"{key}: must be at least {rules['low']}, got {value!r}"
-        if rules["above"] is not None and value <= rules["above"]:
-            return value, f"{key}: must be above {rules['above']}, got {value!r}"
-        if rules["high"] is not None and value > rules["high"]:
-            return value, f"{key}: must be at most {rules['high']}, got {value!r}"
+        limit = _beyond(value, rules)
+        return value, f"{key}: must be {limit}, got {value!r}" if limit else None
+    if rules["each"]:
+        try:
+            fits = not any(_beyond(x, rules) for x in each_of(value, rules["each"]))
+        except ValueError:
+            fits = False
+        if not fits:
+            whole = "whole " if rules["each"] is int else ""
+            return value, (
+                f"{key}: expected comma-separated {whole}numbers {_limits(rules)}, got {value!r}"
+            )
     return value, None
+
+
+def _beyond(value: float, rules: Mapping[str, Any]) -> str:
+    """Return which limit a number is beyond; empty: none."""
+    if rules["low"] is not None and not value >= rules["low"]:
+        return f"at least {rules['low']}"
+    if rules["above"] is not None and not value > rules["above"]:
+        return f"above {rules['above']}"
+    if rules["high"] is not None and not value <= rules["high"]:
+        return f"at most {rules['high']}"
+    return ""
+
+
+def _limits(rules: Mapping[str, Any]) -> str:
+    words = {"low": "of at least", "above": "above", "high": "up to"}
+    return " and ".join(f"{word} {rules[k]}" for k, word in words.items() if rules[k] is not None)
+
+
+def each_of(text: str, kind: Callable[[str], N]) -> list[N]:
+    """Return the numbers of a comma-separated text; none of an empty one."""
+    return [kind(part) for part in text.split(",")] if text.strip() else []
 
 
 def key_values(text: str) -> Iterator[tuple[str, Scalar]]:

@@ -29,17 +29,19 @@ class HeldOut:
     task : Task
     rows : Rows
         Its test rows.
+    validation_rows : int (default: 0)
+        How many of them judge.
     """
 
-    def __init__(self, task: Task, rows: Rows) -> None:
+    def __init__(self, task: Task, rows: Rows, validation_rows: int = 0) -> None:
         config = task.config
         self.task, self.about = task, rows.about
         self.all: Inputs = task.encode(rows)
         self.validation: Inputs | None = None
-        if config.ranks.policy == "quality" and (size := config.ranks.validation_rows):
+        if validation_rows:
             order = stream(config.seed, "validation").permutation(len(self.all))
-            self.validation = self.all.take(np.sort(order[:size]))
-            self.all = self.all.take(np.sort(order[size:]))
+            self.validation = self.all.take(np.sort(order[:validation_rows]))
+            self.all = self.all.take(np.sort(order[validation_rows:]))
         self.some = self.all
         if 0 < config.data.test_rows < len(self.all):
             rng = np.random.default_rng(config.seed)

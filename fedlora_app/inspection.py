@@ -60,13 +60,12 @@ class Report:
         return f"shares: {len(self.shares)} clients with {low} to {high} rows each"
 
 
-def inspect(config: RunConfig, *, clients: int | None = None) -> Report:
+def inspect(task: Task, *, clients: int | None = None) -> Report:
     """Load all training and test rows and share them out once, as a run will.
 
     Parameters
     ----------
-    config : RunConfig
-        Which task, and which data.
+    task : Task
     clients : int, optional
         Simulated clients that share the training rows (default: the rows are not shared out).
 
@@ -76,7 +75,6 @@ def inspect(config: RunConfig, *, clients: int | None = None) -> Report:
         If there are no such data, something in them is certainly wrong, or clients would get
         too few rows.
     """
-    task = make_task(config)
     train, test = task.train_rows(), task.test_rows()
     if clients is None:
         return Report(task, train, test)

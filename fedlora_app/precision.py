@@ -31,9 +31,9 @@ def with_precision(config: RunConfig) -> RunConfig:
     """
     if config.train.precision != "auto":
         return config
-    made = AGGREGATIONS.get(config.aggregation)  # a plug-in that this node lacks: who knows
-    keeps_base = made is not None and not made(**config.aggregation_settings()).merges_base
-    found = "bfloat16" if keeps_base and native_bfloat16() else "float32"
+    rule = AGGREGATIONS.get(config.aggregation)  # a plug-in that this node lacks: who knows
+    merges = getattr(rule, "merges_base", True)
+    found = "float32" if merges or not native_bfloat16() else "bfloat16"
     return replace(config, train=replace(config.train, precision=found))
 
 

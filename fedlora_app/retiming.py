@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from fedlora_app.config import RunConfig
 from fedlora_app.fields import Scalar
 from fedlora_app.plots import plot_run
+from fedlora_app.read import read_config
 from fedlora_app.records import (
     Record,
     of_kind,
@@ -55,12 +56,11 @@ def training_of(flat: Flat) -> dict[str, Scalar] | None:
     again: what its machine did is not known to a simulated one.
     """
     from strategies.promises import declares  # with torch, which takes seconds to import
-    from strategies.sampling import SAMPLERS
 
-    config = RunConfig.from_flat(flat)
-    blind = declares(SAMPLERS[config.sampling.policy], "clock_blind")
-    acts = not blind or config.clock.deadline > 0
-    if acts or config.clock.profile == "measured" or config.method == "local":
+    parts = read_config(flat)
+    config = parts.config
+    acts = not declares(parts.sampler, "clock_blind") or config.clock.deadline > 0
+    if acts or not config.clock.simulated or config.method == "local":
         return None
     return {
         key: value
@@ -77,14 +77,14 @@ def timed_by_clock(records: Sequence[Record], config: RunConfig) -> Sequence[Tim
     ValueError
         If the records do not say how much work a training step was.
     """
-    from fedlora_app.server_app import simulated_clock  # takes seconds to import
+    from fedlora_app.timing import Timing  # takes seconds to import
     from strategies.wallclock.retime import retime
 
     counted = of_kind(records, "clock")
     if not counted:
         raise ValueError("the run has no record of kind 'clock', with the FLOPs of a step")
     work = {key: float(counted[-1][key]) for key in ("base_flops", "rank_flops", "steps")}
-    return retime(records, simulated_clock(config, **work))
+    return retime(records, Timing(config).clock(**work))
 
 
 def retime_folder(source: Path, target: Path, flat: Flat, timer: Timer = timed_by_clock) -> None:

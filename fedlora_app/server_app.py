@@ -21,6 +21,7 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.alone import Alone
+from fedlora_app.build import Parts
 from fedlora_app.client_app import INFO_KEY, TIMES_KEY
 from fedlora_app.config import RunConfig
 from fedlora_app.door import check_run
@@ -28,29 +29,20 @@ from fedlora_app.held_out import HeldOut, effective_adapter
 from fedlora_app.inspection import CHECKED, inspect
 from fedlora_app.models import add_lora
 from fedlora_app.precision import with_precision
-from fedlora_app.rank_policies import make_ranks
+from fedlora_app.read import read_config
 from fedlora_app.report import RunFolder
 from fedlora_app.resuming import make_saver, resumed_here
-from fedlora_app.samplers import make_run_sampler
-from fedlora_app.tasks import About, Inputs, Score, Task, primary
+from fedlora_app.tasks import About, Inputs, Score, primary
 from fedlora_app.tensorboard import TensorBoardListener
 from strategies import FedLoRA
-from strategies.aggregation import make_aggregator
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
 from strategies.losses import autocast_type, on_device
 from strategies.messages import to_record
-from strategies.privacy import Privacy, PrivateRun
+from strategies.privacy import PrivateRun
+from strategies.promises import declares
 from strategies.saving import Saver
-from strategies.wallclock import (
-    PROFILES,
-    Clock,
-    Devices,
-    MeasuredClock,
-    SimulatedClock,
-    devices_from_csv,
-    rank_flops,
-)
+from strategies.wallclock import Clock, MeasuredClock, SimulatedClock, rank_flops
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import, which a query does not need
@@ -61,23 +53,25 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run what the run config says."""
-    config = with_precision(RunConfig.from_flat(context.run_config))
+    judged = read_config(context.run_config)
+    parts = judged.with_config(with_precision(judged.config))
+    config = parts.config
     default = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
     began = time.perf_counter()
     path = Path(config.output or default).expanduser().absolute()
-    data = inspect(config)
+    data = inspect(parts.task)
     if CHECKED not in os.environ:  # ``flwr run`` comes without the door of run_simulation.py
         log(INFO, "%s", data)
-        log(INFO, "%s: %s", config.model.name, check_run(config, path, data))
-    test = HeldOut(data.task, data.test)
-    model, adapter = initial_adapter(data.task, data.about)
+        log(INFO, "%s: %s", config.model.name, check_run(parts, path, data))
+    test = HeldOut(parts.task, data.test, parts.validation_rows)
+    model, adapter = initial_adapter(parts, data.about)
     saver = make_saver(config, path, data.about)
     resumed = resumed_here(saver, path)
     folder = RunFolder(path, config, data.about, resume_round=resumed)
     log(INFO, "%s: %s on %s in %s, %s", config.method, config.model.name, config.data.name,
         config.train.precision, adapter)  # fmt: skip
 
-    strategy = make_strategy(config, folder, test, model, saver)
+    strategy = make_strategy(parts, folder, test, model, saver)
     arrays = to_record(adapter.to_state_dict())
     strategy.check(arrays)
     folder.begin()  # only now: a run that cannot start leaves no folder, and none as it was not
@@ -115,11 +109,11 @@ def main(grid: Grid, context: Context) -> None:
     folder.finish(scores, model, seconds=time.perf_counter() - began)
 
 
-def initial_adapter(task: Task, about: About) -> tuple[PeftModel, Adapter]:
+def initial_adapter(parts: Parts, about: About) -> tuple[PeftModel, Adapter]:
     """Return the server's model and the adapter that round 1 starts from."""
-    config = task.config
-    base = task.model(about, seed=config.seed, precision=config.train.precision)
-    model = add_lora(base, config.lora, rank=config.max_rank(), seed=config.seed)
+    config = parts.config
+    base = parts.task.model(about, seed=config.seed, precision=config.train.precision)
+    model = add_lora(base, config.lora, rank=parts.policy.max_rank, seed=config.seed)
     state = {key: value.clone() for key, value in adapter_state(model).items()}
     adapter = Adapter.from_state_dict(state, config=model.peft_config["default"])
     return model, adapter.only_dense() if config.method == "head" else adapter
@@ -145,19 +139,19 @@ def stop_at(
 
 
 def make_strategy(
-    config: RunConfig,
+    parts: Parts,
     folder: RunFolder,
     test: HeldOut,
     model: PeftModel,
     saver: Saver | None = None,
 ) -> FedLoRA:
-    """Return the strategy of the run config."""
-    judge = None
+    """Return the strategy that is made of these parts."""
+    config = parts.config
     if test.validation is not None:
-        judge = partial(test.validation_loss, model)
+        parts.judge_by(partial(test.validation_loss, model))
     settings: dict[str, Any] = {
-        "aggregation": make_aggregator(config.aggregation, **config.aggregation_settings()),
-        "ranks": make_ranks(config, judge),
+        "aggregation": parts.rule,
+        "ranks": parts.policy,
         # In a simulation clients queue for a core to say who they are, too.
         "query_timeout": config.ranks.profile_timeout,
         "client_api": "numpy",
@@ -172,14 +166,14 @@ def make_strategy(
         "evaluate_every": config.evaluate.every,
         "saver": saver,
         "clip_norm": config.clip_norm,
-        "privacy": make_privacy(config, folder.path, saver),
-        "stop_when": stop_at(primary(test.task), config.stop_score, folder.rounds),
+        "privacy": make_privacy(parts, folder.path, saver),
+        "stop_when": stop_at(primary(parts.task), config.stop_score, folder.rounds),
         "listeners": [folder],
     }
     if config.method == "local":
         # Whatever the rule: who trains alone trains, and is tested with, all of its adapter.
         return Alone(test, model, **{**settings, "aggregation": "replication"})
-    clock = make_run_clock(config, model, test)
+    clock = make_run_clock(parts, model, test)
     if isinstance(clock, SimulatedClock):  # what it takes to time the run again elsewhere
         folder(
             {
@@ -189,13 +183,12 @@ def make_strategy(
                 "steps": clock.steps,
             }
         )
-    return FedLoRA(sampling=make_run_sampler(config), clock=clock, **settings)
+    return FedLoRA(sampling=parts.sampler, clock=clock, **settings)
 
 
-def make_privacy(config: RunConfig, path: Path, saver: Saver | None) -> PrivateRun | None:
+def make_privacy(parts: Parts, path: Path, saver: Saver | None) -> PrivateRun | None:
     """Return what keeps the clients' data private; None where that is not asked for."""
-    p = config.privacy
-    if not p.noise_multiplier:
+    if parts.privacy is None:
         return None
     ledger = path / "privacy.json"
     if saver is not None and saver.resumed is not None and not ledger.exists():
@@ -205,46 +198,22 @@ def make_privacy(config: RunConfig, path: Path, saver: Saver | None) -> PrivateR
         else:
             log(WARNING, "there is no %s: what clients gave away after round %s, in rounds that "
                 "are repeated now, is not counted", before, saver.round)  # fmt: skip
-    return PrivateRun(Privacy(p.clip, p.noise_multiplier), p.delta, ledger)
+    return PrivateRun(parts.privacy, parts.config.privacy.delta, ledger)
 
 
-def make_run_clock(config: RunConfig, model: PeftModel, test: HeldOut) -> Clock:
-    """Return the clock of the run config, with the FLOPs of a training step as counted."""
-    measured = config.clock.profile == "measured"
-    if measured and config.sampling.policy != "planned":
+def make_run_clock(parts: Parts, model: PeftModel, test: HeldOut) -> Clock:
+    """Return the clock of the run, with the FLOPs of a training step as counted."""
+    config = parts.config
+    if not parts.clock.simulated and declares(parts.sampler, "clock_blind"):
         return MeasuredClock()
-    ranks = (1, max(2, config.max_rank()))
+    ranks = (1, max(2, parts.policy.max_rank))
     base, per_rank = rank_flops(lambda rank: training_step(model, test.all, config, rank), *ranks)
     if config.method == "head":
         per_rank = 0.0
-    if measured:
+    if not parts.clock.simulated:
         return MeasuredClock(rank_share=per_rank / base)
-    return simulated_clock(config, base, per_rank, float(config.train.steps or 1))
-
-
-def simulated_clock(
-    config: RunConfig, base_flops: float, rank_flops: float, steps: float
-) -> SimulatedClock:
-    """Return the simulated clock of the run config for work of this size."""
-    c = config.clock
-    if c.profile in PROFILES:
-        devices: Devices | str = c.profile
-    else:
-        devices = devices_from_csv(Path(c.profile).expanduser(), c.surroundings)
-    return SimulatedClock(
-        devices,
-        base_flops=base_flops,
-        rank_flops=rank_flops,
-        steps=steps,
-        bandwidth="equal" if c.bandwidth == "equal" else "optimal",
-        bandwidth_hz=c.bandwidth_mhz * 1e6 or None,
-        deadline=c.deadline,
-        idle_seconds=c.idle_seconds,
-        change_round=c.change_round,
-        change_share=c.change_share,
-        change_factor=c.change_factor,
-        seed=config.seed,
-    )
+    steps = float(config.train.steps or 1)
+    return parts.clock.clock(base_flops=base, rank_flops=per_rank, steps=steps)
 
 
 def training_step(

@@ -102,7 +102,7 @@ def test_wrong_config_is_said_once_and_nothing_starts(
 
 def read(*arguments: str) -> tuple[RunConfig, dict[str, Scalar]]:
     args = run_simulation._parser().parse_args(arguments)
-    return run_simulation.read_config(TINY, args)
+    return run_simulation.read_arguments(TINY, args)
 
 
 def test_values_of_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedlora_app.config import ConfigError, RunConfig, markdown_table, toml_section
+from fedlora_app.read import read_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +34,7 @@ def test_defaults_are_valid_and_flat_is_the_inverse():
     assert RunConfig.from_flat({}) == RunConfig()
     changed = RunConfig.from_flat({"rounds": 3, "data.alpha": 1, "ranks.list": "4, 8"})
     assert changed.data.alpha == 1.0
-    assert changed.rank_list() == [4, 8]
+    assert changed.ranks.numbers() == [4, 8]
     assert RunConfig.from_flat(changed.to_flat()) == changed
 
 
@@ -72,7 +73,7 @@ def test_defaults_are_valid_and_flat_is_the_inverse():
 )
 def test_what_is_wrong_is_said(flat, message):
     with pytest.raises(ConfigError, match=message):
-        RunConfig.from_flat(flat)
+        read_config(flat)
 
 
 def test_all_problems_come_at_once():
@@ -87,7 +88,7 @@ def test_fedit_is_allowed_where_it_works():
         {"ranks.list": "8,8"},
         {"method": "head"},
     ):
-        RunConfig.from_flat({"aggregation": "fedit", **flat})
+        read_config({"aggregation": "fedit", **flat})
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_fedit_is_allowed_where_it_works():
     ],
 )
 def test_the_global_rank_follows_from_the_policy(flat, rank):
-    assert RunConfig.from_flat(flat).max_rank() == rank
+    assert read_config(flat).policy.max_rank == rank
 
 
 def test_what_a_resumed_run_may_change_is_said_at_the_key():
@@ -118,4 +119,4 @@ def test_what_a_resumed_run_may_change_is_said_at_the_key():
 )  # fmt: skip
 def test_numbers_nobody_can_send_and_options_given_twice(flat, expected):
     with pytest.raises(ConfigError, match=expected):
-        RunConfig.from_flat(flat)
+        read_config(flat)

@@ -14,6 +14,7 @@ from pyarrow import parquet
 from fedlora_app.config import DataConfig, RunConfig
 from fedlora_app.discretion import DataError
 from fedlora_app.inspection import inspect
+from fedlora_app.tasks import make_task
 from tests.app.texts import load_own, load_test, load_train
 
 HEADER = "text,label\n"
@@ -214,7 +215,7 @@ def test_shards_of_a_hub_are_one_split(tmp_path, where):
     assert [*load_train(config).texts] == [*TEXTS, "last"]
     assert [*load_test(config).texts] == TEXTS
     assert "train-00000-of-00002.parquet, train-00001-of-00002.parquet" in str(
-        inspect(RunConfig(data=config))
+        inspect(make_task(RunConfig(data=config)))
     )
 
 
@@ -261,7 +262,7 @@ def test_splits_of_several_formats_and_upper_case(tmp_path):
 def test_folders_that_leave_a_choice(tmp_path, files, match):
     config = folder(tmp_path, files)
     with pytest.raises(ValueError, match=match):
-        inspect(RunConfig(data=config))
+        inspect(make_task(RunConfig(data=config)))
 
 
 # ----- parquet -------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from fedlora_app.config import DataConfig, RunConfig
 from fedlora_app.discretion import DataError
 from fedlora_app.inspection import check_own_data, inspect
 from fedlora_app.labels import label_name
+from fedlora_app.tasks import make_task
 from tests.app.texts import load_own, load_test, load_train
 
 FORMATS = ["csv", "tsv", "jsonl", "parquet"]
@@ -117,7 +118,7 @@ def test_a_word_for_nothing_among_numbers_is_refused(tmp_path, hole):
 )
 def test_doubtful_labels_are_said(tmp_path, labels, note):
     path = written(tmp_path, labels * 4)
-    text = str(inspect(RunConfig(data=DataConfig(name=str(path)))))
+    text = str(inspect(make_task(RunConfig(data=DataConfig(name=str(path))))))
     assert re.search(note, text)
 
 
@@ -211,14 +212,16 @@ def splits(folder, **files):
 def test_a_class_that_training_lacks_is_refused_at_the_door(tmp_path, labels):
     config = splits(tmp_path, train=["a", "b"] * 5, test=labels)
     with pytest.raises(DataError, match=r"test\.csv, line \d: .* where a, b are known; correct"):
-        inspect(RunConfig(data=config))
+        inspect(make_task(RunConfig(data=config)))
 
 
 @pytest.mark.parametrize("hidden", [["-1", "-1"], [None, None], ["", ""]])
 def test_hidden_labels_are_passed_over_and_said(tmp_path, hidden):
     config = splits(tmp_path, train=["a", "b"] * 6, test=hidden, dev=["a"])
     assert len(load_test(config)) == 1
-    assert "test.csv (test) passed over: labels hidden" in str(inspect(RunConfig(data=config)))
+    assert "test.csv (test) passed over: labels hidden" in str(
+        inspect(make_task(RunConfig(data=config)))
+    )
 
 
 def test_minus_one_is_not_hidden_where_it_is_a_class(tmp_path):
@@ -235,7 +238,9 @@ def test_a_test_file_without_labels_or_rows_is_passed_over(tmp_path, content, re
     (tmp_path / "test.csv").write_text(content)
     assert load_test(config).labels.tolist() == [1]
     assert len(load_train(config)) == 12  # nothing is held out
-    assert f"test.csv (test) passed over: {reason}" in str(inspect(RunConfig(data=config)))
+    assert f"test.csv (test) passed over: {reason}" in str(
+        inspect(make_task(RunConfig(data=config)))
+    )
     (tmp_path / "valid.csv").unlink()
     assert len(load_train(config)) == 11  # now a tenth is
 
@@ -274,7 +279,7 @@ def test_pairs_without_a_known_name(tmp_path, columns):
 
 def test_what_is_left_beside_a_text_is_said(tmp_path):
     path = pair(tmp_path, "headline", "text")
-    assert "left: headline" in str(inspect(RunConfig(data=DataConfig(name=str(path)))))
+    assert "left: headline" in str(inspect(make_task(RunConfig(data=DataConfig(name=str(path))))))
     path = pair(tmp_path, "author", "text", words="Jane Doe")
     assert read(path).origin.left == ("author",)
 

@@ -15,8 +15,9 @@ from fedlora_app.config import ConfigError, LoraConfig, RunConfig
 from fedlora_app.door import resource_problems
 from fedlora_app.inspection import Report
 from fedlora_app.models import build_model, positions
+from fedlora_app.read import read_config
 from fedlora_app.resuming import check_resume, make_saver
-from fedlora_app.tasks import Rows, make_task
+from fedlora_app.tasks import Rows
 from strategies.checkpoint import Checkpoints
 from tests.app.test_models import folders  # noqa: F401
 from tests.app.test_pretrained import checkpoint  # noqa: F401
@@ -25,13 +26,13 @@ TEXTS = ["oil price", "bank rate"]
 
 
 def config(folder, **flat):
-    return RunConfig.from_flat({"model.name": str(folder), "data.max-length": 8, **flat})
+    return read_config({"model.name": str(folder), "data.max-length": 8, **flat})
 
 
-def check_model(config, labels, texts):
+def check_model(parts, labels, texts):
     """As the door does, for texts of so many labels."""
     rows = Rows(list(texts), np.zeros(len(texts), int), {"labels": [str(i) for i in range(labels)]})
-    return door.check_model(config, Report(make_task(config), rows, rows))
+    return door.check_model(parts, Report(parts.task, rows, rows))
 
 
 def test_a_good_model_is_said_to_be_loaded(checkpoint):  # noqa: F811
@@ -63,7 +64,7 @@ def test_a_tokenizer_of_another_model(checkpoint):  # noqa: F811
 )
 def test_texts_longer_than_the_positions(checkpoint, name, most):  # noqa: F811
     folder = checkpoint(name)
-    model = build_model(config(folder).model, num_labels=2, seed=0, shapes_only=True)
+    model = build_model(config(folder).config.model, num_labels=2, seed=0, shapes_only=True)
     assert positions(model) == most
     if most is None:
         check_model(config(folder, **{"data.max-length": 5000}), 2, TEXTS)
@@ -71,7 +72,7 @@ def test_texts_longer_than_the_positions(checkpoint, name, most):  # noqa: F811
     check_model(config(folder, **{"data.max-length": most}), 2, TEXTS)
     with pytest.raises(ConfigError, match=rf"{most + 1} tokens, .* set data\.max-length={most}"):
         check_model(config(folder, **{"data.max-length": most + 1}), 2, TEXTS)
-    whole = build_model(config(folder).model, num_labels=2, seed=0)  # as the model has it
+    whole = build_model(config(folder).config.model, num_labels=2, seed=0)  # as the model has it
     ids = torch.full((1, most), 3)
     whole(input_ids=ids, attention_mask=torch.ones_like(ids))
     ids = torch.full((1, most + 1), 3)

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from fedlora_app.config import ConfigError, RunConfig
-from fedlora_app.rank_policies import make_ranks
+from fedlora_app.read import read_config
 from fedlora_app.retiming import training_of
-from fedlora_app.samplers import make_run_sampler
-from strategies.aggregation import AGGREGATIONS, make_aggregator
+from strategies.aggregation import AGGREGATIONS
 from strategies.ranks import RANK_POLICIES
 from strategies.sampling import SAMPLERS
 
@@ -46,23 +45,23 @@ def plugins(tmp_path, monkeypatch):
 
 
 def test_the_config_finds_them_by_name(plugins):
-    config = RunConfig.from_flat({**OWN, "plugins": plugins})
-    assert make_aggregator(config.aggregation).name == "median"
-    policy, sampler = make_ranks(config), make_run_sampler(config)
+    parts = read_config({**OWN, "plugins": plugins})
+    assert parts.rule.name == "median"
+    policy, sampler = parts.policy, parts.sampler
     assert (policy.name, policy.low, policy.high) == ("by-rows", 2, 16)
     assert (sampler.name, sampler.size) == ("turns", 4)
-    assert config.max_rank() == 16
+    assert policy.max_rank == 16
     # It may look at the clock, so that no run is timed again on another network.
     assert training_of({**OWN, "plugins": plugins, "clock.profile": "lab"}) is None
-    assert RunConfig.from_flat(config.to_flat()) == config
+    assert RunConfig.from_flat(parts.config.to_flat()) == parts.config
 
 
 def test_a_client_neither_needs_nor_imports_them(plugins):
-    config = RunConfig.from_flat({**OWN, "plugins": f"{plugins}, not_there"}, check=False)
+    config = RunConfig.from_flat({**OWN, "plugins": f"{plugins}, not_there"})
     assert config.aggregation == "median"
     assert not [name for name in plugins.split(", ") if name in sys.modules]
     with pytest.raises(ConfigError, match="unknown key"):
-        RunConfig.from_flat({"agregation": "median"}, check=False)
+        RunConfig.from_flat({"agregation": "median"})
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ def test_a_client_neither_needs_nor_imports_them(plugins):
 )
 def test_without_the_module_nothing_is_known(flat, message):
     with pytest.raises(ConfigError, match=message):
-        RunConfig.from_flat({**OWN, **flat})
+        read_config({**OWN, **flat})
 
 
 @pytest.mark.parametrize(
@@ -97,18 +96,18 @@ def test_without_the_module_nothing_is_known(flat, message):
 )
 def test_what_is_wrong_is_said(plugins, flat, message):
     with pytest.raises(ConfigError, match=message):
-        RunConfig.from_flat({**OWN, "plugins": plugins, **flat})
+        read_config({**OWN, "plugins": plugins, **flat})
 
 
 def test_a_broken_module_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_plugin.py").write_text("1 / 0\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot import 'broken_plugin': ZeroDivisionError"):
-        RunConfig.from_flat({"plugins": "broken_plugin"})
+        read_config({"plugins": "broken_plugin"})
 
 
 def test_a_plugin_that_declares_it_is_blind_to_the_clock_is_timed_again(plugins, monkeypatch):
-    RunConfig.from_flat({**OWN, "plugins": plugins})
+    read_config({**OWN, "plugins": plugins})
     turns = SAMPLERS["turns"]
     flat = {**OWN, "plugins": plugins, "clock.profile": "lab"}
     monkeypatch.setattr(turns, "clock_blind", True)
@@ -119,9 +118,9 @@ def test_a_plugin_that_declares_it_is_blind_to_the_clock_is_timed_again(plugins,
 
 
 def test_a_policy_that_judges_needs_whole_adapters_whatever_its_name(plugins, monkeypatch):
-    RunConfig.from_flat({**OWN, "plugins": plugins})
+    read_config({**OWN, "plugins": plugins})
     flat = {**OWN, "plugins": plugins, "aggregation": "fedsa"}
-    RunConfig.from_flat(flat)
+    read_config(flat)
     monkeypatch.setattr(RANK_POLICIES["by-rows"], "judges", True)
     with pytest.raises(ConfigError, match=r"'by-rows' judges whole adapters .* keeps B on the"):
-        RunConfig.from_flat(flat)
+        read_config(flat)

@@ -9,9 +9,8 @@ from flwr.app import ConfigRecord, RecordDict
 from fedlora_app import client_app
 from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.held_out import HeldOut
-from fedlora_app.rank_policies import make_ranks
+from fedlora_app.read import read_config
 from fedlora_app.server_app import initial_adapter
-from fedlora_app.tasks import make_task
 from strategies import FedLoRA
 from strategies.messages import to_record
 from strategies.profiling import METRICS
@@ -21,10 +20,12 @@ from tests.integration.test_rules import ABOUT, FLAT, NODES, App
 
 
 def run(*, rounds=2, app=None, score_fn=None, **keys):
-    config = RunConfig.from_flat({**FLAT, "ranks.min": 2, "ranks.max": 8, **keys})
-    _, adapter = initial_adapter(make_task(config), ABOUT)
+    parts = read_config({**FLAT, "ranks.min": 2, "ranks.max": 8, **keys})
+    config, policy = parts.config, parts.policy
+    _, adapter = initial_adapter(parts, ABOUT)
     records = []
-    policy = make_ranks(config, score_fn)
+    if score_fn:
+        parts.judge_by(score_fn)
     strategy = FedLoRA(
         aggregation=config.aggregation,
         ranks=policy,
@@ -134,13 +135,12 @@ def test_quality(judge):
     score_fn = None
     if judge == "server":
         keys["ranks.validation-rows"] = 50
-        config = RunConfig.from_flat({**FLAT, **keys})
-        task = make_task(config)
-        rows = task.test_rows()
-        test = HeldOut(task, rows)
+        parts = read_config({**FLAT, **keys})
+        rows = parts.task.test_rows()
+        test = HeldOut(parts.task, rows, parts.validation_rows)
         assert len(test.validation) == 50
         assert len(test.all) + 50 == len(rows)
-        model, _ = initial_adapter(make_task(config), ABOUT)
+        model, _ = initial_adapter(parts, ABOUT)
         score_fn = lambda adapter: test.validation_loss(model, adapter)  # noqa: E731
     _, ranks, records, _ = run(score_fn=score_fn, **keys)
     assert ranks[0] == [2, 2, 2]
@@ -163,10 +163,10 @@ def test_self_pruning():
 
 
 def test_the_run_config_makes_the_policy():
-    config = RunConfig.from_flat(
+    parts = read_config(
         {"ranks.policy": "autorank", "ranks.budget-mb": 3, "ranks.order": "random", "seed": 5}
     )
-    policy = make_ranks(config)
+    policy = parts.policy
     assert isinstance(policy, AutoRank)
     assert (policy.byte_budget, policy.order, policy.seed, policy.fallback) == (3e6, "random", 5, 4)
 
@@ -192,7 +192,7 @@ def test_the_run_config_makes_the_policy():
 )
 def test_what_cannot_be_is_refused(flat, message):
     with pytest.raises(ConfigError, match=message):
-        RunConfig.from_flat(flat)
+        read_config(flat)
 
 
 def test_what_can_be_is_accepted():
@@ -203,4 +203,4 @@ def test_what_can_be_is_accepted():
         ({"ranks.policy": "autorank", "ranks.min": 8, "ranks.max": 8, "aggregation": "fedit"}, 8),
         ({"ranks.policy": "quality", "aggregation": "fedsa"}, 20),
     ):
-        assert RunConfig.from_flat(flat).max_rank() == rank
+        assert read_config(flat).policy.max_rank == rank

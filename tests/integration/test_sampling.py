@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fedlora_app.config import ConfigError, RunConfig
+from fedlora_app.read import read_config
 from fedlora_app.report import read_records
-from fedlora_app.server_app import simulated_clock
+from fedlora_app.timing import Timing
 from strategies.messages import from_record
 from strategies.privacy import Privacy, PrivateRun
 from strategies.wallclock import retime
@@ -57,7 +58,7 @@ def test_a_planned_run_ends_with_a_plan_and_a_clock(planned):
 def test_timing_a_run_again_on_its_own_network_gives_its_own_times(planned):
     config = RunConfig.from_flat(json.loads((planned / "config.json").read_text()))
     (clock,) = records(planned, "clock")
-    again = simulated_clock(config, clock["base_flops"], clock["rank_flops"], clock["steps"])
+    again = Timing(config).clock(**{k: clock[k] for k in ("base_flops", "rank_flops", "steps")})
     times = [t.seconds for t in retime(read_records(planned / "metrics.jsonl"), again)]
     recorded = [book["clock_seconds"] for book in records(planned, "round")]
     assert times[-5:] == pytest.approx(recorded[-5:], rel=1e-4)
@@ -136,4 +137,4 @@ def test_a_message_cannot_ask_a_private_client_for_less(caplog):
 )
 def test_impossible_samplings_are_refused_before_anything_starts(keys, problem):
     with pytest.raises(ConfigError, match=problem):
-        RunConfig.from_flat(keys)
+        read_config(keys)
