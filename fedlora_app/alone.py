@@ -32,16 +32,15 @@ class Alone(FedLoRA):
         """Test one client's own adapter on the server's test set."""
         load_adapter(self.model, adapter)
         found = self.results[client] = self.test.evaluate(self.model, everything=True)
-        shown = [f"{s.label} {found[s.name]:.{s.digits}f}" for s in self.test.task.scores]
+        shown = [f"{s.label} {s.text(found[s.name])}" for s in self.test.task.scores]
         log(INFO, "%s alone: %s", client.name, " ".join(shown))
 
-    def scores(self) -> dict[str, float]:
+    def final(self) -> dict[str, float]:
         """Return the mean of every score over the clients, and its best and worst."""
         out: dict[str, float] = {}
         for score in (*self.test.task.scores, LOSS):
             values = [found[score.name] for found in self.results.values()]
-            ends = (max(values), min(values))
-            best, worst = ends if score.higher_is_better else ends[::-1]
             out[score.name] = float(np.mean(values))
-            out[f"{score.name}_best"], out[f"{score.name}_worst"] = best, worst
+            out[f"{score.name}_best"] = score.best(values)
+            out[f"{score.name}_worst"] = score.worst(values)
         return out

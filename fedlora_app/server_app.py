@@ -103,7 +103,7 @@ def main(grid: Grid, context: Context) -> None:
         raise RuntimeError(f"the run ended after round {strategy.round.number}: {strategy.ended}")
     load_adapter(model, effective_adapter(result.arrays, config.lora.scale))
     if isinstance(strategy, Alone):
-        scores = strategy.scores()
+        scores = strategy.final()
     else:
         scores = test.evaluate(model, everything=True)
     folder.finish(scores, model, seconds=time.perf_counter() - began)
@@ -132,8 +132,7 @@ def stop_at(
     def reached(scores: Mapping[str, float]) -> bool:
         last.append(scores[score.name])
         mean = sum(last) / len(last)
-        good = mean >= wanted if score.higher_is_better else mean <= wanted
-        return len(last) == last.maxlen and good
+        return len(last) == last.maxlen and score.reached(mean, wanted)
 
     return reached if wanted else None
 
@@ -167,6 +166,7 @@ def make_strategy(
         "saver": saver,
         "clip_norm": config.clip_norm,
         "privacy": make_privacy(parts, folder.path, saver),
+        "scores": parts.task.scores,
         "stop_when": stop_at(primary(parts.task), config.stop_score, folder.rounds),
         "listeners": [folder],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import partial
 from logging import INFO
 
@@ -16,6 +17,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from strategies.durations import duration
 from strategies.records import RECORDS_VERSION, EndRecord, Record
 from strategies.rounds import Round
+from strategies.scores import Score
 from strategies.transport import Meanwhile, exchange
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -39,6 +41,7 @@ class StreamingStrategy(Strategy):
         self.listeners = list(listeners)
         self.round = Round(0)
         self.num_rounds = 0  # 0: not known
+        self.scores: tuple[Score, ...] = ()
         #: Why the run ended; empty while it goes on.
         self.ended = ""
         #: Whether somebody calls ``round_over`` after every round, as ``start`` does. Flower's own
@@ -132,7 +135,14 @@ class StreamingStrategy(Strategy):
 
     def begin(self, server_round: int) -> None:
         """Tell listeners that the run begins, or goes on after a round."""
-        self._emit({"kind": "start", "round": server_round, "version": RECORDS_VERSION})
+        self._emit(
+            {
+                "kind": "start",
+                "round": server_round,
+                "version": RECORDS_VERSION,
+                "scores": [asdict(score) for score in self.scores],
+            }
+        )
 
     def finish(self, server_round: int) -> None:
         """Tell listeners why the run is over, and look back at it."""

@@ -24,6 +24,7 @@ class StartRecord(_Timed):
 
     kind: Literal["start"]
     version: int
+    scores: list[dict[str, Any]]  # the fields of each ``strategies.scores.Score``, the first first
 
 
 class ClockRecord(TypedDict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -12,10 +13,14 @@ import numpy as np
 
 from strategies.clients import Client
 from strategies.durations import duration
-from strategies.messages import STEPS_KEY, TRAIN_SECONDS_KEY, Reply
+from strategies.messages import SCALE_KEY, STEPS_KEY, TRAIN_SECONDS_KEY, Reply
 from strategies.packing import Parcel
 from strategies.records import ClientRecord, RoundRecord
+from strategies.scores import LOSS, Score, shown, undeclared
 from strategies.wallclock.clock import RoundTime, Work
+
+NO_SCORES = ("num-examples", SCALE_KEY)  # what replies say beside how good a model is
+MOST_SCORES = 64  # of a round: clients choose the names, and what few of them have goes first
 
 
 @dataclass
@@ -163,9 +168,17 @@ class Round:
         }
         scores = {f"server_{k}": v for k, v in self.evaluation.items()}
         scores |= {f"clients_{k}": v for k, v in self.clients_evaluation.items()}
-        return cast(RoundRecord, {**own, **self.privacy, **scores})
+        # Own once more: no metric of the clients can hide our fields.
+        return cast(RoundRecord, {**own, **self.privacy, **scores, **own})
 
-    def line(self, num_rounds: int, seconds_left: float, *, simulated: bool = False) -> str:
+    def line(
+        self,
+        num_rounds: int,
+        seconds_left: float,
+        *,
+        simulated: bool = False,
+        scores: Sequence[Score] = (),
+    ) -> str:
         """Return the round as the one line of the log; with the clock if that is simulated."""
         ranks = sorted({a.rank for a in self.assignments.values() if a.rank})
         span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0]) if ranks else "-"
@@ -174,7 +187,7 @@ class Round:
             f"round {self.number:>{width}}" + (f"/{num_rounds}" if num_rounds else ""),
             f"{self.accepted}/{len(self.assignments)} clients, ranks {span}",
             f"loss {self.loss:.3f}" if self.loss is not None else "loss -",
-            _scores(self.evaluation) or _of_clients(self.clients_evaluation),
+            shown(scores, self.evaluation) or _of_clients(scores, self.clients_evaluation),
             f"MB {self.bytes_down / 1e6:.2f} down {self.bytes_up / 1e6:.2f} up",
             f"train {self.train_seconds:.1f} s agg {self.aggregate_seconds:.2f} s",
             f"clock {self.clock_total:.1f} s" if simulated else "",
@@ -184,15 +197,22 @@ class Round:
         return " | ".join(part for part in parts if part)
 
 
-def spread(replies: Sequence[Reply]) -> dict[str, float]:
-    """Return mean (weighted), worst and standard deviation over clients."""
+def spread(replies: Sequence[Reply], scores: Sequence[Score] = ()) -> dict[str, float]:
+    """Return mean (weighted), worst and standard deviation over clients of all they measured.
+
+    A number that is not declared in ``scores`` is better when higher, but for the loss.
+    """
+    known = {score.name: score for score in (LOSS, *scores)}
+    told = Counter(key for r in replies for key in r.metrics if key not in NO_SCORES)
+    names = dict.fromkeys([*known, *(key for key, _ in told.most_common())])
     out: dict[str, float] = {}
-    for key, worst in (("loss", max), ("accuracy", min)):
+    for key in list(names)[:MOST_SCORES]:
         values = [(r.metrics[key], r.weight) for r in replies if key in r.metrics]
         if values:
             xs, weights = np.array(values, dtype=float).T
+            score = known.get(key) or undeclared(key)
             out[key] = float(np.average(xs, weights=weights))
-            out[f"{key}_worst"] = float(worst(xs))
+            out[f"{key}_worst"] = float(score.worst(xs.tolist()))
             out[f"{key}_spread"] = float(xs.std())
     return out
 
@@ -234,23 +254,14 @@ class Degradation:
         )
 
 
-def _of_clients(metrics: Mapping[str, float]) -> str:
+def _of_clients(scores: Sequence[Score], metrics: Mapping[str, float]) -> str:
     """Return the clients' own scores, where the server has none."""
-    return f"own data: {scores}" if (scores := _scores(metrics)) else ""
+    return f"own data: {text}" if (text := shown(scores, metrics)) else ""
 
 
 def _rounded(seconds: float | None) -> float | None:
     """Return seconds with as many digits as mean something, whatever their size."""
     return None if seconds is None else float(f"{seconds:.6g}")
-
-
-def _scores(metrics: Mapping[str, float]) -> str:
-    """Return the server-side scores, the usual ones first and short."""
-    short = (
-        {"accuracy": "acc", "macro_f1": "F1"} if "accuracy" in metrics else {"loss": "test loss"}
-    )
-    shown = [f"{label} {metrics[key]:.3f}" for key, label in short.items() if key in metrics]
-    return " ".join(shown)
 
 
 def _guarantees(spent: Mapping[str, float]) -> str:

@@ -57,6 +57,7 @@ from strategies.records import ClientEvaluationRecord, Record
 from strategies.rounds import Assignment, Degradation, Round, spread
 from strategies.sampling import FractionSampling, Sampler, make_sampler
 from strategies.saving import Saver, Stateful
+from strategies.scores import Score
 from strategies.trained import Trained
 from strategies.wallclock import Clock, MeasuredClock, SimulatedClock
 from strategies.wire import check_wire_dtype
@@ -115,6 +116,10 @@ class FedLoRA(StreamingStrategy):
         As in Flower's ``FedAvg``; for Message API clients.
     train_metrics_aggr_fn, evaluate_metrics_aggr_fn : callable, optional
         As in Flower's ``FedAvg``.
+    scores : sequence of Score (default: ())
+        ``strategies.scores.Score`` of what the model is measured by, the first one first: how they
+        are called in the log, and which of two values is the worse. Not declared is better when
+        higher, but for ``loss``.
     stop_when : callable, optional
         Called with the server's scores after each round that was evaluated; the run ends when
         it returns true.
@@ -171,6 +176,7 @@ class FedLoRA(StreamingStrategy):
         configrecord_key: str = "config",
         train_metrics_aggr_fn: MetricsAggregation | None = None,
         evaluate_metrics_aggr_fn: MetricsAggregation | None = None,
+        scores: Sequence[Score] = (),
         stop_when: Callable[[Mapping[str, float]], bool] | None = None,
         saver: Saver | None = None,
         clip_norm: float = 0.0,
@@ -227,6 +233,7 @@ class FedLoRA(StreamingStrategy):
             if client_api == "numpy"
             else MessageProtocol(arrayrecord_key, configrecord_key, weighted_by_key)
         )
+        self.scores = tuple(scores)
         self.scale = scale
         self.wire_dtype = check_wire_dtype(wire_dtype)
         self.seed = seed
@@ -507,7 +514,7 @@ class FedLoRA(StreamingStrategy):
             self._emit(cast(ClientEvaluationRecord, {**reply.metrics, **own}))
         for client in self._evaluating.values():
             log(WARNING, "evaluation of %s left out: no answer", client.name)
-        self.round.clients_evaluation = spread([reply for _, reply in found])
+        self.round.clients_evaluation = spread([reply for _, reply in found], self.scores)
         aggregated = None
         if found:
             records = self._metrics([reply for _, reply in found])
@@ -590,7 +597,7 @@ class FedLoRA(StreamingStrategy):
     def round_line(self, num_rounds: int, seconds_left: float) -> str:
         """Return the line of the log for the round that is over."""
         simulated = isinstance(self.participation.clock, SimulatedClock)
-        return self.round.line(num_rounds, seconds_left, simulated=simulated)
+        return self.round.line(num_rounds, seconds_left, simulated=simulated, scores=self.scores)
 
     def round_over(self, server_round: int, result: Result) -> None:
         """Let the sampler learn the loss of the model that is there now."""

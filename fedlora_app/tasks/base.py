@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.naming import Registry
+from strategies.scores import LOSS as LOSS  # a task imports them from here
+from strategies.scores import Score as Score
 
 if TYPE_CHECKING:  # torch takes seconds, and the door looks at rows without it
     from torch import Tensor, nn
@@ -26,34 +28,6 @@ if TYPE_CHECKING:  # torch takes seconds, and the door looks at rows without it
 Indices = NDArray[np.int64]
 About = Mapping[str, Any]
 Sums = Mapping[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number that says how good a model is.
-
-    Parameters
-    ----------
-    name : str
-        Its key in records and files: ``macro_f1``.
-    label : str
-        Its name for people, on axes and in tables: ``macro-F1``.
-    higher_is_better : bool (default: True)
-    top : float, optional
-        The best there can be, the end of an axis (default: 1.0; None: there is none).
-    digits : int (default: 3)
-        Decimals for people.
-    """
-
-    name: str
-    label: str
-    higher_is_better: bool = True
-    top: float | None = 1.0
-    digits: int = 3
-
-
-LOSS = Score("loss", "loss", higher_is_better=False, top=None)
-"""Every task has it: the mean over rows of what is minimised, in nats where it is a likelihood."""
 
 
 @dataclass(frozen=True)

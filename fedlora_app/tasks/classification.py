@@ -28,7 +28,10 @@ class Classification(Task):
     A subclass says what a row is: ``item_columns`` and ``item``, ``encode`` and ``model``.
     """
 
-    scores = (Score("accuracy", "accuracy"), Score("macro_f1", "macro-F1"))
+    scores = (
+        Score("accuracy", "accuracy", short="acc"),
+        Score("macro_f1", "macro-F1", short="F1"),
+    )
     key: ClassVar[str] = ""  #: of the run config, that names the columns of an item
 
     @abstractmethod

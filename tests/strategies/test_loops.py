@@ -282,7 +282,7 @@ def test_the_initial_model_is_evaluated_while_the_first_clients_train():
     assert steps[-2:] == ["evaluate 0", "evaluate 1"]
     assert steps.index("train") < steps.index("evaluate 0")
     assert list(result.evaluate_metrics_serverapp) == [0, 1]
-    assert records[0] == {"kind": "start", "round": 0, "version": RECORDS_VERSION}
+    assert records[0] == {"kind": "start", "round": 0, "version": RECORDS_VERSION, "scores": []}
     told = [(r["kind"], r["round"]) for r in records]
     assert told.index(("round", 0)) < told.index(("client", 1))
     assert records[told.index(("round", 0))]["server_loss"] == 1.0

@@ -15,6 +15,7 @@ from strategies.lora import Adapter
 from strategies.messages import NAMES_KEY, from_record, to_record
 from strategies.ranks import ListRank, ReportedRank, UniformRank, make_rank_policy
 from strategies.sampling import FractionSampling, make_sampler
+from strategies.scores import Score, shown
 from tests.fakes import FakeGrid, message_reply, query_reply, random_adapter, same
 
 NODES = [901, 17, 455, 230, 78]  # Flower's ids say nothing about the order of partitions
@@ -537,3 +538,33 @@ def test_listeners_hear_of_replies_when_they_arrive():
     records = []
     run(make(listeners=[records.append]), FakeGrid(NODES, honest), rounds=1)
     assert len([r for r in records if r["kind"] == "arrived"]) == 5
+
+
+def test_all_that_clients_measure_is_in_the_round_and_what_is_worst_is_declared():
+    def answer(message):
+        content = honest(message)
+        if message.metadata.message_type == "evaluate":
+            own = content["metrics"]
+            own["f1"], own["surprise"], own["total"] = 2 * own["accuracy"], 7 * own["accuracy"], 9.0
+        return content
+
+    records = []
+    scores = [Score("surprise", "surprise", higher_is_better=False, top=None, digits=1)]
+    strategy = make(listeners=[records.append], scores=scores)
+    run(strategy, FakeGrid(NODES, answer), rounds=1)
+    book = [r for r in records if r["kind"] == "round"][-1]
+    assert book["clients_f1_worst"] == pytest.approx(0.2)
+    assert book["clients_surprise_worst"] == pytest.approx(3.5)
+    assert book["clients_surprise"] == pytest.approx(2.1)
+    assert book["clients_total"] == len(NODES)  # the round's own number, whatever clients say
+    assert "clients_num-examples" not in book
+    assert "own data: surprise 2.1" in strategy.round_line(1, 0.0)
+    assert records[0]["scores"][0]["name"] == "surprise"
+
+
+def test_the_line_of_a_round_has_what_is_declared_or_what_there_is():
+    known = (Score("accuracy", "accuracy", short="acc"), Score("macro_f1", "macro-F1", short="F1"))
+    metrics = {"loss": 0.3, "accuracy": 0.51, "macro_f1": 0.25}
+    assert shown(known, metrics) == "acc 0.510 F1 0.250"
+    assert shown((), metrics) == "accuracy 0.510 macro_f1 0.250"
+    assert shown(known, {"loss": 0.3, "loss_worst": 0.4}) == "test loss 0.300"
