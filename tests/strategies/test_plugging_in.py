@@ -3,17 +3,20 @@
 import importlib
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from flwr.app import Context, Error, RecordDict
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from strategies import FedLoRA
-from strategies.client import receive
+from strategies.client import adapter_state, apply_adapter, make_reply, receive
 from strategies.doors import FEDAVG
-from strategies.messages import from_record
+from strategies.messages import from_record, to_record
+from strategies.ranks import UniformRank
 from tests.fakes import FakeGrid
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugging-in.md").read_text(encoding="utf-8")
@@ -67,6 +70,38 @@ def test_autorank_with_both_client_apis(example, api, tmp_path):
     receive(server, from_record(result.arrays), {"lora-scale": task.SCALE})
     plain = peft.PeftModel.from_pretrained(task.make_model().unload(), str(folder))
     torch.testing.assert_close(plain(x), server(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_training_loop_of_the_page():
+    """Its lines are the body of a client's function, as they stand."""
+    (code,) = re.findall(
+        r"```python\n(from strategies.training import train_loop\n.*?)```", PAGE, re.S
+    )
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                    num_attention_heads=2)
+    )  # fmt: skip
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    start = to_record({k: t.clone() for k, t in adapter_state(model).items()})
+    ids = torch.randint(23, (5, 6))
+    names = {
+        "apply_adapter": apply_adapter,
+        "make_reply": make_reply,
+        "model": model,
+        "loader": [{"input_ids": row[None], "labels": row[None]} for row in ids],
+        "context": Context(1, 7, {}, RecordDict(), {}),
+    }
+    exec(f"def fit(message):\n{textwrap.indent(code, '    ')}", names)
+    seen = []
+    strategy = FedLoRA(
+        ranks=UniformRank(2), query=False, evaluate_fraction=0, listeners=[seen.append]
+    )
+    strategy.start(
+        FakeGrid([7], lambda message: names["fit"](message).content), start, num_rounds=1
+    )
+    (reply,) = [record for record in seen if record["kind"] == "client"]
+    assert (reply["status"], reply["num-examples"], reply["steps"]) == ("ok", 5, 3)
 
 
 def test_the_page_maps_every_argument_of_fedavg():
