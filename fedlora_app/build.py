@@ -44,11 +44,12 @@ class Parts:
     @property
     def validation_rows(self) -> int:
         """How many rows of the server's test set judge the clients, and test nothing."""
-        return self.config.ranks.validation_rows if isinstance(self.policy, QualityRank) else 0
+        judged_here = isinstance(self.policy, QualityRank) and self.policy.judges
+        return self.config.ranks.validation_rows if judged_here else 0
 
     def judge_by(self, score_fn: Callable[[Adapter], float]) -> None:
         """Have the server judge clients by the loss on its validation rows, now that it can."""
-        if isinstance(self.policy, QualityRank) and self.policy.judges:
+        if isinstance(self.policy, QualityRank):
             self.policy.score_fn = score_fn
 
 
@@ -69,7 +70,7 @@ def make_parts(config: RunConfig) -> Parts:
         ("sampler", lambda: _by_policy("sampling", config, SAMPLING, SAMPLERS, Sampler)),
         ("clock", lambda: _said("clock.profile", lambda: Timing(config))),
         ("privacy", lambda: Privacy(p.clip, p.noise_multiplier) if p.noise_multiplier else None),
-        ("task", lambda: _said("task", lambda: make_task(config))),
+        ("task", lambda: _task(config)),
     ):
         try:
             made[part] = make()
@@ -85,6 +86,12 @@ def _rule(config: RunConfig) -> Aggregator[Any]:
     key = "aggregation-options"
     rule = _said(key, lambda: make(**config.aggregation_settings()))
     made: Aggregator[Any] = _of_kind(f"aggregation = {config.aggregation!r}", rule, Aggregator)
+    return made
+
+
+def _task(config: RunConfig) -> Task:
+    task = _said("task", lambda: make_task(config))
+    made: Task = _of_kind(f"task = {config.task!r}", task, Task)
     return made
 
 
@@ -124,7 +131,12 @@ def _said(key: str, make: Callable[[], T]) -> T:
 
 def _of_kind(name: str, made: Any, kind: type[Any]) -> Any:
     if not isinstance(made, kind):  # a plug-in may register anything
-        raise ConfigError([f"{name}: expected a {kind.__name__}, got {type(made).__name__}"])
+        raise ConfigError(
+            [
+                f"{name}: expected {kind.__module__}.{kind.__name__}, got {type(made).__name__}; "
+                "register a class of that kind"
+            ]
+        )
     return made
 
 

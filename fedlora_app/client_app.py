@@ -23,10 +23,9 @@ from fedlora_app.discretion import LOG, SiteError, discreet
 from fedlora_app.evaluation import evaluate, per_sample_losses
 from fedlora_app.inspection import NO_DATA, block, refuse_few
 from fedlora_app.models import add_lora
-from fedlora_app.plugins import load
 from fedlora_app.precision import with_precision
 from fedlora_app.rows import train_validation_split
-from fedlora_app.tasks import TASKS, About, Inputs, Rows, Task, make_task
+from fedlora_app.tasks import About, Inputs, Rows, Task, make_task
 from fedlora_app.training import train
 from strategies.client import (
     IDENTITY_KEYS,
@@ -226,10 +225,15 @@ def _about(info: str) -> About:
 
 @lru_cache(maxsize=1)
 def _task(config: RunConfig) -> Task:
-    """Return the process's one task; a plug-in that the server has loaded is loaded here too."""
-    if config.task not in TASKS and (problems := load(config.plugins)):
-        raise SiteError("; ".join(problems), "a plugin that the run names cannot be imported here")
-    return make_task(config)
+    """Return the process's one task."""
+    try:
+        return make_task(config)
+    except ValueError as error:
+        told = (
+            f"task = {config.task!r}: this node does not know it; install the module that "
+            f"registers it (plugins = {config.plugins!r}) where the node runs"
+        )
+        raise SiteError(f"{told}: {error}", told) from error
 
 
 @lru_cache(maxsize=1)

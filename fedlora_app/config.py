@@ -18,6 +18,7 @@ from fedlora_app.fields import (
     ConfigError,
     Scalar,
     build,
+    help_of,
     key_values,
     option,
     options,
@@ -155,7 +156,8 @@ class RunConfig:
     )
     task: str = option(
         "text-classification",
-        "what is fine-tuned for: text-classification, or one of your own (see plugins)",
+        "what is fine-tuned for, ours or one of your own (see plugins)",
+        named_in="fedlora_app.tasks:TASKS",
         on_resume="fatal",
     )
     method: str = option(
@@ -167,11 +169,14 @@ class RunConfig:
     )
     plugins: str = option(
         "",
-        "comma-separated modules of your own that register rules, policies and samplers; imported "
-        "where the server runs",
+        "comma-separated modules of your own that register rules, policies, samplers and tasks; "
+        "imported where the server runs, those of a task where the clients run as well",
     )
     aggregation: str = option(
-        "replication", "rule that combines the clients' adapters", on_resume="fatal"
+        "replication",
+        "rule that combines the clients' adapters",
+        named_in="strategies.aggregation:AGGREGATIONS",
+        on_resume="fatal",
     )
     aggregation_options: str = option(
         "",
@@ -287,7 +292,7 @@ def toml_section() -> str:
             lines += ["", wanted] if lines else [wanted]
             section = wanted
         value = f'"{f.default}"' if isinstance(f.default, str) else str(f.default).lower()
-        lines += [f"# {f.metadata['help']}", f"{name} = {value}"]
+        lines += [f"# {help_of(f)}", f"{name} = {value}"]
     return "\n".join(lines)
 
 
@@ -297,7 +302,7 @@ def markdown_table() -> str:
     for key, f in options(RunConfig):
         default = f.default if f.default is not MISSING else ""
         shown = f'"{default}"' if isinstance(default, str) else str(default).lower()
-        rows.append(f"| `{key}` | `{shown}` | {f.metadata['help'].replace('<', '&lt;')} |")
+        rows.append(f"| `{key}` | `{shown}` | {help_of(f).replace('<', '&lt;')} |")
     return "\n".join(rows)
 
 

@@ -7,6 +7,7 @@ import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, field, fields, is_dataclass
+from importlib import import_module
 from typing import Any, Literal, TypeVar, get_type_hints
 
 Scalar = bool | int | float | str
@@ -30,16 +31,26 @@ def option(
     above: float | None = None,
     choices: tuple[str, ...] = (),
     each: type[int] | type[float] | None = None,
+    named_in: str = "",
     on_resume: Literal["fatal", "warn", "ignore"] = "warn",
 ) -> Any:
     """Declare a config key: its default, its help and what values it may take.
 
-    The value of a key with ``each`` is a text of comma-separated numbers, each within the limits.
-    ``on_resume`` says what it means that a resumed run has another value: a checkpoint's
-    numbers depend on it, it is worth a warning, or it is nobody's business.
+    ``named_in``, as in ``package.module:REGISTRY``, holds the names that the value may be; the
+    tables of keys list them. The value of a key with ``each`` is a text of comma-separated
+    numbers, each within the limits. ``on_resume`` says what it means that a resumed run has
+    another value: a checkpoint's numbers depend on it, it is worth a warning, or it is nobody's
+    business.
     """
-    rules = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
-    return field(default=default, metadata={**rules, "each": each, "on_resume": on_resume})
+    rules: dict[str, Any] = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "above": above,
+        "choices": choices,
+    }
+    rules |= {"each": each, "named_in": named_in, "on_resume": on_resume}
+    return field(default=default, metadata=rules)
 
 
 def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
@@ -50,6 +61,13 @@ def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
             yield from options(types[f.name], f"{prefix}{f.name}.")
         else:
             yield prefix + f.name.replace("_", "-"), f
+
+
+def help_of(f: Field[Any]) -> str:
+    """Return the help of a key, with the names in its registry."""
+    text: str = f.metadata["help"]
+    module, _, registry = f.metadata["named_in"].partition(":")
+    return f"{text}: {', '.join(getattr(import_module(module), registry))}" if module else text
 
 
 def values_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Scalar]]:

@@ -1,4 +1,4 @@
-"""Rules, policies and samplers of the user's own, made known before the config is checked."""
+"""Rules, policies, samplers and tasks of the user's own, made known before they are needed."""
 
 from __future__ import annotations
 

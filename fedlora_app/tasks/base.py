@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_app.plugins import load
 from strategies.naming import Registry
 from strategies.scores import LOSS as LOSS  # a task imports them from here
 from strategies.scores import Score as Score
@@ -249,11 +250,15 @@ def primary(task: Task) -> Score:
 
 
 def make_task(config: RunConfig) -> Task:
-    """Return the task of a run config.
+    """Return the task of a run config, from its plug-ins if it is not one of ours.
 
     Raises
     ------
     ValueError
-        If there is no such task; the message lists those that exist.
+        If a plug-in cannot be imported, or there is no such task; the message says why, or lists
+        those that exist.
     """
+    problems = [] if config.task in TASKS else load(config.plugins)
+    if problems and config.task not in TASKS:  # other plug-ins may be the server's alone
+        raise ValueError("; ".join(problems))
     return TASKS.make(config.task, config)
