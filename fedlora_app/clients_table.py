@@ -9,17 +9,18 @@ from typing import Any
 from fedlora_app.charts import grid_chart
 from fedlora_app.plots import bottlenecks
 from fedlora_app.records import Record, of_kind
+from fedlora_app.tasks import LOSS, Score
 from fedlora_app.text import Html, bar, table
 
 SHADES = 5
 
 
-def section(records: Sequence[Record]) -> str:
+def section(records: Sequence[Record], scores: Sequence[Score]) -> str:
     """Return the grid of participation and the table of clients; nothing without clients."""
     done = of_kind(records, "client")
     if not done:
         return ""
-    return participation(done) + client_table(records, done)
+    return participation(done) + client_table(records, done, scores)
 
 
 def participation(done: Sequence[Record]) -> str:
@@ -51,12 +52,12 @@ def participation(done: Sequence[Record]) -> str:
     return f"<h3>Who trained in which round</h3>{grid}"
 
 
-def client_table(records: Sequence[Record], done: Sequence[Record]) -> str:
-    """Return one line a client: participation, ranks, bytes, seconds."""
+def client_table(records: Sequence[Record], done: Sequence[Record], scores: Sequence[Score]) -> str:
+    """Return one line a client: participation, ranks, bytes, seconds, scores on its own rows."""
     own: dict[int, list[Record]] = defaultdict(list)
     for r in done:
         own[r["client"]].append(r)
-    scores = {r["client"]: r.get("accuracy") for r in of_kind(records, "client-evaluation")}
+    tested = {r["client"]: r for r in of_kind(records, "client-evaluation")}  # the last of each
     plans = of_kind(records, "plan")
     planned = {e["client"]: e for e in (plans[-1].get("clients") or ())} if plans else {}
     slow = bottlenecks(of_kind(records, "round"))
@@ -81,7 +82,10 @@ def client_table(records: Sequence[Record], done: Sequence[Record]) -> str:
         ("compute s, mean", {c: _mean(rs, "compute_seconds") for c, rs in own.items()}),
         ("upload s, mean", {c: _mean(rs, "upload_seconds") for c, rs in own.items()}),
         ("bottleneck", {c: slow.get(c) for c in own}),
-        ("accuracy, own rows", {c: scores.get(c) for c in own}),
+        *(
+            (f"{s.label}, own rows", {c: tested[c].get(s.name) for c in own if c in tested})
+            for s in scores or (LOSS,)
+        ),
     ]
     kept = [(t, values) for t, values in columns if any(v is not None for v in values.values())]
     rows = [[values.get(c, Html("") if t == "moved" else None) for t, values in kept]

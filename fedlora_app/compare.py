@@ -4,8 +4,9 @@
 has not run yet, in Flower's simulation, and prints one table per setting. A study that
 was interrupted goes on where it stopped: what has a ``summary.json`` is not run again.
 
-A study file holds ``clients``, ``seeds``, ``target`` (an accuracy), and run-config keys:
-``[config]`` for all runs, ``[settings.NAME]`` for each setting, ``[arms.NAME]`` for each arm.
+A study file holds ``clients``, ``seeds``, ``target`` (of the task's first score), and
+run-config keys: ``[config]`` for all runs, ``[settings.NAME]`` for each setting, ``[arms.NAME]``
+for each arm.
 """
 
 from __future__ import annotations
@@ -13,122 +14,25 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import time
 import tomllib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedlora_app.config import ConfigError, Scalar
+from fedlora_app.config import ConfigError
 from fedlora_app.copies import Copies
-from fedlora_app.flower import flatten_dict
-from fedlora_app.plots import megabytes
 from fedlora_app.ray_head import RayHead
-from fedlora_app.read import read_config
-from fedlora_app.records import of_kind, plan_periods, read_json, read_records
+from fedlora_app.records import of_kind, read_json, read_records
 from fedlora_app.retiming import retime_folder, training_of
+from fedlora_app.study import Flat, Run, Study
 from fedlora_app.study_plots import plot_ranks, plot_study
 from fedlora_app.superlink import SuperLink, exit_on_signals
+from strategies.durations import duration
 
 PROJECT = Path(__file__).resolve().parents[1]
-Flat = dict[str, Scalar]
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is compared: every arm in every setting with every seed."""
-
-    name: str
-    clients: int
-    seeds: list[int]
-    target: float
-    common: Flat
-    settings: dict[str, Flat]
-    arms: dict[str, Flat]
-
-    @classmethod
-    def read(cls, file: Path) -> Study:
-        """Read a study file and check every run's config.
-
-        Raises
-        ------
-        ConfigError
-            If a key is missing or a run could not start.
-        """
-        toml = tomllib.loads(file.read_text(encoding="utf-8"))
-        missing = [k for k in ("clients", "seeds", "target", "settings", "arms") if k not in toml]
-        if missing:
-            raise ConfigError([f"{file}: expected the keys {', '.join(missing)}"])
-        study = cls(
-            file.stem,
-            toml["clients"],
-            toml["seeds"],
-            toml["target"],
-            flatten_dict(toml.get("config", {})),
-            {name: flatten_dict(keys) for name, keys in toml["settings"].items()},
-            {name: flatten_dict(keys) for name, keys in toml["arms"].items()},
-        )
-        for run in study.runs(Path()):
-            read_config(run.config)
-        return study
-
-    def runs(self, folder: Path) -> Iterator[Run]:
-        """Yield every run; seeds outermost, so that an unfinished study is a fair one."""
-        for seed, (setting, own), (arm, keys) in product(
-            self.seeds, self.settings.items(), self.arms.items()
-        ):
-            output = folder / setting / arm / f"seed-{seed}"
-            config = {**self.common, **own, **keys, "seed": seed, "output": str(output)}
-            yield Run(setting, arm, seed, output, config)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a study."""
-
-    setting: str
-    arm: str
-    seed: int
-    folder: Path
-    config: Flat
-
-    @property
-    def done(self) -> bool:
-        """Whether it ran to its end; the summary is the last thing a run writes."""
-        return (self.folder / "summary.json").exists()
-
-    def scores(self, target: float) -> dict[str, float]:
-        """Return final scores, and what it took to reach the target accuracy.
-
-        The target is reached at the end of the first round whose accuracy on the server's test
-        rows is at least that; there is no interpolation between rounds.
-        """
-        summary = read_json(self.folder / "summary.json")
-        records = read_records(self.folder / "metrics.jsonl")
-        rounds = of_kind(records, "round")
-        ranks = [rank for r in rounds for rank in r["ranks"]]
-        totals = megabytes(rounds)
-        accuracies = [r.get("server_accuracy") or 0.0 for r in rounds]
-        at = next((i for i, accuracy in enumerate(accuracies) if accuracy >= target), None)
-        scores = {
-            "accuracy": summary["accuracy"],
-            "macro-F1": summary["macro_f1"],
-            "mean rank": float(np.mean(ranks)) if ranks else np.nan,
-            "MB": totals[-1],
-            "MB to target": np.nan if at is None else totals[at],
-            "rounds to target": np.nan if at is None else rounds[at]["round"],
-        }
-        if any(r.get("clock_total") for r in rounds):
-            clock = [r.get("clock_total") or 0.0 for r in rounds]
-            scores["seconds"] = max(clock)
-            scores["seconds to target"] = np.nan if at is None else clock[at]
-        ratios = [np.mean(real) / plan["round_seconds"] for plan, real in plan_periods(records)]
-        if ratios:
-            scores["real / planned"] = float(np.mean(ratios))
-        return scores
 
 
 def execute(study: Study, folder: Path) -> int:
@@ -138,6 +42,7 @@ def execute(study: Study, folder: Path) -> int:
     if not todo:
         return 0
     failed = 0
+    began, ran = time.monotonic(), 0
     federation: Flat = {"num-supernodes": study.clients, "client-resources-num-cpus": 1}
     with (
         Copies() as copies,
@@ -147,13 +52,14 @@ def execute(study: Study, folder: Path) -> int:
         for number, run in enumerate(todo, start=1):
             if run.done:  # timed again from one of the runs before it
                 continue
-            name = f"[{number}/{len(todo)}] {run.setting}, {run.arm}, seed {run.seed}"
-            print(f"{name} …", flush=True)
+            left = time_left(time.monotonic() - began, ran, sum(not r.done for r in todo))
+            print(f"[{number}/{len(todo)}] {run.name}{left} …", flush=True)
             shutil.rmtree(run.folder, ignore_errors=True)  # what an interrupted run left
             run_id = link.run(PROJECT, run.config, federation)
             for _ in link.stream(run_id):
                 pass
             status = link.status(run_id)
+            ran += 1
             if status.completed:
                 scores = run.scores(study.target)
                 print("  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
@@ -162,6 +68,11 @@ def execute(study: Study, folder: Path) -> int:
                 failed += 1
                 print(f"  failed: {status.details}", file=sys.stderr, flush=True)
     return failed
+
+
+def time_left(seconds: float, ran: int, waiting: int) -> str:
+    """Return what is left of a study whose runs took so long, for the log; nothing before one."""
+    return f", left {duration(seconds / ran * waiting)}" if ran else ""
 
 
 def reuse(study: Study, folder: Path) -> None:
@@ -178,13 +89,12 @@ def reuse(study: Study, folder: Path) -> None:
         source = next((other for known, other in finished if known == training), None)
         if source is None:
             continue
-        name = f"{run.setting}, {run.arm}, seed {run.seed}"
         try:
             retime_folder(source.folder, run.folder, run.config)
         except ValueError as error:
-            print(f"{name}: cannot be timed from {source.folder}: {error}", file=sys.stderr)
+            print(f"{run.name}: cannot be timed from {source.folder}: {error}", file=sys.stderr)
         else:
-            print(f"{name}: timed again from {source.folder}", flush=True)
+            print(f"{run.name}: timed again from {source.folder}", flush=True)
 
 
 def tables(study: Study, folder: Path) -> str:

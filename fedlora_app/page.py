@@ -17,8 +17,10 @@ from typing import Any
 from fedlora_app import clients_table, style
 from fedlora_app.charts import bar_chart, line_chart
 from fedlora_app.config import RunConfig
-from fedlora_app.plots import ACCURACY, LOSS, TOP, bottlenecks, megabytes, points
+from fedlora_app.plots import TOP, bottlenecks, megabytes, points
 from fedlora_app.records import Record, of_kind, plan_periods, read_json, read_records
+from fedlora_app.scores import LOSSES, MOVED, first_of, score_curves, scores_of, title
+from fedlora_app.tasks import LOSS, Score
 from fedlora_app.text import bar_rows, data_size, number, seconds_text, spans, table
 
 MOST_FAILURES = 200
@@ -64,6 +66,11 @@ class RunFiles:
         """The records of what clients did in training."""
         return of_kind(self.records, "client")
 
+    @cached_property
+    def scores(self) -> tuple[Score, ...]:
+        """What it is measured by beside the loss, the first score first."""
+        return scores_of(self.records, self.config)
+
     @property
     def failures(self) -> list[Record]:
         """The records of clients whose work did not count."""
@@ -88,10 +95,10 @@ def page(run: RunFiles) -> str:
     sections = {
         "": headline(run),
         "Warnings": warnings(run),
-        "Accuracy and loss": curves(run),
+        _heading(run.scores): curves(run),
         "Time of the rounds": round_times(run),
         "Plans and pilots": plans(run),
-        "Clients": clients_table.section(run.records),
+        "Clients": clients_table.section(run.records, run.scores),
         "Failures": failures(run.failures),
         "Configuration": configuration(run.config),
     }
@@ -111,14 +118,15 @@ def headline(run: RunFiles) -> str:
     over = bool(summary)
     last = {k: v for r in rounds for k, v in r.items() if v is not None}  # last known of each
     where = "whole test set" if over else f"server's test rows, round {done}"
-    accuracy = summary.get("accuracy", last.get("server_accuracy"))
-    f1 = summary.get("macro_f1", last.get("server_macro_f1"))
+    scores = [
+        (s.label, s.text(summary.get(s.name, last.get(f"server_{s.name}"))), where)
+        for s in run.scores or (first_of(run.scores),)
+    ]
     down, up = (sum(r.get(key) or 0 for r in rounds) for key in ("bytes_down", "bytes_up"))
     taken_part = {r.get("client") for r in run.clients if r.get("status") == "ok"}
     lost = len(run.failures)
     tiles = [
-        ("accuracy", number(accuracy), where),
-        ("macro-F1", number(f1), where),
+        *scores,
         ("rounds", f"{done}" + (f" of {wanted}" if wanted else ""), ""),
         ("clients that trained", str(len(taken_part)), f"of {last.get('clients_total', '?')}"),
         ("data moved", data_size(down + up), f"{data_size(down)} down, {data_size(up)} up"),
@@ -176,7 +184,8 @@ def warnings(run: RunFiles) -> str:
             )
         elif kind == "plan" and record.get("reason"):
             notes.append(f"{when}, plan: {record['reason']}")
-    for key, what in (("train_loss", "training loss"), ("server_loss", "loss on the test rows")):
+    tested = ((f"server_{s.name}", f"{s.label} on the test rows") for s in (LOSS, *run.scores))
+    for key, what in (("train_loss", "training loss"), *tested):
         if lost := [r["round"] for r in trained if key in r and r[key] is None and r["accepted"]]:
             notes.append(f"No finite {what} in round {spans(lost)}.")
     missing = sorted(set(range(1, max((r["round"] for r in trained), default=0))) - {
@@ -189,7 +198,7 @@ def warnings(run: RunFiles) -> str:
 
 
 def curves(run: RunFiles) -> str:
-    """Return accuracy and loss over rounds and over seconds, and the data moved."""
+    """Return scores and loss over rounds and over seconds, and the data moved."""
     rounds = [
         {**r, "megabytes": total}
         for r, total in zip(run.rounds, megabytes(run.rounds), strict=True)
@@ -198,16 +207,17 @@ def curves(run: RunFiles) -> str:
     if not run.timed:
         clock, label = "at", "real seconds since the start of the run"
     out = []
-    for title, keys, top in (("Accuracy", ACCURACY, 1.0), ("Loss", LOSS, None)):
-        for x, x_label in (("round", "round"), (clock, label)):
-            series = {name: points(rounds, x, key) for key, name in keys.items()}
-            over = "rounds" if x == "round" else "time"
-            out.append(
-                line_chart(f"{title} over {over}", x_label, series, y_top=top, whole_x=x == "round")
-            )
-    moved = {"down and up, since the start": points(rounds, "round", "megabytes")}
-    out.append(line_chart("MB moved", "round", moved, whole_x=True))
+    charts = [*score_curves(run.scores), LOSSES]
+    axes = (("rounds", "round", "round"), ("time", clock, label))
+    drawn = [(c, f"{c.title} over {over}", x, text) for c in charts for over, x, text in axes]
+    for chart, name, x, x_label in [*drawn, (MOVED, MOVED.title, "round", "round")]:
+        series = {label: points(rounds, x, key) for key, label in chart.series.items()}
+        out.append(line_chart(name, x_label, series, y_top=chart.top, whole_x=x == "round"))
     return f"<div class=charts>{''.join(out)}</div>" if any(out) else ""
+
+
+def _heading(scores: Sequence[Score]) -> str:
+    return f"{title(scores[0])} and loss" if scores else "Loss"
 
 
 def round_times(run: RunFiles) -> str:

@@ -4,44 +4,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from fedlora_app.records import Record
+from fedlora_app.scores import LOSSES, MOVED, score_curves
+from fedlora_app.tasks import Score
 
 TOP = 5  # bottlenecks with a colour of their own
-ACCURACY = {
-    "server_accuracy": "accuracy, server's test set",
-    "server_macro_f1": "macro-F1, server's test set",
-    "clients_accuracy": "accuracy, clients' own rows (mean)",
-    "clients_accuracy_worst": "accuracy, clients' own rows (worst)",
-}
-LOSS = {
-    "train_loss": "training loss, clients",
-    "server_loss": "loss, server's test set",
-    "clients_loss": "loss, clients' own rows (mean)",
-}
 
 
-def plot_run(rounds: Sequence[Record], folder: Path) -> list[str]:
+def plot_run(rounds: Sequence[Record], folder: Path, scores: Sequence[Score]) -> list[str]:
     """Draw what there is to draw of a run; return the names of the PNG files.
 
-    Accuracy, loss and bytes over rounds; with a clock, accuracy over its seconds and the
+    Scores, loss and bytes over rounds; with a clock, the first score over its seconds and the
     seconds of each round with the planner's prediction and the bottlenecks.
     """
+    charts = [*score_curves(scores), LOSSES]
+    over_time = replace(charts[0], name=f"{charts[0].name}-over-time")
     rounds = [{**r, "megabytes": total} for r, total in zip(rounds, megabytes(rounds), strict=True)]
     names = []
-    for name, x, curves in (
-        ("accuracy", "round", ACCURACY),
-        ("loss", "round", LOSS),
-        ("bytes", "round", {"megabytes": "MB moved since the start, both ways"}),
-        ("accuracy-over-time", "clock_total", ACCURACY),
-    ):
-        found = {label: points(rounds, x, key) for key, label in curves.items()}
+    drawn = [(chart, "round") for chart in (*charts, MOVED)] + [(over_time, "clock_total")]
+    for chart, x in drawn:
+        found = {label: points(rounds, x, key) for key, label in chart.series.items()}
         if x == "round" or any(len(xy) > 1 for xy in found.values()):
-            _curves(folder / f"{name}.png", x, found)
-            names.append(f"{name}.png")
+            names.append(f"{chart.name}.png")
+            _curves(folder / names[-1], x, found, chart.top)
     if any(r.get("clock_seconds") for r in rounds):
         _round_seconds(folder / "round-seconds.png", rounds)
         names.append("round-seconds.png")
@@ -74,7 +64,17 @@ def pyplot() -> Any:
     return pyplot
 
 
-def _curves(file: Path, x: str, curves: dict[str, list[tuple[float, float]]]) -> None:
+def from_zero(axes: Any, top: float | None) -> None:
+    """Let the y axis begin at 0, or lower where a value is, and end at ``top``."""
+    if all(min(line.get_ydata(), default=0.0) >= 0 for line in axes.lines):
+        axes.set_ylim(bottom=0)
+    if top is not None:
+        axes.set_ylim(top=top)
+
+
+def _curves(
+    file: Path, x: str, curves: dict[str, list[tuple[float, float]]], top: float | None
+) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, xy in curves.items():
@@ -86,10 +86,7 @@ def _curves(file: Path, x: str, curves: dict[str, list[tuple[float, float]]]) ->
     else:
         axes.set_xlabel("seconds by the clock of the run")
         axes.set_xlim(left=0)
-    if file.stem.startswith("accuracy"):
-        axes.set_ylim(0, 1)
-    else:
-        axes.set_ylim(bottom=0)
+    from_zero(axes, top)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from logging import INFO, WARNING
 from pathlib import Path
@@ -23,6 +23,8 @@ from fedlora_app.config import RunConfig
 from fedlora_app.folders import refuse_used
 from fedlora_app.plots import plot_run
 from fedlora_app.records import Record, line_of, read_records, write_json, write_lines
+from fedlora_app.scores import first_of
+from fedlora_app.tasks import LOSS, TASKS, Score
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import
@@ -152,6 +154,7 @@ class RunFolder:
         save_adapter(model, adapter, self.config.model.name, self.about)
         summary = {
             "method": self.config.method,
+            "task": self.config.task,
             "aggregation": self.config.aggregation,
             "seed": self.config.seed,
             "rounds": max((r["round"] for r in self.rounds), default=0),
@@ -166,9 +169,10 @@ class RunFolder:
             **self.about,
             "adapter": str(adapter),
         }
-        plots = plot_run(self.rounds, self.path)
+        measured = TASKS[self.config.task].scores
+        plots = plot_run(self.rounds, self.path, measured)
         write_json(self.path / "summary.json", summary)  # last: it says all is there
-        for line in table(self.rounds, summary):
+        for line in table(self.rounds, summary, measured):
             log(INFO, "%s", line)
         log(INFO, "outputs in %s", self.path)
         names = ["summary.json", "metrics.jsonl", "config.json", "adapter/", *plots]
@@ -258,38 +262,39 @@ def clock_total(rounds: Iterable[Record]) -> dict[str, float]:
     return {"clock_seconds": round(max(totals), 3)} if totals else {}
 
 
-def table(rounds: Iterable[Record], summary: Record) -> list[str]:
+def table(rounds: Iterable[Record], summary: Record, scores: Sequence[Score]) -> list[str]:
     """Return the rounds and the final scores as lines of text."""
     rounds = list(rounds)
+    first = first_of(scores)
     columns = [
         ("round", "round", "{:d}"),
         ("clients", "accepted", "{:d}"),
         ("train loss", "train_loss", "{:.3f}"),
-        ("accuracy", "server_accuracy", "{:.3f}"),
-        ("macro-F1", "server_macro_f1", "{:.3f}"),
-        ("own data", "clients_accuracy", "{:.3f}"),
-        ("worst", "clients_accuracy_worst", "{:.3f}"),
+        *((s.label, f"server_{s.name}", f"{{:.{s.digits}f}}") for s in scores or (first,)),
+        ("own data", f"clients_{first.name}", f"{{:.{first.digits}f}}"),
+        ("worst", f"clients_{first.name}_worst", f"{{:.{first.digits}f}}"),
         ("MB down", "bytes_down", "{:.2f}"),
         ("MB up", "bytes_up", "{:.2f}"),
         ("seconds", "seconds", "{:.1f}"),
     ]
     if any(r.get("clock_seconds") is not None for r in rounds):
         columns.append(("clock s", "clock_seconds", "{:.2f}"))
-    lines = ["  ".join(f"{title:>10}" for title, _, _ in columns)]
+    wide = [max(10, len(title)) for title, _, _ in columns]
+    lines = ["  ".join(f"{title:>{n}}" for n, (title, _, _) in zip(wide, columns, strict=True))]
     for record in rounds:
         cells = []
-        for _, key, pattern in columns:
+        for n, (_, key, pattern) in zip(wide, columns, strict=True):
             value = record.get(key)
             if value is not None and key.startswith("bytes"):
                 value /= 1e6
-            cells.append(f"{'-' if value is None else pattern.format(value):>10}")
+            cells.append(f"{'-' if value is None else pattern.format(value):>{n}}")
         lines.append("  ".join(cells))
     megabytes = (summary["bytes_down"] + summary["bytes_up"]) / 1e6
     whose = "mean of the clients alone: " if summary["method"] == "local" else ""
     clock: Any = summary.get("clock_seconds")
+    final = ", ".join(f"{s.label} {s.text(summary.get(s.name))}" for s in (*scores, LOSS))
     lines.append(
-        f"final: {whose}accuracy {summary['accuracy']:.3f}, macro-F1 {summary['macro_f1']:.3f}, "
-        f"loss {summary['loss']:.3f} on the whole test set; "
+        f"final: {whose}{final} on the whole test set; "
         f"{megabytes:.1f} MB moved, {summary['seconds']:.0f} s"
         + ("" if clock is None else f", {clock:.1f} s by the clock")
     )

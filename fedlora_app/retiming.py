@@ -21,6 +21,7 @@ from fedlora_app.records import (
     write_lines,
 )
 from fedlora_app.report import clock_total
+from fedlora_app.scores import scores_of
 
 Flat = Mapping[str, Scalar]
 
@@ -116,7 +117,7 @@ def retime_folder(source: Path, target: Path, flat: Flat, timer: Timer = timed_b
     made = {k: v for k, v in read_json(source / "config.json").items() if k == key}
     write_json(target / "config.json", config.to_flat() | made)
     write_lines(target / "metrics.jsonl", retimed)
-    plot_run(rounds, target)
+    plot_run(rounds, target, scores_of(records, config.to_flat()))
     summary = {k: v for k, v in read_json(source / "summary.json").items() if k != "clock_seconds"}
     summary |= {**clock_total(rounds), "retimed_from": str(source)}
     write_json(target / "summary.json", summary)  # last: it says all is there

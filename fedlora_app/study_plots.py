@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_app.config import RunConfig
-from fedlora_app.plots import points, pyplot, save
+from fedlora_app.plots import from_zero, points, pyplot, save
 from fedlora_app.records import of_kind, plan_periods, read_json, read_records
-from fedlora_app.tasks import make_task
+from fedlora_app.scores import file_name, first_of, scores_of
+from fedlora_app.tasks import Score, make_task
 
 if TYPE_CHECKING:
-    from fedlora_app.compare import Study
+    from fedlora_app.study import Study
 
 Points = Sequence[tuple[float, float]]
 Array = NDArray[np.float64]
@@ -24,7 +25,7 @@ WIDE = 8.0  # the slowest arm takes so many times as long as the quickest: a log
 
 
 def plot_study(study: Study, folder: Path) -> list[Path]:
-    """Draw accuracy over the clock's seconds, and predicted against realised round seconds.
+    """Draw the first score over the clock's seconds, and predicted against realised round seconds.
 
     Returns
     -------
@@ -33,22 +34,27 @@ def plot_study(study: Study, folder: Path) -> list[Path]:
     """
     files = []
     for setting in study.settings:
+        score: Score | None = None
         curves: dict[str, list[Points]] = {}
         periods: dict[str, list[tuple[float, float, float]]] = {}
         for run in study.runs(folder):
             if run.setting != setting or not run.done:
                 continue
             records = read_records(run.folder / "metrics.jsonl")
-            curve = points(of_kind(records, "round"), "clock_total", "server_accuracy")
+            own = first_of(scores_of(records, read_json(run.folder / "config.json")))
+            score = score or own
+            if own != score:  # runs of another task share no axis with the first
+                continue
+            curve = points(of_kind(records, "round"), "clock_total", f"server_{score.name}")
             if any(seconds > 0 for seconds, _ in curve):
                 curves.setdefault(run.arm, []).append(curve)
             for plan, real in plan_periods(records):
                 error = float(np.std(real) / np.sqrt(len(real)))
                 promised = plan["round_seconds"]
                 periods.setdefault(run.arm, []).append((promised, float(np.mean(real)), error))
-        if curves:
-            files.append(folder / f"accuracy-over-time-{setting}.png")
-            _accuracy(files[-1], setting, study.target, curves)
+        if curves and score:
+            files.append(folder / f"{file_name(score)}-over-time-{setting}.png")
+            _over_time(files[-1], setting, score, study.target, curves)
         if periods:
             files.append(folder / f"predicted-{setting}.png")
             _predicted(files[-1], setting, periods)
@@ -65,7 +71,9 @@ def mean_curve(curves: Sequence[Points]) -> tuple[Array, Array]:
     return grid, np.mean(values, axis=0)
 
 
-def _accuracy(file: Path, setting: str, target: float, curves: dict[str, list[Points]]) -> None:
+def _over_time(
+    file: Path, setting: str, score: Score, target: float, curves: dict[str, list[Points]]
+) -> None:
     ends = [curve[-1][0] for seeds in curves.values() for curve in seeds]
     wide = max(ends) > WIDE * min(ends)
     if wide:  # which has no place for 0
@@ -83,8 +91,8 @@ def _accuracy(file: Path, setting: str, target: float, curves: dict[str, list[Po
     if wide:
         axes.set_xscale("log")
     axes.set_xlabel("seconds by the clock")
-    axes.set_ylabel("accuracy, server's test rows")
-    axes.set_ylim(0, 1)
+    axes.set_ylabel(f"{score.label}, server's test rows")
+    from_zero(axes, score.top if score.higher_is_better else None)
     axes.set_title(f"{setting}: mean over seeds, and each seed")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,16 +1,18 @@
 """Studies: tables, plots and timing again, on run folders written by hand."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedlora_app import compare
-from fedlora_app.compare import Study, execute, reuse, tables
+from fedlora_app.compare import execute, reuse, tables, time_left
 from fedlora_app.config import RunConfig
 from fedlora_app.records import of_kind, read_json, read_records
 from fedlora_app.retiming import retime_folder, training_of, with_times
+from fedlora_app.study import Study
 from fedlora_app.study_plots import mean_curve, plot_study
 from strategies.wallclock.clock import RoundTime
 
@@ -253,7 +255,12 @@ class FakeLink:
         return type("S", (), {"completed": True, "details": ""})
 
 
-def test_a_study_runs_what_is_left_once(study, tmp_path, monkeypatch):
+def test_the_time_left_is_that_of_runs_like_those_done():
+    assert time_left(0.0, 0, 6) == ""
+    assert time_left(240.0, 2, 6) == ", left 12:00"
+
+
+def test_a_study_runs_what_is_left_once(study, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "SuperLink", FakeLink)
     write(one(study, tmp_path, "lab", "planned"), [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
     assert execute(study, tmp_path) == 0
@@ -265,6 +272,9 @@ def test_a_study_runs_what_is_left_once(study, tmp_path, monkeypatch):
         "rural/planned/seed-2",
     ]
     assert all(run.done for run in study.runs(tmp_path))
+    said = capsys.readouterr().out
+    assert "[1/7] lab, uniform, seed 1 …" in said
+    assert re.search(r"rural, planned, seed 2, left \d:\d\d …", said)
     FakeLink.runs = []
     assert execute(study, tmp_path) == 0
     assert FakeLink.runs == []

@@ -19,9 +19,11 @@ from fedlora_app.page import RunFiles
 from fedlora_app.plots import plot_run
 from fedlora_app.records import plan_periods, read_records
 from fedlora_app.report import RunFolder, table
+from fedlora_app.tasks import TextClassification
 from fedlora_app.tensorboard import TensorBoardListener, scalars
 from fedlora_app.text import data_size, seconds_text, spans
 
+SCORES = TextClassification.scores
 EVIL = "<script>alert('x')</script> & \"more\""
 
 
@@ -275,15 +277,15 @@ def test_a_full_disk_at_the_end_keeps_what_is_there_and_says_how_to_go_on(
 
 
 def test_without_a_clock_there_is_nothing_about_one(tmp_path):
-    assert plot_run([r for r in old_run() if r["kind"] == "round"], tmp_path) == [
+    assert plot_run([r for r in old_run() if r["kind"] == "round"], tmp_path, SCORES) == [
         "accuracy.png", "loss.png", "bytes.png"
     ]  # fmt: skip
     summary = {"method": "lora", "accuracy": 0.5, "macro_f1": 0.5, "loss": 1.0, "seconds": 1.0,
                "bytes_down": 0, "bytes_up": 0}  # fmt: skip
     old = [r for r in old_run() if r["kind"] == "round"]
-    assert "clock" not in "".join(table(old, summary))
+    assert "clock" not in "".join(table(old, summary, SCORES))
     new = [r for r in clocked_run() if r["kind"] == "round"]
-    lines = table(new, {**summary, "clock_seconds": 34.0})
+    lines = table(new, {**summary, "clock_seconds": 34.0}, SCORES)
     assert lines[0].split()[-2:] == ["clock", "s"]
     assert [line.split()[-1] for line in lines[1:-1]] == ["0.00", "4.00", "9.00", "15.00", "6.00"]
     assert lines[-1].endswith("34.0 s by the clock")
