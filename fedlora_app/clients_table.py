@@ -8,9 +8,10 @@ from typing import Any
 
 from fedlora_app.charts import grid_chart
 from fedlora_app.plots import bottlenecks
-from fedlora_app.records import Record, of_kind
+from fedlora_app.records import numbers, of_kind
 from fedlora_app.tasks import LOSS, Score
 from fedlora_app.text import Html, bar, table
+from strategies.records import ClientRecord, Record
 
 SHADES = 5
 
@@ -23,7 +24,7 @@ def section(records: Sequence[Record], scores: Sequence[Score]) -> str:
     return participation(done) + client_table(records, done, scores)
 
 
-def participation(done: Sequence[Record]) -> str:
+def participation(done: Sequence[ClientRecord]) -> str:
     """Return a grid, clients by rounds, shaded by rank."""
     clients = sorted({r["client"] for r in done})
     last = max(r["round"] for r in done)
@@ -52,9 +53,11 @@ def participation(done: Sequence[Record]) -> str:
     return f"<h3>Who trained in which round</h3>{grid}"
 
 
-def client_table(records: Sequence[Record], done: Sequence[Record], scores: Sequence[Score]) -> str:
+def client_table(
+    records: Sequence[Record], done: Sequence[ClientRecord], scores: Sequence[Score]
+) -> str:
     """Return one line a client: participation, ranks, bytes, seconds, scores on its own rows."""
-    own: dict[int, list[Record]] = defaultdict(list)
+    own: dict[int, list[ClientRecord]] = defaultdict(list)
     for r in done:
         own[r["client"]].append(r)
     tested = {r["client"]: r for r in of_kind(records, "client-evaluation")}  # the last of each
@@ -93,21 +96,21 @@ def client_table(records: Sequence[Record], done: Sequence[Record], scores: Sequ
     return f"<h3>Bytes, ranks and participation</h3>{table([t for t, _ in kept], rows)}"
 
 
-def _total(records: Sequence[Record], key: str) -> int:
-    return sum(r.get(key) or 0 for r in records)
+def _total(records: Sequence[ClientRecord], key: str) -> float:
+    return sum(numbers(records, key))
 
 
-def _count(records: Sequence[Record], status: str) -> int:
+def _count(records: Sequence[ClientRecord], status: str) -> int:
     return sum(r.get("status") == status for r in records)
 
 
-def _mean(records: Sequence[Record], key: str) -> float | None:
-    known = [r[key] for r in records if r.get(key) is not None]
+def _mean(records: Sequence[ClientRecord], key: str) -> float | None:
+    known = numbers(records, key)
     return float(sum(known) / len(known)) if known else None
 
 
-def _last(records: Sequence[Record], key: str) -> int | None:
-    known = [r[key] for r in records if r.get(key) is not None]
+def _last(records: Sequence[ClientRecord], key: str) -> int | None:
+    known = numbers(records, key)
     return round(known[-1]) if known else None
 
 

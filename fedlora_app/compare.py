@@ -18,14 +18,13 @@ import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedlora_app.config import ConfigError
 from fedlora_app.copies import Copies
 from fedlora_app.ray_head import RayHead
-from fedlora_app.records import of_kind, read_json, read_records
+from fedlora_app.records import RecordsError, of_kind, read_json, read_records
 from fedlora_app.retiming import retime_folder, training_of
 from fedlora_app.study import Flat, Run, Study
 from fedlora_app.study_plots import plot_ranks, plot_study
@@ -149,11 +148,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     folder = (args.output / study.name).expanduser().absolute()
     failed = 0
-    if not args.only_table:
-        with exit_on_signals():
-            failed = execute(study, folder)
+    try:
+        if not args.only_table:
+            with exit_on_signals():
+                failed = execute(study, folder)
+        show(study, folder)
+    except RecordsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 1 if failed else 0
+
+
+def show(study: Study, folder: Path) -> None:
+    """Print the tables of a study, draw its plots, and print where they are."""
     print(tables(study, folder))
-    explained: dict[tuple[str, str], Any] = {
+    explained: dict[tuple[str, str], Run] = {
         (run.setting, run.arm): run
         for run in reversed(list(study.runs(folder)))
         if run.done and _scored(run.folder)
@@ -164,7 +173,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file)
     for file in plot_study(study, folder):
         print(file)
-    return 1 if failed else 0
 
 
 def _scored(run: Path) -> bool:

@@ -12,16 +12,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedlora_app import clients_table, style
 from fedlora_app.charts import bar_chart, line_chart
 from fedlora_app.config import RunConfig
 from fedlora_app.plots import TOP, bottlenecks, megabytes, points
-from fedlora_app.records import Record, of_kind, plan_periods, read_json, read_records
+from fedlora_app.records import (
+    Fields,
+    RecordsError,
+    numbers,
+    of_kind,
+    plan_periods,
+    read_json,
+    read_records,
+)
 from fedlora_app.scores import LOSSES, MOVED, first_of, score_curves, scores_of, title
 from fedlora_app.tasks import LOSS, Score
 from fedlora_app.text import bar_rows, data_size, number, seconds_text, spans, table
+from strategies.records import ClientRecord, Record, RoundRecord
 
 MOST_FAILURES = 200
 
@@ -43,6 +52,8 @@ class RunFiles:
         ------
         FileNotFoundError
             If the folder holds no run.
+        RecordsError
+            If it is of a newer program.
         """
         metrics = folder / "metrics.jsonl"
         if not metrics.exists():
@@ -57,12 +68,12 @@ class RunFiles:
         )
 
     @cached_property
-    def rounds(self) -> list[Record]:
+    def rounds(self) -> list[RoundRecord]:
         """The records of rounds, the start (round 0) included."""
         return of_kind(self.records, "round")
 
     @cached_property
-    def clients(self) -> list[Record]:
+    def clients(self) -> list[ClientRecord]:
         """The records of what clients did in training."""
         return of_kind(self.records, "client")
 
@@ -72,7 +83,7 @@ class RunFiles:
         return scores_of(self.records, self.config)
 
     @property
-    def failures(self) -> list[Record]:
+    def failures(self) -> list[ClientRecord]:
         """The records of clients whose work did not count."""
         return [r for r in self.clients if r.get("status") != "ok"]
 
@@ -116,13 +127,14 @@ def headline(run: RunFiles) -> str:
     wanted = config.get("rounds")
     done = max((r["round"] for r in rounds), default=0)
     over = bool(summary)
-    last = {k: v for r in rounds for k, v in r.items() if v is not None}  # last known of each
+    # The last known of each field.
+    last: dict[str, Any] = {k: v for r in rounds for k, v in r.items() if v is not None}
     where = "whole test set" if over else f"server's test rows, round {done}"
     scores = [
         (s.label, s.text(summary.get(s.name, last.get(f"server_{s.name}"))), where)
         for s in run.scores or (first_of(run.scores),)
     ]
-    down, up = (sum(r.get(key) or 0 for r in rounds) for key in ("bytes_down", "bytes_up"))
+    down, up = (sum(numbers(rounds, key)) for key in ("bytes_down", "bytes_up"))
     taken_part = {r.get("client") for r in run.clients if r.get("status") == "ok"}
     lost = len(run.failures)
     tiles = [
@@ -175,18 +187,18 @@ def warnings(run: RunFiles) -> str:
             f"Too few good replies in round {spans(unchanged)}: the model stayed as it was."
         )
     for record in run.records:
-        kind, when = record.get("kind"), f"Round {record.get('round', '?')}"
-        if kind == "ranks":
+        when = f"Round {cast(Fields, record).get('round', '?')}"
+        if record["kind"] == "ranks":
             notes += [f"{when}, ranks: {note}" for note in record.get("notes") or ()]
-        elif kind == "pilots" and not record.get("reliable"):
+        elif record["kind"] == "pilots" and not record.get("reliable"):
             notes.append(
                 f"{when}, pilots: the estimate is not reliable: {record.get('reason', '?')}"
             )
-        elif kind == "plan" and record.get("reason"):
+        elif record["kind"] == "plan" and record.get("reason"):
             notes.append(f"{when}, plan: {record['reason']}")
     tested = ((f"server_{s.name}", f"{s.label} on the test rows") for s in (LOSS, *run.scores))
     for key, what in (("train_loss", "training loss"), *tested):
-        if lost := [r["round"] for r in trained if key in r and r[key] is None and r["accepted"]]:
+        if lost := [r["round"] for r in trained if r.get(key, 0) is None and r["accepted"]]:
             notes.append(f"No finite {what} in round {spans(lost)}.")
     missing = sorted(set(range(1, max((r["round"] for r in trained), default=0))) - {
         r["round"] for r in trained
@@ -199,7 +211,7 @@ def warnings(run: RunFiles) -> str:
 
 def curves(run: RunFiles) -> str:
     """Return scores and loss over rounds and over seconds, and the data moved."""
-    rounds = [
+    rounds: list[Fields] = [
         {**r, "megabytes": total}
         for r, total in zip(run.rounds, megabytes(run.rounds), strict=True)
     ]
@@ -227,17 +239,12 @@ def round_times(run: RunFiles) -> str:
         return ""
     counts = bottlenecks(rounds)
     colours = {client: f"s{i}" for i, (client, _) in enumerate(counts.most_common(TOP), start=1)}
-    bars = [
-        (
-            r["round"],
-            r["clock_seconds"],
-            colours.get(r.get("bottleneck"), "muted"),
-            f"round {r['round']}: {r['clock_seconds']:.4g} s, bottleneck client {r['bottleneck']}"
-            if r.get("bottleneck") is not None
-            else f"round {r['round']}: {r['clock_seconds']:.4g} s",
-        )
-        for r in rounds
-    ]
+    bars = []
+    for r in rounds:
+        seconds, slowest = r["clock_seconds"] or 0.0, r.get("bottleneck")
+        tip = f"round {r['round']}: {seconds:.4g} s"
+        tip += "" if slowest is None else f", bottleneck client {slowest}"
+        bars.append((r["round"], seconds, colours.get(slowest, "muted"), tip))
     keys = {f"client {client}": colour for client, colour in colours.items()}
     if len(counts) > len(colours):
         keys["another client"] = "muted"
@@ -297,7 +304,7 @@ def plans(run: RunFiles) -> str:
     return "".join(out)
 
 
-def failures(records: Iterable[Record]) -> str:
+def failures(records: Iterable[ClientRecord]) -> str:
     """Return who failed when and why; what happened again is one line."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for r in records:
@@ -340,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = args.output or args.run / "report.html"
     try:
         file.write_text(page(RunFiles.read(args.run)), encoding="utf-8")
-    except OSError as error:
+    except (OSError, RecordsError) as error:
         print(error, file=sys.stderr)
         return 2
     print(file)

@@ -9,14 +9,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fedlora_app.records import Record
+from fedlora_app.records import Fields
 from fedlora_app.scores import LOSSES, MOVED, score_curves
 from fedlora_app.tasks import Score
+from strategies.records import RoundRecord
 
 TOP = 5  # bottlenecks with a colour of their own
 
 
-def plot_run(rounds: Sequence[Record], folder: Path, scores: Sequence[Score]) -> list[str]:
+def plot_run(rounds: Sequence[RoundRecord], folder: Path, scores: Sequence[Score]) -> list[str]:
     """Draw what there is to draw of a run; return the names of the PNG files.
 
     Scores, loss and bytes over rounds; with a clock, the first score over its seconds and the
@@ -24,11 +25,12 @@ def plot_run(rounds: Sequence[Record], folder: Path, scores: Sequence[Score]) ->
     """
     charts = [*score_curves(scores), LOSSES]
     over_time = replace(charts[0], name=f"{charts[0].name}-over-time")
-    rounds = [{**r, "megabytes": total} for r, total in zip(rounds, megabytes(rounds), strict=True)]
+    totals = zip(rounds, megabytes(rounds), strict=True)
+    fields: list[Fields] = [{**r, "megabytes": total} for r, total in totals]
     names = []
     drawn = [(chart, "round") for chart in (*charts, MOVED)] + [(over_time, "clock_total")]
     for chart, x in drawn:
-        found = {label: points(rounds, x, key) for key, label in chart.series.items()}
+        found = {label: points(fields, x, key) for key, label in chart.series.items()}
         if x == "round" or any(len(xy) > 1 for xy in found.values()):
             names.append(f"{chart.name}.png")
             _curves(folder / names[-1], x, found, chart.top)
@@ -38,18 +40,18 @@ def plot_run(rounds: Sequence[Record], folder: Path, scores: Sequence[Score]) ->
     return names
 
 
-def points(rounds: Iterable[Record], x: str, y: str) -> list[tuple[float, float]]:
+def points(rounds: Iterable[Fields], x: str, y: str) -> list[tuple[float, float]]:
     """Return the pairs of two fields in the rounds that have both."""
     pairs = ((r.get(x), r.get(y)) for r in rounds)
-    return [(a, b) for a, b in pairs if a is not None and b is not None]
+    return [(a, b) for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)]
 
 
-def megabytes(rounds: Iterable[Record]) -> list[float]:
+def megabytes(rounds: Iterable[RoundRecord]) -> list[float]:
     """Return the MB moved until the end of each round, down and up."""
     return list(accumulate((r["bytes_down"] + r["bytes_up"]) / 1e6 for r in rounds))
 
 
-def bottlenecks(rounds: Iterable[Record]) -> Counter[int | None]:
+def bottlenecks(rounds: Iterable[RoundRecord]) -> Counter[int | None]:
     """Return how many rounds each client was the bottleneck of."""
     return Counter(r["bottleneck"] for r in rounds if r.get("bottleneck") is not None)
 
@@ -93,7 +95,7 @@ def _curves(
     save(figure, file)
 
 
-def _round_seconds(file: Path, rounds: Sequence[Record]) -> None:
+def _round_seconds(file: Path, rounds: Sequence[RoundRecord]) -> None:
     """Draw each round's seconds in the colour of its bottleneck, and how often each was one."""
     plt = pyplot()
     counts = bottlenecks(rounds)

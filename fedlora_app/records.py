@@ -6,17 +6,48 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, overload
 
-Record = Mapping[str, Any]
+from strategies.records import (
+    RECORDS_VERSION,
+    ClientEvaluationRecord,
+    ClientRecord,
+    ClockRecord,
+    PilotsRecord,
+    PlanRecord,
+    RankRecord,
+    Record,
+    RoundRecord,
+    StartRecord,
+)
+
+Fields = Mapping[str, object]
+"""Any record, for readers that look for a key of which the name is not known beforehand."""
 
 
-def read_records(file: Path) -> list[dict[str, Any]]:
+class RecordsError(ValueError):
+    """A run folder was written by a program that knew more than this one."""
+
+
+def read_records(file: Path) -> list[Record]:
     """Return the records of a ``metrics.jsonl``; lines that hold none are left out.
 
     Such a line is the last one of a run that is writing it, or that was ended while it did.
+    Records of before they had a version are read; they lack fields that are new.
+
+    Raises
+    ------
+    RecordsError
+        If a field may mean something else than is known here.
     """
-    return list(_records(file.read_bytes()))
+    records = cast(list[Record], [r for r in _records(file.read_bytes()) if "kind" in r])
+    for start in of_kind(records, "start"):
+        if (version := start.get("version", 0)) > RECORDS_VERSION:
+            raise RecordsError(
+                f"{file}: expected records of version {RECORDS_VERSION} or older, got {version}; "
+                "read it with the release of fedlora that wrote it, or a newer one"
+            )
+    return records
 
 
 def write_lines(file: Path, records: Iterable[Record]) -> None:
@@ -24,7 +55,7 @@ def write_lines(file: Path, records: Iterable[Record]) -> None:
     _replace(file, "".join(line_of(record) for record in records))
 
 
-def write_json(file: Path, value: Record) -> None:
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file for people to read: the new one or the old one, whole."""
     _replace(file, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
@@ -37,7 +68,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def line_of(record: Record) -> str:
+def line_of(record: Fields) -> str:
     """Return one record as its line of ``metrics.jsonl``."""
     return json.dumps(plain(record)) + "\n"
 
@@ -58,18 +89,41 @@ def rounded(seconds: float | None) -> float | None:
     return None if seconds is None else float(f"{seconds:.6g}")
 
 
-def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
+@overload
+def of_kind(records: Iterable[Record], kind: Literal["round"]) -> list[RoundRecord]: ...
+@overload
+def of_kind(records: Iterable[Record], kind: Literal["client"]) -> list[ClientRecord]: ...
+@overload
+def of_kind(
+    records: Iterable[Record], kind: Literal["client-evaluation"]
+) -> list[ClientEvaluationRecord]: ...
+@overload
+def of_kind(records: Iterable[Record], kind: Literal["plan"]) -> list[PlanRecord]: ...
+@overload
+def of_kind(records: Iterable[Record], kind: Literal["pilots"]) -> list[PilotsRecord]: ...
+@overload
+def of_kind(records: Iterable[Record], kind: Literal["ranks"]) -> list[RankRecord]: ...
+@overload
+def of_kind(records: Iterable[Record], kind: Literal["clock"]) -> list[ClockRecord]: ...
+@overload
+def of_kind(records: Iterable[Record], kind: Literal["start"]) -> list[StartRecord]: ...
+def of_kind(records: Iterable[Record], kind: str) -> list[Any]:
     """Return the records of one kind, in order."""
-    return [r for r in records if r.get("kind") == kind]
+    return [r for r in records if r["kind"] == kind]
 
 
-def plan_periods(records: Iterable[Record]) -> list[tuple[Record, list[float]]]:
+def numbers(records: Iterable[Fields], key: str) -> list[float]:
+    """Return the values of a field, of the records that have a number there."""
+    return [v for r in records if isinstance(v := r.get(key), int | float)]
+
+
+def plan_periods(records: Iterable[Record]) -> list[tuple[PlanRecord, list[float]]]:
     """Return every plan with the clock's seconds of the rounds that followed it."""
-    periods: list[tuple[Record, list[float]]] = []
+    periods: list[tuple[PlanRecord, list[float]]] = []
     for record in records:
-        if record.get("kind") == "plan":
+        if record["kind"] == "plan":
             periods.append((record, []))
-        elif record.get("kind") == "round" and periods and record.get("planned_seconds"):
+        elif record["kind"] == "round" and periods and record.get("planned_seconds"):
             periods[-1][1].append(record.get("clock_seconds") or 0.0)
     return [(plan, seconds) for plan, seconds in periods if seconds]
 

@@ -14,17 +14,26 @@ from contextlib import suppress
 from logging import INFO, WARNING
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from flwr.common import log
 from safetensors import SafetensorError
 
-from fedlora_app.config import RunConfig
+from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.folders import refuse_used
 from fedlora_app.plots import plot_run
-from fedlora_app.records import Record, line_of, read_records, write_json, write_lines
+from fedlora_app.records import (
+    Fields,
+    RecordsError,
+    line_of,
+    numbers,
+    read_records,
+    write_json,
+    write_lines,
+)
 from fedlora_app.scores import first_of
 from fedlora_app.tasks import LOSS, TASKS, Score
+from strategies.records import EndRecord, Record, RoundRecord
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import
@@ -48,7 +57,7 @@ class RunFolder:
 
     Attributes
     ----------
-    rounds : list of Record
+    rounds : list of RoundRecord
         The ``round`` records so far, kept ones included.
 
     Raises
@@ -71,9 +80,9 @@ class RunFolder:
             refuse_used(self.path)
         self.config = config
         self.about = dict(about)
-        self.rounds: list[Record] = []
+        self.rounds: list[RoundRecord] = []
         self.last_reason = "nobody was asked"
-        self._end: Record = {}
+        self._end: EndRecord | None = None
         self._resume_round = resume_round
         self._before = 0.0  # seconds of the run until it was interrupted
         self._began = time.perf_counter()
@@ -100,7 +109,7 @@ class RunFolder:
     def __call__(self, record: Record) -> None:
         """Append one record to ``metrics.jsonl``; a full disk does not end the run."""
         since = round(self._before + time.perf_counter() - self._began, 3)
-        self._waiting.append(line_of({**record, "at": since}))
+        self._waiting.append(line_of({**cast(Fields, record), "at": since}))
         self._write()
         self._note(record)
 
@@ -152,6 +161,7 @@ class RunFolder:
             self._metrics.close()
         adapter = self.path / "adapter"
         save_adapter(model, adapter, self.config.model.name, self.about)
+        end: Fields = self._end or {}
         summary = {
             "method": self.config.method,
             "task": self.config.task,
@@ -164,8 +174,8 @@ class RunFolder:
             "bytes_up": sum(r["bytes_up"] for r in self.rounds),
             "bytes_down": sum(r["bytes_down"] for r in self.rounds),
             "rejected": sum(r["rejected"] for r in self.rounds),
-            "ended": self._end.get("reason", ""),
-            "never_took_part": self._end.get("never_took_part", []),
+            "ended": end.get("reason", ""),
+            "never_took_part": end.get("never_took_part", []),
             **self.about,
             "adapter": str(adapter),
         }
@@ -183,13 +193,16 @@ class RunFolder:
             self.rounds.append(record)
         elif record["kind"] == "end":
             self._end = record
-        elif record.get("status") == "rejected":
-            self.last_reason = record["reason"]
+        elif record["kind"] == "client" and record["status"] == "rejected":
+            self.last_reason = record.get("reason", "")
 
     def _read(self, resume_round: int) -> None:
         """Read what ``metrics.jsonl`` has until the end of a round, as if it had ended there."""
         metrics = self.path / "metrics.jsonl"
-        self._kept = until(read_records(metrics), resume_round) if metrics.exists() else []
+        try:
+            self._kept = until(read_records(metrics), resume_round) if metrics.exists() else []
+        except RecordsError as error:
+            raise ConfigError([f"resume-from: {error}"]) from error
         for record in self._kept:
             self._note(record)
         self._before = self._kept[-1].get("at", 0.0) if self._kept else 0.0
@@ -248,21 +261,24 @@ def until(records: Iterable[Record], last_round: int) -> list[Record]:
 
     A record that names no round belongs to the time it was written in.
     """
-    kept, now = [], 0
+    kept: list[Record] = []
+    now = 0
     for record in records:
-        now = record.get("round", now)
+        now = record.get("round", now) if record["kind"] != "clock" else now
         if now <= last_round:
             kept.append(record)
     return kept
 
 
-def clock_total(rounds: Iterable[Record]) -> dict[str, float]:
+def clock_total(rounds: Iterable[RoundRecord]) -> dict[str, float]:
     """Return ``clock_seconds``, the time of all rounds by their clock; nothing without one."""
-    totals = [r["clock_total"] for r in rounds if r.get("clock_total") is not None]
+    totals = numbers(rounds, "clock_total")
     return {"clock_seconds": round(max(totals), 3)} if totals else {}
 
 
-def table(rounds: Iterable[Record], summary: Record, scores: Sequence[Score]) -> list[str]:
+def table(
+    rounds: Iterable[RoundRecord], summary: Mapping[str, Any], scores: Sequence[Score]
+) -> list[str]:
     """Return the rounds and the final scores as lines of text."""
     rounds = list(rounds)
     first = first_of(scores)
@@ -285,7 +301,7 @@ def table(rounds: Iterable[Record], summary: Record, scores: Sequence[Score]) ->
         cells = []
         for n, (_, key, pattern) in zip(wide, columns, strict=True):
             value = record.get(key)
-            if value is not None and key.startswith("bytes"):
+            if isinstance(value, int | float) and key.startswith("bytes"):
                 value /= 1e6
             cells.append(f"{'-' if value is None else pattern.format(value):>{n}}")
         lines.append("  ".join(cells))

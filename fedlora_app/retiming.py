@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fedlora_app.config import RunConfig
 from fedlora_app.fields import Scalar
 from fedlora_app.plots import plot_run
 from fedlora_app.read import read_config
 from fedlora_app.records import (
-    Record,
     of_kind,
     read_json,
     read_records,
@@ -22,6 +21,7 @@ from fedlora_app.records import (
 )
 from fedlora_app.report import clock_total
 from fedlora_app.scores import scores_of
+from strategies.records import Record
 
 Flat = Mapping[str, Scalar]
 
@@ -131,16 +131,17 @@ def with_times(records: Iterable[Record], times: Sequence[Time]) -> list[Record]
     total = 0.0
     out: list[Record] = []
     for record in records:
-        new: dict[str, Any] = dict(record)
-        time = by_round.get(record.get("round", -1))
-        if record.get("kind") == "round" and time is not None:
+        if record["kind"] == "round":
+            record = record.copy()
+            time = by_round[record["round"]]
             seconds = time.seconds if record["round"] else 0.0  # round 0 is the start
             total += seconds
-            new["clock_seconds"], new["clock_total"] = rounded(seconds), rounded(total)
-            new["bottleneck"] = time.bottleneck
-        elif record.get("kind") == "client" and time is not None:
-            i = record["client"]
-            new["compute_seconds"] = rounded(time.compute_seconds.get(i))
-            new["upload_seconds"] = rounded(time.upload_seconds.get(i))
-        out.append(new)
+            record["clock_seconds"], record["clock_total"] = rounded(seconds), rounded(total)
+            record["bottleneck"] = time.bottleneck
+        elif record["kind"] == "client" and record["round"] in by_round:
+            record = record.copy()
+            time, i = by_round[record["round"]], record["client"]
+            record["compute_seconds"] = rounded(time.compute_seconds.get(i))
+            record["upload_seconds"] = rounded(time.upload_seconds.get(i))
+        out.append(record)
     return out

@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedlora_app.config import RunConfig
-from fedlora_app.records import Record, of_kind
+from fedlora_app.records import of_kind
 from fedlora_app.tasks import LOSS, TASKS, Score
+from strategies.records import Record
 from strategies.scores import undeclared
 
 TOGETHER = 3  # scores on one chart; with two curves of the clients' five, as many as have colours

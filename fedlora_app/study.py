@@ -14,7 +14,7 @@ from fedlora_app.config import ConfigError, Scalar
 from fedlora_app.flower import flatten_dict
 from fedlora_app.plots import megabytes
 from fedlora_app.read import read_config
-from fedlora_app.records import of_kind, plan_periods, read_json, read_records
+from fedlora_app.records import numbers, of_kind, plan_periods, read_json, read_records
 from fedlora_app.scores import first_of, scores_of
 
 Flat = dict[str, Scalar]
@@ -101,8 +101,8 @@ class Run:
         totals = megabytes(rounds)
         measured = scores_of(records, read_json(self.folder / "config.json"))
         first = first_of(measured)
-        reached = (first.reached(r.get(f"server_{first.name}"), target) for r in rounds)
-        at = next((i for i, enough in enumerate(reached) if enough), None)
+        at = next((i for i, r in enumerate(rounds) for value in numbers([r], f"server_{first.name}")
+                   if first.reached(value, target)), None)  # fmt: skip
         found = {s.label: summary.get(s.name) for s in measured or (first,)}
         scores: dict[str, float] = {
             **{label: value for label, value in found.items() if value is not None},
@@ -115,7 +115,8 @@ class Run:
             clock = [r.get("clock_total") or 0.0 for r in rounds]
             scores["seconds"] = max(clock)
             scores["seconds to target"] = np.nan if at is None else clock[at]
-        ratios = [np.mean(real) / plan["round_seconds"] for plan, real in plan_periods(records)]
+        periods = ((plan["round_seconds"], real) for plan, real in plan_periods(records))
+        ratios = [np.mean(real) / promised for promised, real in periods if promised]
         if ratios:
             scores["real / planned"] = float(np.mean(ratios))
         return scores

@@ -50,8 +50,8 @@ def plot_study(study: Study, folder: Path) -> list[Path]:
                 curves.setdefault(run.arm, []).append(curve)
             for plan, real in plan_periods(records):
                 error = float(np.std(real) / np.sqrt(len(real)))
-                promised = plan["round_seconds"]
-                periods.setdefault(run.arm, []).append((promised, float(np.mean(real)), error))
+                if promised := plan["round_seconds"]:
+                    periods.setdefault(run.arm, []).append((promised, float(np.mean(real)), error))
         if curves and score:
             files.append(folder / f"{file_name(score)}-over-time-{setting}.png")
             _over_time(files[-1], setting, score, study.target, curves)

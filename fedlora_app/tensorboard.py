@@ -9,7 +9,7 @@ from typing import Any
 
 from flwr.common import log
 
-from fedlora_app.records import Record
+from strategies.records import Record, RoundRecord
 
 GROUPS = ("server", "clients")
 SCALARS = {
@@ -74,9 +74,9 @@ class TensorBoardListener:
                 self._writer.close()
 
 
-def scalars(record: Record) -> dict[str, float]:
+def scalars(record: RoundRecord) -> dict[str, float]:
     """Return the scalars of a ``round`` record by their TensorBoard tag."""
-    found = {tag: record.get(key) for key, tag in SCALARS.items()}
+    found: dict[str, object] = {tag: record.get(key) for key, tag in SCALARS.items()}
     for key, value in record.items():
         group, _, name = key.partition("_")
         if group in GROUPS and name and name != "total":

@@ -46,10 +46,8 @@ class Score:
         """Return the worst of some values."""
         return min(values) if self.higher_is_better else max(values)
 
-    def reached(self, value: float | None, target: float) -> bool:
-        """Tell whether a value is as good as the target; one that is not known is not."""
-        if value is None:
-            return False
+    def reached(self, value: float, target: float) -> bool:
+        """Tell whether a value is as good as the target."""
         return value >= target if self.higher_is_better else value <= target
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,8 @@ def test_the_time_left_is_that_of_runs_like_those_done():
 
 def test_a_study_runs_what_is_left_once(study, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "SuperLink", FakeLink)
+    monkeypatch.setattr(compare, "RayHead", nullcontext)
+    monkeypatch.setattr(compare, "Copies", nullcontext)
     write(one(study, tmp_path, "lab", "planned"), [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
     assert execute(study, tmp_path) == 0
     assert FakeLink.runs == [

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from fedlora_app import compare
 from fedlora_app.compare import tables
+from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.page import RunFiles, page
+from fedlora_app.page import main as show_page
 from fedlora_app.plots import plot_run
-from fedlora_app.records import read_json
-from fedlora_app.report import table
+from fedlora_app.records import RecordsError, of_kind, read_json, read_records
+from fedlora_app.report import RunFolder, table
 from fedlora_app.scores import LOSSES, file_name, first_of, score_curves, scores_of
 from fedlora_app.study import Study
 from fedlora_app.study_plots import plot_study
@@ -89,21 +92,50 @@ def test_the_page_and_the_plots_of_a_run(run, tmp_path):
     assert all((tmp_path / name).stat().st_size > 0 for name in names)
 
 
-def test_a_study_of_a_score_that_falls(tmp_path):
-    file = tmp_path / "words.toml"
+def words_study(folder):
+    file = folder / "words.toml"
     file.write_text(
         "clients = 3\nseeds = [1]\ntarget = 50.0\n[config]\nrounds = 2\n[settings.here]\n"
         'seed = 1\n[arms.fraction]\n"sampling.policy" = "fraction"\n'
     )
     study = Study.read(file)
-    (run,) = study.runs(tmp_path)
+    (run,) = study.runs(folder / "words")
     shutil.copytree(RUNS / WORDS, run.folder)
+    return study, run
+
+
+def test_a_study_of_a_score_that_falls(tmp_path):
+    study, run = words_study(tmp_path)
     scores = run.scores(study.target)
     assert scores["perplexity"] == read_json(run.folder / "summary.json")["perplexity"]
     assert scores["rounds to target"] == 1  # 47.4, the first at most 50
     assert run.scores(1e9)["rounds to target"] == 0
     assert not run.scores(2.0)["rounds to target"] <= 2  # never
-    text = tables(study, tmp_path)
+    text = tables(study, tmp_path / "words")
     assert "| arm | seeds | perplexity | gain in bits | mean rank |" in text
-    assert [f.name for f in plot_study(study, tmp_path)] == ["perplexity-over-time-here.png"]
+    assert [f.name for f in plot_study(study, tmp_path / "words")] == [
+        "perplexity-over-time-here.png"
+    ]
     assert not any(word in text for word in NEVER)
+
+
+def test_records_of_a_newer_program_are_refused_by_every_command(tmp_path, capsys):
+    _, run = words_study(tmp_path)
+    file = run.folder / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"version": 1', '"version": 99'))
+    said = f"{file}: expected records of version 1 or older, got 99; read it with the release"
+    with pytest.raises(RecordsError, match="version 1 or older, got 99"):
+        read_records(file)
+    with pytest.raises(ConfigError, match=r"resume-from: .* got 99"):
+        RunFolder(run.folder, RunConfig(), resume_round=1)
+    assert show_page([str(run.folder)]) == 2
+    assert capsys.readouterr().err.startswith(said)
+    arguments = [str(tmp_path / "words.toml"), "--output", str(tmp_path), "--only-table"]
+    assert compare.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_records_of_before_they_had_a_version_are_read():
+    records = read_records(RUNS / CLASSES / "metrics.jsonl")
+    assert of_kind(records, "start") == []
+    assert [r["round"] for r in of_kind(records, "round")] == [0, 1, 2]
