@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar, cast
+
+from flwr.serverapp.strategy import Strategy
+
+from strategies.aggregation import Aggregator, make_aggregator
+from strategies.messages import MessageProtocol, NumPyProtocol, Protocol
+from strategies.privacy import PrivateRun
+from strategies.ranks import RankPolicy, make_rank_policy
+from strategies.sampling import Sampler, make_sampler
+from strategies.saving import Saver
+from strategies.scores import Score
+from strategies.wallclock import Clock, MeasuredClock
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 #: Arguments of Flower's ``FedAvg``, of the new style and the old, and what they are here.
 FEDAVG = {
@@ -31,60 +45,199 @@ FEDAVG = {
 }
 
 
-def refuse_unknown(unknown: Iterable[str], known: Callable[..., Any]) -> None:
-    """Refuse keyword arguments that do not exist, and say what to write instead.
+#: What a number must be, by its argument: its kind, whether it is in range, and how that is said.
+_NUMBERS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "scale": (Real, lambda x: x > 0, "a number above 0"),
+    "clip_norm": (Real, lambda x: x >= 0, "0 (none) or more"),
+    "seed": (Integral, lambda x: x >= 0, "a whole number of 0 or more"),
+    "query_timeout": (Real, lambda x: x >= 0, "seconds, 0 or more"),
+    "profile_timeout": (Real, lambda x: x >= 0, "seconds, 0 or more"),
+    **dict.fromkeys(
+        ("evaluate_fraction", "min_answering"), (Real, lambda x: 0 <= x <= 1, "0 to 1")
+    ),
+    **dict.fromkeys(
+        ("min_replies", "min_available_nodes", "evaluate_every"),
+        (Integral, lambda x: x >= 1, "at least 1"),
+    ),
+}
 
-    Raises
-    ------
-    TypeError
-        If there are any.
-    """
-    names = [n for n, p in inspect.signature(known).parameters.items() if p.kind == p.KEYWORD_ONLY]
+#: What else an argument must be: its kind, how that is said, and what one could write.
+_KINDS: dict[str, tuple[Any, str, str]] = {
+    **dict.fromkeys(("query", "head_only"), (bool, "True or False", "")),
+    **dict.fromkeys(
+        ("wire_dtype", "weighted_by_key", "arrayrecord_key", "configrecord_key"),
+        (str, "a text", ""),
+    ),
+    "stop_when": (Callable, "a callable", "lambda scores: scores['accuracy'] > 0.9"),
+    **dict.fromkeys(
+        ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"),
+        (Callable, "a callable as Flower's FedAvg takes it", ""),
+    ),
+    "saver": (
+        Saver,
+        "a Saver",
+        "Saver(Checkpoints('runs/1'), fingerprint={}) of strategies.saving and .checkpoint",
+    ),
+    "privacy": (
+        PrivateRun,
+        "a PrivateRun",
+        "PrivateRun(Privacy(clip=0.5, noise_multiplier=8)) of strategies.privacy",
+    ),
+    "clock": (Clock, "a Clock", "SimulatedClock('lab', …) of strategies.wallclock"),
+}
+
+
+def _refuse_unknown(unknown: Iterable[str], known: Sequence[str]) -> None:
     said = []
-    for name in unknown:
+    for name in sorted(unknown):
         if name in FEDAVG:
             said.append(f"{name!r} of FedAvg is {FEDAVG[name]} here")
         else:
-            close = difflib.get_close_matches(name, names, n=1)
+            close = difflib.get_close_matches(name, known, n=1)
             said.append(f"{name!r} is unknown{f'; did you mean {close[0]!r}?' if close else ''}")
     if said:
         raise TypeError(f"FedLoRA: {'; '.join(said)}")
 
 
-def made(what: str, value: T | str, kind: Any, make: Callable[[str], T], example: str) -> T:
-    """Return an object of a kind: as it came, or made by its registered name.
+def checked(init: Callable[P, None]) -> Callable[P, None]:
+    """Have a constructor refuse what is unknown, of another kind, or out of range.
 
-    Parameters
-    ----------
-    what : str
-        The name of the argument.
-    value : object or str
-    kind : type
-    make : callable
-        Returns what is registered by a name.
-    example : str
-        What one could write.
+    Raises
+    ------
+    TypeError, ValueError
+        By the constructor: with what was expected.
+    """
+    known = {
+        name: one.default
+        for name, one in inspect.signature(init).parameters.items()
+        if one.kind is one.KEYWORD_ONLY
+    }
+
+    @wraps(init)
+    def told(*args: P.args, **settings: P.kwargs) -> None:
+        if len(args) > 1:  # beside self
+            raise TypeError(
+                f"FedLoRA: every argument has a name, got {_said(args[1])} without one; write for "
+                "example FedLoRA(aggregation='flexlora')"
+            )
+        _refuse_unknown(settings.keys() - known.keys(), list(known))
+        for name, value in settings.items():
+            if value is not None or known[name] is not None:
+                _check(name, value)
+        init(*args, **settings)
+
+    return told
+
+
+def _check(name: str, value: Any) -> None:
+    if name in _NUMBERS:
+        kind, fits, said = _NUMBERS[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            what = "a whole number" if kind is Integral else "a number"
+            more = "" if said.startswith("a ") else f", {said}"
+            raise TypeError(f"{name}: expected {what}{more}, got {_said(value)}")
+        if not fits(value):
+            raise ValueError(f"{name}: expected {said}, got {value!r}")
+    elif name in _KINDS:
+        kind, said, example = _KINDS[name]
+        if not isinstance(value, kind) or inspect.isclass(value):
+            more = f"; write for example {example}" if example else ""
+            raise TypeError(f"{name}: expected {said}, got {_said(value, kind)}{more}")
+
+
+def listeners(value: Iterable[T]) -> list[T]:
+    """Return what ``listeners`` means."""
+    return _each("listeners", value, callable, "callables", "[print]")
+
+
+def scores(value: Iterable[Score]) -> list[Score]:
+    """Return what ``scores`` means."""
+    example = "[Score('accuracy', 'accuracy')] of strategies.scores"
+    return _each("scores", value, lambda one: isinstance(one, Score), "Score", example)
+
+
+def _each(
+    what: str, value: Iterable[T], fits: Callable[[Any], bool], said: str, example: str
+) -> list[T]:
+    """Return a list of what fits.
 
     Raises
     ------
     TypeError
-        If it is neither; says what it is instead.
+        If it is something else.
+    """
+    if fits(value) or isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"{what}: expected a list of {said}, got {_said(value)}; write for example "
+                        f"{example}")  # fmt: skip
+    found = list(value)
+    for one in found:
+        if not fits(one) or inspect.isclass(one):
+            raise TypeError(f"{what}: expected {said}, got {_said(one)}")
+    return found
+
+
+def rule(value: Aggregator[Any] | str) -> Aggregator[Any]:
+    """Return what ``aggregation`` means."""
+    example = "aggregation='flexlora' or FlexLoRA() of strategies.aggregation"
+    return _made("aggregation", value, Aggregator, make_aggregator, example)
+
+
+def policy(value: RankPolicy | str) -> RankPolicy:
+    """Return what ``ranks`` means."""
+    example = "UniformRank(8) or ListRank([2, 4, 8]) of strategies.ranks"
+    return _made("ranks", value, RankPolicy, make_rank_policy, example)
+
+
+def sampler(value: Sampler | str) -> Sampler:
+    """Return what ``sampling`` means."""
+    example = "FractionSampling(0.5) of strategies.sampling"
+    return _made("sampling", value, Sampler, make_sampler, example)
+
+
+def protocol(client_api: str, arrays_key: str, config_key: str, weight_key: str) -> Protocol:
+    """Return what ``client_api`` means."""
+    if client_api == "message":
+        return MessageProtocol(arrays_key, config_key, weight_key)
+    if client_api == "numpy":
+        return NumPyProtocol()
+    raise ValueError(f"client_api: expected 'message' or 'numpy', got {client_api!r}")
+
+
+def clock(value: Clock | None) -> Clock:
+    """Return what ``clock`` means."""
+    return MeasuredClock() if value is None else value
+
+
+def _made(what: str, value: T | str, kind: Any, make: Callable[[str], T], example: str) -> T:
+    """Return an object of a kind: as it came, or made by its registered name.
+
+    Raises
+    ------
+    TypeError
+        If it is neither, or its name alone does not say enough; says what it is instead.
     ValueError
         If no such name is registered.
     """
     if isinstance(value, str):
-        return make(value)
+        try:
+            return make(value)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
+        except TypeError as error:  # no default for what it must know
+            raise TypeError(f"{what}: the name {value!r} alone does not say enough ({error}); "
+                            f"write for example {example}") from error  # fmt: skip
     if isinstance(value, kind):
         return cast(T, value)
     raise TypeError(f"{what}: expected {_article(kind)}{kind.__name__} or its name, got "
-                    f"{_said(value)}; write for example {example}")  # fmt: skip
+                    f"{_said(value, kind)}; write for example {example}")  # fmt: skip
 
 
-def _said(value: Any) -> str:
+def _said(value: Any, kind: Any = None) -> str:
     if inspect.isclass(value):
-        return f"the class {value.__name__} itself (call it)"
-    from flwr.serverapp.strategy import Strategy
-
+        if issubclass(value, Strategy):
+            return f"the class {value.__name__}, which makes a whole strategy (a preset)"
+        call = " itself (call it)" if inspect.isclass(kind) and issubclass(value, kind) else ""
+        return f"the class {value.__name__}{call}"
     if isinstance(value, Strategy):
         return f"{type(value).__name__}, which is a whole strategy (a preset)"
     text = repr(value)

@@ -35,7 +35,8 @@ from strategies.flower import ClientProxy
 from strategies.flower import recorddict_compat as compat
 from strategies.messages import NAMES_KEY, SCALE_KEY, NumPyProtocol, to_record
 from strategies.proxy_grid import ProxyGrid, identify, node_id_of
-from strategies.strategy import FedLoRA, MetricsAggregation
+from strategies.round.replies import MetricsAggregation
+from strategies.strategy import FedLoRA
 
 ConfigFn = Callable[[int], dict[str, Scalar]]
 EvaluateFn = Callable[[int, NDArrays, dict[str, Scalar]], tuple[float, dict[str, Scalar]] | None]
@@ -132,6 +133,7 @@ class LegacyFedLoRA(Strategy):
         self.engine.num_rounds = self.num_rounds or 0
         self.engine.led = True
         self._done = self.engine.resume(self.result)
+        self.engine.begin(self._done)
         self._over = self.num_rounds is not None and self._done >= self.num_rounds
         self._began = time.perf_counter()
         if not self._done and self.evaluate_fn is None:
@@ -285,8 +287,7 @@ class LegacyFedLoRA(Strategy):
             self.engine.finish(number)
 
     def _tell(self) -> None:
-        for listener in self.engine.listeners:
-            listener(self.engine.round.record())
+        self.engine.tell(self.engine.round.record())
 
 
 def _answers(

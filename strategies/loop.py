@@ -22,7 +22,8 @@ from strategies.transport import Meanwhile, exchange
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 StopFn = Callable[[int, Result], bool]
-Listener = Callable[[Record], None]
+#: Is told every record, and may return why the run is to end after this round.
+Listener = Callable[[Record], str | None]
 
 
 class StreamingStrategy(Strategy):
@@ -33,7 +34,8 @@ class StreamingStrategy(Strategy):
     evaluate_every : int (default: 1)
         Evaluate after every Nth round and after the last.
     listeners : Iterable[callable]
-        Called with a JSON-able record at each step.
+        Called with a record of ``strategies.records`` at each step; what one returns, if it is
+        a text, is why the run ends after the round.
     """
 
     def __init__(self, *, evaluate_every: int = 1, listeners: Iterable[Listener] = ()) -> None:
@@ -44,6 +46,7 @@ class StreamingStrategy(Strategy):
         self.scores: tuple[Score, ...] = ()
         #: Why the run ended; empty while it goes on.
         self.ended = ""
+        self._asked_to_end = ""
         #: Whether somebody calls ``round_over`` after every round, as ``start`` does. Flower's own
         #: loop, which drives a strategy inside another, does not.
         self.led = False
@@ -118,7 +121,7 @@ class StreamingStrategy(Strategy):
                     result.evaluate_metrics_clientapp[server_round] = metrics
                 if evaluate_fn is not None:
                     self._evaluate_on_server(server_round, arrays, evaluate_fn, result, self.round)
-            self._emit(self.round.record())
+            self.tell(self.round.record())
             elapsed = time.perf_counter() - began
             left = elapsed / (server_round - done) * (num_rounds - server_round)
             log(INFO, "%s", self.round_line(num_rounds, left))
@@ -135,7 +138,7 @@ class StreamingStrategy(Strategy):
 
     def begin(self, server_round: int) -> None:
         """Tell listeners that the run begins, or goes on after a round."""
-        self._emit(
+        self.tell(
             {
                 "kind": "start",
                 "round": server_round,
@@ -153,7 +156,7 @@ class StreamingStrategy(Strategy):
             "reason": self.ended,
             "never_took_part": silent,
         }
-        self._emit(end)
+        self.tell(end)
 
     def resume(self, result: Result) -> int:
         """Put back a saved state; return the round it was saved after, 0 without one."""
@@ -172,7 +175,7 @@ class StreamingStrategy(Strategy):
 
     def reached(self, server_round: int) -> str:
         """Return why the run ends before its last round; empty if it goes on."""
-        return ""
+        return self._asked_to_end
 
     def look_back(self) -> list[str]:
         """Say what is to be said of a run that is over; return who never took part."""
@@ -188,11 +191,14 @@ class StreamingStrategy(Strategy):
         if just_now and node_id in self.round.assignments:
             sent = self.round.assignments[node_id]
             sent.elapsed_seconds = time.perf_counter() - self.round.started
-        self._emit({"kind": "arrived", "round": self.round.number, "node": str(node_id)})
+        self.tell({"kind": "arrived", "round": self.round.number, "node": str(node_id)})
 
-    def _emit(self, record: Record) -> None:
+    def tell(self, record: Record) -> None:
+        """Hand a record to every listener, and note the first that wants the run to end."""
         for listener in self.listeners:
-            listener(record)
+            said = listener(record)
+            if isinstance(said, str) and not self._asked_to_end:
+                self._asked_to_end = said
 
     @property
     def evaluation_can_wait(self) -> bool:
@@ -202,7 +208,7 @@ class StreamingStrategy(Strategy):
     def _begun(self, book: Round) -> None:
         if book.evaluation:
             log(INFO, "start: %s", " ".join(f"{k} {v:.3f}" for k, v in book.evaluation.items()))
-        self._emit(book.record())
+        self.tell(book.record())
 
     def _evaluate_on_server(
         self,

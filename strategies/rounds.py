@@ -101,6 +101,15 @@ class Round:
     planned_seconds: float | None = None
     privacy: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def ranks_differ(self) -> bool:
+        """Whether not all train the same rank."""
+        return len({assignment.rank for assignment in self.assignments.values()}) > 1
+
+    def works(self) -> list[Work]:
+        """Return what the clock must know of everybody."""
+        return [assignment.work() for assignment in self.assignments.values()]
+
     def answered(self) -> list[Assignment]:
         """Return those whose updates are in the aggregate."""
         return [a for a in self.assignments.values() if a.status == "ok"]

@@ -1,14 +1,12 @@
-"""``Adapter`` and ``LoraPair``: the one value type of the library.
+"""``Adapter``: the one value type of the library.
 
 An ``Adapter`` is read once from a PEFT state dict, validated there, and is immutable
-from then on. Nothing outside this file knows PEFT's key names.
+from then on. Nothing outside this file and ``peft_keys`` knows PEFT's key names.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -16,106 +14,8 @@ import torch
 from torch import Tensor
 
 from strategies.lora import algebra
-
-# `x.lora_A.weight`, or `x.lora_A.default.weight` where the adapter's name was left in.
-_LINEAR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<name>[^.]+))?\.weight$")
-_EMBEDDING = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<factor>[AB])(?:\.(?P<name>[^.]+))?$")
-_MAGNITUDE = re.compile(
-    r"^(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)(?P<name>[^.]+))?(?:\.weight)?$"
-)
-_SAVED = re.compile(r"^(?P<module>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)$")
-_DENSE = re.compile(r"\.(weight|bias)(_[^.]+)?$")
-_LORA_BIAS = re.compile(r"^(?P<module>.+)\.lora_B(?:\.(?P<name>[^.]+))?\.bias$")
-
-# Parts of a key that say: this is not an adapter, or not a LoRA one.
-_FOREIGN = re.compile(
-    r"(^|\.)(base_layer\.weight|original_module\.weight|quant_state|absmax|prompt_embeddings"
-    r"|prompt_encoder)|\.(ia3_l|oft_|hada_|lokr_|vera_|vblora_|boft_"
-    r"|lora_(?!A\b|B\b|embedding_[AB]\b|magnitude_vector\b))"
-)
-_TOKENS = re.compile(r"(^|\.)(token_adapter|trainable_tokens)")
-# The embeddings that peft.get_peft_model_state_dict adds as they are, if a target is one of them.
-_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head)\.base_layer\.weight$")
-
-#: Parts that wrappers of a model put into the names of its parameters, and whose they are.
-WRAPPERS = {"module": "DataParallel", "_orig_mod": "torch.compile"}
-
-
-class AdapterError(ValueError):
-    """An adapter is not usable; ``problems`` and the message list every reason."""
-
-    def __init__(self, problems: list[str], where: str = "adapter") -> None:
-        self.problems = problems
-        super().__init__(f"{where}: " + "; ".join(problems))
-
-
-def factor_of(key: str) -> Literal["A", "B"] | None:
-    """Return which LoRA factor a key of a PEFT state dict names; None for anything else."""
-    match = _LINEAR.match(key) or _EMBEDDING.match(key)
-    if match is None:
-        return None
-    return "A" if match["factor"] == "A" else "B"
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class LoraPair:
-    """One LoRA module: it adds ``scale · B A`` to a frozen weight.
-
-    Parameters
-    ----------
-    A : Tensor
-        ``(r, n)``; ``(r, in, *kernel)`` for a convolution.
-    B : Tensor
-        ``(m, r)``; ``(m, r, 1, …)`` for a convolution.
-    scale : float
-        ``alpha / r``, or ``alpha / √r`` with rsLoRA.
-    embedding : bool (default: False)
-        Whether PEFT stores the pair as ``lora_embedding_A/B``.
-
-    Raises
-    ------
-    AdapterError
-        If the factors' shapes do not make a pair.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    embedding: bool = False
-
-    def __post_init__(self) -> None:
-        if problems := _pair_problems("the pair", self.A, self.B):
-            raise AdapterError(problems)
-
-    @property
-    def rank(self) -> int:
-        """The number of rank-one terms."""
-        return self.A.shape[0]
-
-    def delta(self) -> Tensor:
-        """Return ``scale · B A``: ``(m, n)``, or ``(m, in, *kernel)`` for a convolution."""
-        dense = self.scale * algebra.product(self.A, self.B)
-        return dense.reshape(self.B.shape[0], *self.A.shape[1:])
-
-    def norm(self) -> float:
-        """Return the Frobenius norm of ``delta`` without forming it."""
-        return abs(self.scale) * algebra.frobenius(self.A, self.B)
-
-    def with_rank(self, rank: int) -> LoraPair:
-        """Return the leading ``rank`` terms, zero-padded when there are fewer."""
-        if rank == self.rank:
-            return self
-        return replace(self, A=algebra.resize(self.A, 0, rank), B=algebra.resize(self.B, 1, rank))
-
-    def with_scale(self, scale: float) -> LoraPair:
-        """Return the same ``delta`` at another scale; the ratio goes into ``B``."""
-        if scale == self.scale:
-            return self
-        return replace(self, B=self.B * (self.scale / scale), scale=scale)
-
-    def to(self, dtype: torch.dtype) -> LoraPair:
-        """Return the pair with both factors in ``dtype``."""
-        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
+from strategies.lora.pair import AdapterError, LoraPair, pair_problems
+from strategies.lora.peft_keys import ConfigRule, parse
 
 
 class Adapter:
@@ -183,12 +83,12 @@ class Adapter:
         """
         if scale is not None and config is not None:
             raise ValueError("expected scale or config, got both; the config gives the scale")
-        factors, dense, problems = _parse(state_dict)
-        rule = _ConfigRule(config) if config is not None else None
+        factors, dense, problems = parse(state_dict)
+        rule = ConfigRule(config) if config is not None else None
         pairs: dict[str, LoraPair] = {}
         for module, found in factors.items():
             missing = [f"lora_{f} of {module!r} is missing" for f in "AB" if f not in found]
-            wrong = missing or _pair_problems(repr(module), found["A"], found["B"])
+            wrong = missing or pair_problems(repr(module), found["A"], found["B"])
             problems += wrong
             if wrong:
                 continue
@@ -380,133 +280,3 @@ def _shape_problem(what: str, got: Tensor, expected: Tensor, rank_axis: int | No
     if rank_axis is not None:
         shape[rank_axis] = "r"
     return f"{what} has shape {tuple(got.shape)}, expected ({', '.join(map(str, shape))})"
-
-
-def _parse(
-    state_dict: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
-    """Sort a state dict into LoRA factors by module, dense tensors, and problems."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    dense: dict[str, Tensor] = {}
-    problems: list[str] = []
-    names: set[str] = set()
-    for key, tensor in state_dict.items():
-        if _frozen_by_peft(key, state_dict):
-            continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            problems.append(f"{key!r} is {kind}, expected a floating-point tensor")
-            continue
-        if match := _LINEAR.match(key) or _EMBEDDING.match(key):
-            found = factors.setdefault(match["module"], {})
-            if match["factor"] in found:
-                problems.append(f"{key!r} gives lora_{match['factor']} a second time")
-            found[match["factor"]] = tensor
-            if match.re is _EMBEDDING:
-                found["embedding"] = tensor
-        elif match := _MAGNITUDE.match(key):
-            dense[f"{match['module']}.lora_magnitude_vector"] = tensor
-        elif match := _LORA_BIAS.match(key):
-            dense[f"{match['module']}.lora_B.bias"] = tensor
-        elif match := _SAVED.match(key):
-            dense[f"{match['module']}.{match['rest']}"] = tensor
-        elif _TOKENS.search(key):
-            problems.append(
-                f"{key!r} belongs to trainable_token_indices, which is not supported; train the "
-                "embedding as a LoRA target or in full (modules_to_save)"
-            )
-        elif _FOREIGN.search(key):
-            problems.append(
-                f"{key!r} is not a LoRA tensor; pass what peft.get_peft_model_state_dict returns"
-            )
-        elif _DENSE.search(key):
-            dense[key] = tensor
-        else:
-            problems.append(f"{key!r} is unknown: neither a LoRA tensor nor a weight or bias")
-        if match and match["name"]:
-            names.add(match["name"])
-    if len(names) > 1:
-        problems.append(f"several adapters are mixed: {', '.join(sorted(names))}; pass one")
-    return factors, dense, problems
-
-
-def _frozen_by_peft(key: str, state_dict: Mapping[str, Tensor]) -> bool:
-    """Tell whether PEFT put a tensor beside an adapter that is no part of it.
-
-    With ``bias="all"`` the biases of saved modules are there twice, as the trained copy and as
-    the original; and embeddings that are targets come with their frozen weights.
-    """
-    twin = key.replace(".modules_to_save.", ".", 1)
-    original = key.replace(".original_module.", ".", 1)
-    return (
-        any(other != key and other in state_dict for other in (twin, original))
-        or _EMBEDDINGS.search(key) is not None
-    )
-
-
-def _pair_problems(module: str, A: Tensor, B: Tensor) -> list[str]:
-    """Return what keeps two factors from being a pair."""
-    if A.dim() < 2 or B.dim() != A.dim() or any(d != 1 for d in B.shape[2:]):
-        return [
-            f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} of {module} are not a pair: "
-            "expected (r, n) and (m, r), or (r, in, *kernel) and (m, r, 1, …)"
-        ]
-    if A.shape[0] != B.shape[1] or A.shape[0] == 0:
-        return [
-            f"ranks disagree in {module}: lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)} "
-            "(a grouped convolution is not supported)"
-        ]
-    return []
-
-
-class _ConfigRule:
-    """What a PEFT LoraConfig says about scales, ranks and dense tensors."""
-
-    def __init__(self, config: Any) -> None:
-        def read(key: str, default: Any) -> Any:
-            if isinstance(config, Mapping):
-                return config.get(key, default)
-            return getattr(config, key, default)
-
-        self.r: int = read("r", 8)
-        self.alpha: float = read("lora_alpha", 8)
-        self.rank_pattern: Mapping[str, int] = read("rank_pattern", {}) or {}
-        self.alpha_pattern: Mapping[str, float] = read("alpha_pattern", {}) or {}
-        self.rslora: bool = bool(read("use_rslora", False))
-        self.bias: str = read("bias", "none") or "none"
-        saved = read("modules_to_save", None)
-        if saved is None and str(read("task_type", "")).upper().endswith("_CLS"):
-            saved = ["classifier", "score"]  # what PEFT adds by itself for these tasks
-        self.saved: list[str] = list(saved or [])
-
-    @staticmethod
-    def _lookup(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-        for key, value in pattern.items():  # PEFT's own rule: a regex at the end of the path
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        return default
-
-    def scale(self, module: str, rank: int) -> float:
-        alpha = float(self._lookup(self.alpha_pattern, module, self.alpha))
-        return alpha / (rank**0.5 if self.rslora else rank)
-
-    def problems(self, module: str, rank: int) -> list[str]:
-        expected = self._lookup(self.rank_pattern, module, self.r)
-        if rank == expected:
-            return []
-        return [f"rank {rank} for {module!r}, but the config says {expected}"]
-
-    def dense_problems(self, dense: Mapping[str, Tensor]) -> list[str]:
-        def explained(key: str) -> bool:
-            parts = key.split(".")
-            if "lora_magnitude_vector" in parts or key.endswith(".lora_B.bias"):
-                return True
-            if self.bias != "none" and parts[-1] == "bias":
-                return True
-            return any(f".{name}." in f".{key}." for name in self.saved)
-
-        return [
-            f"{key!r} is unknown: neither LoRA nor in modules_to_save {self.saved}"
-            for key in dense
-            if not explained(key)
-        ]

@@ -9,12 +9,14 @@ from strategies.privacy.accountant import PrivacyAccountant
 from strategies.privacy.accounting import central_epsilon, epsilon, local_epsilon, top_up
 from strategies.privacy.checks import refuse_amplification, refuse_private
 from strategies.privacy.mechanism import Privacy, add_noise, clip_displacement, clip_update
+from strategies.privacy.none import NoPrivacy
 from strategies.privacy.releases import Fixed, Gaussian, Poisson
 from strategies.privacy.run import PrivateRun
 
 __all__ = [
     "Fixed",
     "Gaussian",
+    "NoPrivacy",
     "Poisson",
     "Privacy",
     "PrivacyAccountant",

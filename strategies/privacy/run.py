@@ -22,8 +22,10 @@ from strategies.privacy.mechanism import Privacy, add_noise
 from strategies.promises import declares
 
 if TYPE_CHECKING:
+    from strategies.aggregation import Aggregator
     from strategies.clients import Client
-    from strategies.strategy import FedLoRA
+    from strategies.ranks import RankPolicy
+    from strategies.sampling import Sampler
 
 
 class PrivateRun:
@@ -54,6 +56,9 @@ class PrivateRun:
         If an argument is out of range, or ``ledger`` cannot be read.
     """
 
+    #: Weights must not come from the data, whatever a node says of itself.
+    rows_known = False
+
     def __init__(self, privacy: Privacy, delta: float = 1e-5, ledger: Path | None = None) -> None:
         self.privacy = privacy
         self.accountant = PrivacyAccountant(privacy.noise_multiplier, delta)
@@ -70,35 +75,68 @@ class PrivateRun:
         self._chances: dict[int, float] = {}  # their q
         self._present = 0
 
-    def check(self, run: FedLoRA) -> None:
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise in every number that arrives."""
+        return self.privacy.clip * self.privacy.noise_multiplier
+
+    def settings(self) -> dict[str, float]:
+        """Return what messages must hold so that clients follow."""
+        return self.privacy.settings()
+
+    def parts(self) -> dict[str, Any]:
+        """Return what has a state that must last, by its name in a checkpoint."""
+        return {"privacy": self}
+
+    def check(
+        self,
+        rule: Aggregator[Any],
+        policy: RankPolicy,
+        sampler: Sampler,
+        *,
+        evaluate_fraction: float,
+        server_clips: bool,
+    ) -> None:
         """Refuse settings that void the guarantee, and see whether sampling adds to it.
+
+        Parameters
+        ----------
+        rule : Aggregator
+        policy : RankPolicy
+        sampler : Sampler
+        evaluate_fraction : float
+            Share of the clients that evaluate the model on their own data.
+        server_clips : bool
+            Whether the server scales down what arrives.
 
         Raises
         ------
         ValueError
             With every reason.
         """
-        sampler = run.participation.sampler
-        share = run.evaluate_sampling.fraction if run.evaluate_sampling else 0.0
-        problems = refuse_private(run.aggregation, run.ranks, sampler, evaluate_fraction=share)
+        problems = refuse_private(rule, policy, sampler, evaluate_fraction=evaluate_fraction)
         if problems:
             raise ValueError("private updates would not make this run private:\n"
                              + "\n".join(f"  - {problem}" for problem in problems))  # fmt: skip
-        self._independent = run.participation.independent
-        self._linear = declares(run.aggregation, "linear")
+        self._independent = sampler.probabilities([]) is not None
+        self._linear = declares(rule, "linear")
         self._amplified = not refuse_amplification(
-            run.aggregation,
-            run.ranks,
+            rule,
+            policy,
             sampler,
             secret_draws=True,
             topped_up=self._independent,
-            server_clips=run.clip_norm > 0,
+            server_clips=server_clips,
         )
         if self._amplified:  # what is missing must be missed before anything is sent
             central_epsilon(1.0, self.accountant.delta, 1, sampling="fixed", clients=2, sample=1)
 
-    def rng(self) -> np.random.Generator:
-        """Return a generator that nobody can repeat."""
+    def seen(self, clients: list[Client]) -> list[Client]:
+        """Return clients as the server may know them: without their numbers of rows."""
+        return [replace(client, num_examples=None) for client in clients]
+
+    def rng(self, seeded: np.random.Generator) -> np.random.Generator:
+        """Return the generator that draws who joins: one that nobody can repeat."""
         return np.random.default_rng()
 
     @property

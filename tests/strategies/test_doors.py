@@ -31,6 +31,29 @@ from tests.strategies.test_participation import NODES, client
         ({"aggregation": 7}, "aggregation: expected an Aggregator or its name, got 7"),
         ({"sampling": 0.5}, r"sampling: .*got 0.5; .*FractionSampling\(0.5\)"),
         ({"clock": "lab"}, r"clock: expected a Clock, got 'lab'; .*SimulatedClock"),
+        ({"ranks": None}, "ranks: expected a RankPolicy or its name, got None"),
+        ({"ranks": "list"}, r"ranks: the name 'list' alone does not say enough.*ListRank\("),
+        ({"sampling": strategies.AdaptiveSampling()}, "sampling: .*which is a whole strategy"),
+        ({"sampling": strategies.AutoRank}, "class AutoRank, which makes a whole strategy"),
+        ({"clock": MeasuredClock}, r"clock: .*the class MeasuredClock itself \(call it\)"),
+        ({"listeners": "log.txt"}, "listeners: expected a list of callables, got 'log.txt'"),
+        ({"listeners": print}, "listeners: expected a list of callables, got .*print"),
+        ({"listeners": [1]}, "listeners: expected callables, got 1"),
+        ({"scores": "accuracy"}, r"scores: expected a list of Score, got 'accuracy'; .*Score\("),
+        ({"scores": ["accuracy"]}, "scores: expected Score, got 'accuracy'"),
+        ({"saver": "runs"}, r"saver: expected a Saver, got 'runs'; .*Saver\(Checkpoints"),
+        ({"privacy": 0.5}, r"privacy: expected a PrivateRun, got 0.5; .*PrivateRun\(Privacy"),
+        ({"privacy": False}, "privacy: expected a PrivateRun, got False"),
+        ({"stop_when": 0.9}, "stop_when: expected a callable, got 0.9; .*lambda scores"),
+        ({"seed": "x"}, "seed: expected a whole number, got 'x'"),
+        ({"seed": None}, "seed: expected a whole number, got None"),
+        ({"scale": True}, "scale: expected a number, got True"),
+        ({"min_replies": 2.5}, "min_replies: expected a whole number, at least 1, got 2.5"),
+        ({"evaluate_fraction": "all"}, "evaluate_fraction: expected a number, 0 to 1, got 'all'"),
+        ({"query": "no"}, "query: expected True or False, got 'no'"),
+        ({"wire_dtype": 16}, "wire_dtype: expected a text, got 16"),
+        ({"query_timeout": None}, "query_timeout: expected a number, seconds, 0 or more, got None"),
+        ({"train_metrics_aggr_fn": "mean"}, "train_metrics_aggr_fn: expected a callable"),
         ({"evaluate_fractoin": 1}, "did you mean 'evaluate_fraction'"),
         *(({name: 1}, f"{name!r} of FedAvg is ") for name in FEDAVG),
     ],
@@ -38,6 +61,31 @@ from tests.strategies.test_participation import NODES, client
 def test_one_sentence_says_what_was_expected(settings, said):
     with pytest.raises(TypeError, match=said):
         FedLoRA(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"aggregation": "flexlroa"}, "aggregation: expected one of .*did you mean 'flexlora'"),
+        ({"ranks": "8"}, "ranks: expected one of uniform, .*got '8'"),
+        ({"scale": float("nan")}, "scale: expected a number above 0, got nan"),
+        ({"seed": -1}, "seed: expected a whole number of 0 or more, got -1"),
+        ({"query_timeout": -1}, "query_timeout: expected seconds, 0 or more, got -1"),
+        ({"client_api": None}, "client_api: expected 'message' or 'numpy', got None"),
+    ],
+)
+def test_one_sentence_says_what_may_be(settings, said):
+    with pytest.raises(ValueError, match=said):
+        FedLoRA(**settings)
+
+
+def test_what_counts_as_a_number_and_as_nothing_is_taken():
+    strategy = FedLoRA(
+        seed=np.int64(3), scale=np.float32(2.0), saver=None, profile_timeout=None, listeners=()
+    )
+    assert (strategy.seed, strategy.scale, strategy.census.profile_timeout) == (3, 2.0, 60.0)
+    with pytest.raises(TypeError, match="every argument has a name, got 'flexlora' without one"):
+        FedLoRA("flexlora")
 
 
 def test_presets_refuse_the_same():

@@ -299,3 +299,20 @@ def test_an_error_in_the_first_evaluation_is_not_lost():
 def test_a_run_of_no_rounds_is_evaluated_all_the_same():
     result, _ = run(make(), rounds=0, evaluate_fn=lambda r, _: MetricRecord({"loss": 2.0}))
     assert result.evaluate_metrics_serverapp[0]["loss"] == 2.0
+
+
+@pytest.mark.parametrize("led", [True, False])
+def test_a_listener_may_say_why_the_run_ends(led):
+    records = []
+
+    def enough(record):
+        records.append(record)
+        return "the budget is spent" if record["kind"] == "client" else None
+
+    strategy = make(listeners=[enough])
+    if led:
+        run(strategy, rounds=9)
+    else:
+        with pytest.raises(RuntimeError, match="ended after round 1: the budget is spent"):
+            run(Around(strategy), rounds=9)
+    assert ends(records) == [(1, "the budget is spent")]

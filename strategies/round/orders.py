@@ -1,0 +1,72 @@
+"""What goes out to the chosen clients of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+from flwr.app import ConfigRecord, Message
+
+from strategies.clients import Client
+from strategies.messages import MODEL_ROUND_KEY, Protocol
+from strategies.packing import Packing, Parcel
+from strategies.privacy import NoPrivacy, PrivateRun
+from strategies.ranks import RankPolicy
+from strategies.rounds import Assignment, Round
+
+
+class Orders:
+    """Gives each chosen client its own slice of the adapter, and the settings to train it by.
+
+    Parameters
+    ----------
+    protocol : Protocol
+    policy : RankPolicy
+    privacy : PrivateRun or NoPrivacy
+    """
+
+    def __init__(
+        self, protocol: Protocol, policy: RankPolicy, privacy: PrivateRun | NoPrivacy
+    ) -> None:
+        self.protocol = protocol
+        self.policy = policy
+        self.privacy = privacy
+
+    def place(
+        self,
+        chosen: Sequence[tuple[Client, int]],
+        book: Round,
+        packing: Packing,
+        config: ConfigRecord,
+        model_round: int,
+        rng: Callable[..., np.random.Generator],
+    ) -> Iterator[Message]:
+        """Note in the book who is given what; return the messages, made one after the other.
+
+        Parameters
+        ----------
+        chosen : sequence of (Client, int)
+            Each with the rank it is to train.
+        book : Round
+        packing : Packing
+        config : ConfigRecord
+            The user's settings for clients.
+        model_round : int
+            How many rounds will have made the model.
+        rng : callable
+            Returns the generator of a round and purpose.
+        """
+        orders: list[tuple[Client, Parcel, ConfigRecord]] = []
+        for client, rank in chosen:
+            parcel = packing.train(rank, partial(rng, book.number, 2, client.index))
+            book.assignments[client.node_id] = Assignment(client, parcel)
+            settings = packing.config(config, client, parcel, rank)
+            settings[MODEL_ROUND_KEY] = model_round
+            settings.update(self.policy.train_settings(client, book.number))
+            settings.update(self.privacy.settings())
+            orders.append((client, parcel, settings))
+        return (
+            Message(self.protocol.train(parcel.sent().record, settings), client.node_id, "train")
+            for client, parcel, settings in orders
+        )
