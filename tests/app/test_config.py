@@ -56,6 +56,9 @@ def test_defaults_are_valid_and_flat_is_the_inverse():
         ({"aggregation": "rblaa"}, "did you mean 'rbla'"),
         ({"ranks.list": "4,x"}, "ranks.list: expected comma-separated whole numbers"),
         ({"ranks.list": "4,0"}, "ranks.list: expected comma-separated whole numbers"),
+        ({"ranks.list": ""}, "ranks.policy = 'cycle': ranks: expected at least one rank"),
+        ({"sampling.q": "0.5,nan"}, "sampling.q: expected comma-separated numbers above 0 and up"),
+        ({"sampling.pilot-fractions": "x"}, "pilot-fractions: expected comma-separated numbers"),
         ({"aggregation": "fedit"}, "averages equal ranks only"),
         (
             {"aggregation": "fedit", "ranks.policy": "reported"},
