@@ -30,13 +30,13 @@ def has_column(table: Table, wanted: str, usual: Sequence[str]) -> bool:
 
 def label_column(table: Table, config: DataConfig) -> str:
     """Return the column of the labels, or raise DataError."""
-    return _column(table, config.label_column, LABEL_COLUMNS, "data.label-column")
+    return named_column(table, config.label_column, LABEL_COLUMNS, "data.label-column")
 
 
 def text_column(table: Table, config: DataConfig, label: str) -> str:
     """Return the column of the texts; refuse to choose between two that read like texts."""
     key = "data.text-column"
-    text = _column(table, config.text_column, TEXT_COLUMNS, key)
+    text = named_column(table, config.text_column, TEXT_COLUMNS, key)
     path, _ = table.place(None)
     if text == label:
         raise DataError(
@@ -67,7 +67,8 @@ def _reads_like_text(name: str, values: Sequence[Any]) -> bool:
     return sum(words) >= WORDS * len(some) and len(set(some)) > len(some) / 2
 
 
-def _column(table: Table, wanted: str, usual: tuple[str, ...], key: str) -> str:
+def named_column(table: Table, wanted: str, usual: tuple[str, ...], key: str) -> str:
+    """Return the column that is named, or the first of usual name; raise DataError if none is."""
     path, _ = table.place(None)
     if wanted in table.columns:
         return wanted

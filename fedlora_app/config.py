@@ -77,6 +77,9 @@ class DataConfig:
         on_resume="fatal",
     )
     text_column: str = option("auto", "column with the text (auto: text, sentence, content, …)")
+    image_column: str = option(
+        "auto", "column with the images, their paths or bytes (auto: image, img, file_name, …)"
+    )
     label_column: str = option("auto", "column with the label (auto: label, labels, category, …)")
     partition: str = option(
         "dirichlet",

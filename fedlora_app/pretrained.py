@@ -72,7 +72,7 @@ def locate(name: str) -> tuple[str, bool]:
 
 
 def load_pretrained(
-    name: str, num_labels: int, *, head: bool, dtype: Any, shapes_only: bool = False
+    name: str, num_labels: int, *, auto: str, dtype: Any, shapes_only: bool = False
 ) -> Loaded:
     """Return the model of this name, with its stock head or without one.
 
@@ -82,8 +82,9 @@ def load_pretrained(
         A packaged model, a local folder or a Hugging Face id.
     num_labels : int
         Width of the head.
-    head : bool
-        Whether to load ``AutoModelForSequenceClassification``, or ``AutoModel``.
+    auto : str
+        The class of transformers that loads it: ``AutoModel`` without a head, or
+        ``AutoModelForSequenceClassification`` and the like.
     dtype : torch.dtype
     shapes_only : bool (default: False)
         Read no weights, only what there are; the model lies on torch's device "meta".
@@ -104,11 +105,16 @@ def load_pretrained(
         if settings is None:
             settings, weights = read_bert(Path(source))
             # The Auto classes insist on a path.
-            kind = transformers.BertForSequenceClassification if head else transformers.BertModel
+            kinds = {
+                "AutoModel": transformers.BertModel,
+                "AutoModelForSequenceClassification": transformers.BertForSequenceClassification,
+            }
+            if auto not in kinds:
+                raise ValueError("it is a model for texts")
+            kind = kinds[auto]
             path, options = None, {"config": settings, "state_dict": weights}
         else:
-            auto = transformers.AutoModelForSequenceClassification
-            kind = auto if head else transformers.AutoModel
+            kind = getattr(transformers, auto)
             path, options = source, {"config": settings}
             options |= {"device_map": "meta"} if shapes_only else {}
         settings.num_labels = num_labels
@@ -123,7 +129,7 @@ def load_pretrained(
             output_loading_info=True,
             **options,
         )
-    return _account(name, model, info, head=head)
+    return _account(name, model, info, head=auto != "AutoModel")
 
 
 def read_settings(name: str) -> Any:
@@ -224,7 +230,7 @@ def loading(name: str, local: bool) -> Iterator[None]:
             if isinstance(error, ValueError) and "Unrecognized configuration class" in reason:
                 raise ValueError(
                     f"model.name = {name!r}: transformers has no classifier for models of this "
-                    "kind; set model.head = 'mean-pool' or name another model"
+                    "kind; name another model, or for texts set model.head = 'mean-pool'"
                 ) from error
             wanted = (
                 f"the files that `{packaged.INSTALL}` installs"

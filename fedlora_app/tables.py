@@ -26,7 +26,7 @@ class Part:
 
     path: Path | str
     unit: str  # line or row
-    numbers: Sequence[int]
+    numbers: Sequence[int | str]
 
 
 @dataclass(frozen=True)

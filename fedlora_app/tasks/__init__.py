@@ -15,12 +15,14 @@ from fedlora_app.tasks.base import (
     primary,
     register_task,
 )
+from fedlora_app.tasks.image_classification import ImageClassification
 from fedlora_app.tasks.text_classification import TextClassification
 
 __all__ = [
     "LOSS",
     "TASKS",
     "About",
+    "ImageClassification",
     "Indices",
     "Inputs",
     "Origin",

@@ -175,6 +175,10 @@ class Task(ABC):
         """Return the names of the classes of ``strata``."""
         return ()
 
+    def look_at(self, rows: Rows) -> None:
+        """Raise DataError if something in the rows cannot be used; done once, at the door."""
+        return None
+
     def show(self, rows: Rows) -> list[str]:
         """Return lines about rows for the block before a run: the first, the longest."""
         return []
