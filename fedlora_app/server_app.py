@@ -14,8 +14,6 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from flwr.app import ConfigRecord, Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
@@ -23,7 +21,6 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora_app.alone import Alone
 from fedlora_app.build import Parts
 from fedlora_app.client_app import INFO_KEY, TIMES_KEY
-from fedlora_app.config import RunConfig
 from fedlora_app.door import check_run
 from fedlora_app.held_out import HeldOut, effective_adapter
 from fedlora_app.inspection import CHECKED, inspect
@@ -32,17 +29,16 @@ from fedlora_app.precision import with_precision
 from fedlora_app.read import read_config
 from fedlora_app.report import RunFolder
 from fedlora_app.resuming import make_saver, resumed_here
-from fedlora_app.tasks import About, Inputs, Score, primary
+from fedlora_app.tasks import About, Score, primary
 from fedlora_app.tensorboard import TensorBoardListener
 from strategies import FedLoRA
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
-from strategies.losses import autocast_type, on_device
 from strategies.messages import to_record
 from strategies.privacy import PrivateRun
 from strategies.promises import declares
 from strategies.saving import Saver
-from strategies.wallclock import Clock, MeasuredClock, SimulatedClock, rank_flops
+from strategies.wallclock import SimulatedClock
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import, which a query does not need
@@ -173,7 +169,10 @@ def make_strategy(
     if config.method == "local":
         # Whatever the rule: who trains alone trains, and is tested with, all of its adapter.
         return Alone(test, model, **{**settings, "aggregation": "replication"})
-    clock = make_run_clock(parts, model, test)
+    blind = declares(parts.sampler, "clock_blind")
+    clock = parts.clock.clock_on(
+        model, test.all, config, max_rank=parts.policy.max_rank, blind=blind
+    )
     if isinstance(clock, SimulatedClock):  # what it takes to time the run again elsewhere
         folder(
             {
@@ -199,41 +198,3 @@ def make_privacy(parts: Parts, path: Path, saver: Saver | None) -> PrivateRun | 
             log(WARNING, "there is no %s: what clients gave away after round %s, in rounds that "
                 "are repeated now, is not counted", before, saver.round)  # fmt: skip
     return PrivateRun(parts.privacy, parts.config.privacy.delta, ledger)
-
-
-def make_run_clock(parts: Parts, model: PeftModel, test: HeldOut) -> Clock:
-    """Return the clock of the run, with the FLOPs of a training step as counted."""
-    config = parts.config
-    if not parts.clock.simulated and declares(parts.sampler, "clock_blind"):
-        return MeasuredClock()
-    ranks = (1, max(2, parts.policy.max_rank))
-    base, per_rank = rank_flops(lambda rank: training_step(model, test.all, config, rank), *ranks)
-    if config.method == "head":
-        per_rank = 0.0
-    if not parts.clock.simulated:
-        return MeasuredClock(rank_share=per_rank / base)
-    steps = float(config.train.steps or 1)
-    return parts.clock.clock(base_flops=base, rank_flops=per_rank, steps=steps)
-
-
-def training_step(
-    model: PeftModel, inputs: Inputs, config: RunConfig, rank: int
-) -> Callable[[], None]:
-    """Return one training step at a rank, forward and backward, on a batch of the largest rows."""
-    adapter = Adapter.from_state_dict(
-        {k: t.clone() for k, t in adapter_state(model).items()}, config.lora.scale
-    )
-    load_adapter(model, adapter.with_rank(rank))
-    largest = int(np.argmax(inputs.sizes))
-    device = next(model.parameters()).device
-    batch = on_device(inputs.batch([largest] * config.train.batch_size), device)
-
-    dtype = autocast_type(config.train.precision)
-
-    def step() -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss = model(**batch).loss
-        loss.backward()
-        model.zero_grad()
-
-    return step

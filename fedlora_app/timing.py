@@ -1,11 +1,32 @@
-"""The clock of a run config: what the keys say, and the work of a step that is counted later."""
+"""The clock of a run config: what the keys say, and the work of a step, counted on the model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
 
 from fedlora_app.config import RunConfig
-from strategies.wallclock import PROFILES, Devices, SimulatedClock, devices_from_csv
+from strategies.client import adapter_state, load_adapter
+from strategies.lora import Adapter
+from strategies.losses import autocast_type, on_device
+from strategies.wallclock import (
+    PROFILES,
+    Clock,
+    Devices,
+    MeasuredClock,
+    SimulatedClock,
+    devices_from_csv,
+    rank_flops,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from fedlora_app.tasks import Inputs
 
 
 class Timing:
@@ -22,8 +43,7 @@ class Timing:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.keys = config.clock
-        self.seed = config.seed
+        self.config, self.keys = config, config.clock
         self.devices: Devices | str = self.keys.profile
         if self.keys.simulated and self.keys.profile not in PROFILES:
             path = Path(self.keys.profile).expanduser()
@@ -34,10 +54,34 @@ class Timing:
                 )
             self.devices = devices_from_csv(path, self.keys.surroundings)
 
-    @property
-    def simulated(self) -> bool:
-        """Whether the seconds are those of devices that are not there."""
-        return self.keys.simulated
+    def clock_on(
+        self, model: PeftModel, inputs: Inputs, config: RunConfig, *, max_rank: int, blind: bool
+    ) -> Clock:
+        """Return the clock of a run, with the FLOPs of a training step as counted on its model.
+
+        Parameters
+        ----------
+        model : PeftModel
+        inputs : Inputs
+            Rows of which the largest makes a batch.
+        config : RunConfig
+            With the precision that this machine computes in.
+        max_rank : int
+            The largest rank a client trains.
+        blind : bool
+            Whether nobody looks at the clock, so that a measured one need not know what a rank
+            costs.
+        """
+        if blind and not self.keys.simulated:
+            return MeasuredClock()
+        ranks = (1, max(2, max_rank))
+        base, per_rank = rank_flops(lambda rank: training_step(model, inputs, config, rank), *ranks)
+        if config.method == "head":
+            per_rank = 0.0
+        if not self.keys.simulated:
+            return MeasuredClock(rank_share=per_rank / base)
+        steps = float(config.train.steps or 1)
+        return self.clock(base_flops=base, rank_flops=per_rank, steps=steps)
 
     def clock(self, *, base_flops: float, rank_flops: float, steps: float) -> SimulatedClock:
         """Return the simulated clock for work of this size."""
@@ -54,5 +98,28 @@ class Timing:
             change_round=c.change_round,
             change_share=c.change_share,
             change_factor=c.change_factor,
-            seed=self.seed,
+            seed=self.config.seed,
         )
+
+
+def training_step(
+    model: PeftModel, inputs: Inputs, config: RunConfig, rank: int
+) -> Callable[[], None]:
+    """Return one training step at a rank, forward and backward, on a batch of the largest rows."""
+    adapter = Adapter.from_state_dict(
+        {k: t.clone() for k, t in adapter_state(model).items()}, config.lora.scale
+    )
+    load_adapter(model, adapter.with_rank(rank))
+    largest = int(np.argmax(inputs.sizes))
+    device = next(model.parameters()).device
+    batch = on_device(inputs.batch([largest] * config.train.batch_size), device)
+
+    dtype = autocast_type(config.train.precision)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = model(**batch).loss
+        loss.backward()
+        model.zero_grad()
+
+    return step

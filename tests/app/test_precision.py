@@ -9,7 +9,7 @@ from fedlora_app.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fedlora_app.evaluation import per_sample_losses
 from fedlora_app.models import add_lora, build_model, build_tokenizer
 from fedlora_app.precision import native_bfloat16, with_precision
-from fedlora_app.server_app import training_step
+from fedlora_app.timing import training_step
 from strategies.profiling import METRICS, profile_metrics
 from strategies.wallclock import rank_flops
 from tests.app.texts import TASK, load_train, tokenize
