@@ -29,7 +29,7 @@ from fedlora_app.console import Console
 from fedlora_app.copies import Copies
 from fedlora_app.flower import flatten_dict
 from fedlora_app.folders import refuse_used
-from fedlora_app.inspection import CHECKED, inspect
+from fedlora_app.inspection import CHECKED, clients_of, inspect
 from fedlora_app.ray_head import RayHead
 from fedlora_app.read import read_config
 from fedlora_app.superlink import SuperLink, SuperLinkError, exit_on_signals
@@ -64,6 +64,8 @@ def read_arguments(project: Path, args: argparse.Namespace) -> tuple[RunConfig, 
     app: Mapping[str, Any] = toml.get("tool", {}).get("flwr", {}).get("app", {})
     parts = read_config(flatten_dict(app.get("config")) | changes)
     config = parts.config
+    if args.clients is None:
+        args.clients = clients_of(parts.task)
     if problems := _too_few_clients(parts, args.clients):
         raise ConfigError(problems)
     # Decided here, so that we know where the app writes and where a relative path begins.
@@ -261,7 +263,12 @@ def _parser() -> argparse.ArgumentParser:
         "data.alpha=0.1 (all keys: python -m fedlora_app.config)",
     )
     add = parser.add_argument
-    add("--clients", type=_count, default=10, help="simulated clients (default: 10)")
+    add(
+        "--clients",
+        type=_count,
+        help="simulated clients (default: 10; with data.partition=natural as many as its column "
+        "names)",
+    )
     add("--rounds", type=_count, help="federated rounds (the config key `rounds`)")
     add("--output", help="folder of the results (default: runs/<time>-<aggregation>)")
     add(

@@ -63,6 +63,15 @@ def _resume(parts: Parts) -> Iterator[str]:
         yield f"resume-from = {config.resume_from!r} is about the run in output; name its folder"
 
 
+def _natural(parts: Parts) -> Iterator[str]:
+    data = parts.config.data
+    if data.partition == "natural" and not data.partition_column:
+        yield (
+            "data.partition = 'natural': data.partition-column names no column; set it to the one "
+            "that says whose a row is"
+        )
+
+
 def _unequal_ranks(parts: Parts) -> Iterator[str]:
     config = parts.config
     if parts.rule.equal_ranks and parts.policy.may_differ and config.method == "lora":
@@ -140,6 +149,7 @@ CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _dora,
     _scores,
     _resume,
+    _natural,
     _unequal_ranks,
     _judge_of_halves,
     _budget,

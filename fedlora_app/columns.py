@@ -1,12 +1,17 @@
-"""Which columns of a table are the texts and the labels."""
+"""Which columns of a table are the texts and the labels, and whose its rows are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedlora_app.config import DataConfig
 from fedlora_app.discretion import DataError
+from fedlora_app.labels import label_name
 from fedlora_app.tables import Table
 
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question", "title")
@@ -53,6 +58,49 @@ def text_column(table: Table, config: DataConfig, label: str) -> str:
                 f"set {key} (pairs of texts: join them in one column)",
             )
     return text
+
+
+def groups_of(table: Table, config: DataConfig, kept: Sequence[int]) -> NDArray[np.str_] | None:
+    """Return whose the ``kept`` rows of a table are; None without ``data.partition-column``.
+
+    Values are read as labels are: ``1`` and ``1.0`` are one, blanks around them do not count.
+    Where there is none, or something else than a word or a number, it is "".
+    """
+    if config.partition_column not in table.columns:
+        return None
+    values = table.columns[config.partition_column][:]
+    return np.array([_group(values[i]) for i in kept], dtype=np.str_)
+
+
+def refuse_holes(table: Table, config: DataConfig, groups: NDArray[np.str_] | None) -> None:
+    """Raise DataError unless every training row says whose it is, for a natural partition."""
+    column, key = config.partition_column, "data.partition-column"
+    path, _ = table.place(None)
+    if column not in table.columns:
+        close = get_close_matches(column, table.columns, n=1)
+        raise DataError(
+            path,
+            f"expected a column {column!r} that says whose a row is",
+            ", ".join(table.columns),
+            f"set {key}" + (f"; did you mean {close[0]!r}?" if close else ""),
+        )
+    if groups is not None and not all(groups):
+        first = next(i for i, value in enumerate(table.columns[column][:]) if not _group(value))
+        path, line = table.place(first)
+        raise DataError(
+            path,
+            f"expected a word or a number in column {column!r} in every row",
+            f"none in {int((groups == '').sum())} of {len(groups)}",
+            f"fill them in, take these rows out, or set {key} to another column",
+            line,
+        )
+
+
+def _group(value: Any) -> str:
+    try:
+        return label_name(value) or ""
+    except TypeError:
+        return ""
 
 
 def _reads_like_text(name: str, values: Sequence[Any]) -> bool:

@@ -83,11 +83,36 @@ class DataConfig:
     label_column: str = option("auto", "column with the label (auto: label, labels, category, …)")
     partition: str = option(
         "dirichlet",
-        "how simulated clients differ: iid, dirichlet, pathological, double-imbalance",
-        choices=("iid", "dirichlet", "pathological", "double-imbalance"),
+        "how simulated clients differ: iid, dirichlet (labels), pathological, double-imbalance, "
+        "shards, quantity (sizes), dirichlet-quantity (both), natural (a column names them)",
+        choices=(
+            "iid",
+            "dirichlet",
+            "pathological",
+            "double-imbalance",
+            "shards",
+            "quantity",
+            "dirichlet-quantity",
+            "natural",
+        ),
     )
-    alpha: float = option(0.5, "dirichlet: concentration; smaller is more skewed", above=0)
+    partition_column: str = option(
+        "", "natural: the column that says whose a row is; each of its values is a client"
+    )
+    alpha: float = option(
+        0.5,
+        "dirichlet, dirichlet-quantity: concentration of labels; smaller is more skewed",
+        above=0,
+    )
+    size_alpha: float = option(
+        1.0,
+        "quantity, dirichlet-quantity: concentration of sizes; smaller is more unequal",
+        above=0,
+    )
     classes_per_client: int = option(2, "pathological: classes of each client", low=1)
+    shards_per_client: int = option(
+        2, "shards: pieces of the rows sorted by label that a client gets", low=1
+    )
     min_samples: int = option(20, "every client has at least this many rows, or an error", low=2)
     max_length: int = option(48, "tokens of a text; longer ones are cut", low=2)
     validation_fraction: float = option(

@@ -21,6 +21,7 @@ from fedlora_app.tasks import About, Rows, Task, make_task
 CHECKED = "FEDLORA_CHECKED"
 """An environment variable that says that a run was checked before it was submitted."""
 
+CLIENTS = 10  # of a simulation that names no number
 SHOWN = 12  # classes, columns and files that a block names
 
 
@@ -58,6 +59,20 @@ class Report:
             return ""
         low, high = min(self.shares), max(self.shares)
         return f"shares: {len(self.shares)} clients with {low} to {high} rows each"
+
+
+def clients_of(task: Task) -> int:
+    """Return how many clients a simulation has that names no number.
+
+    Raises
+    ------
+    ValueError or FileNotFoundError
+        If the rows name them (``data.partition = 'natural'``) and cannot be read.
+    """
+    if task.config.data.partition != "natural":
+        return CLIENTS
+    groups = task.train_rows().groups
+    return 1 if groups is None else len(np.unique(groups))
 
 
 def inspect(task: Task, *, clients: int | None = None) -> Report:

@@ -16,85 +16,29 @@ from datasets import Dataset
 from flwr_datasets.partitioner import (
     DirichletPartitioner,
     IidPartitioner,
+    NaturalIdPartitioner,
     Partitioner,
     PathologicalPartitioner,
+    SizePartitioner,
 )
 from numpy.typing import NDArray
 
 from fedlora_app.config import DataConfig
+from fedlora_app.partitioners import (
+    ClassSetsPartitioner,
+    MixesPartitioner,
+    ShardsPartitioner,
+    dirichlet_sizes,
+    double_imbalance,
+    group_names,
+)
 from fedlora_app.tasks.base import Rows, Task
 
 ATTEMPTS = 20  # seeds tried; each lets flwr_datasets draw a Dirichlet partition 11 times
+BLIND = ("iid", "quantity", "natural")  # these look at no classes
+SEVERAL = ("dirichlet", "pathological")  # another seed may do better
 
 Indices = NDArray[np.int64]
-
-
-class ClassSetsPartitioner(Partitioner):  # type: ignore[misc]  # flwr_datasets has no types
-    """Partition i holds the classes of set i; a class is split equally over its holders.
-
-    Parameters
-    ----------
-    class_sets : sequence of sequences of int
-        Class ids of each partition. A class in no set is in no partition.
-    partition_by : str
-        Column of the class ids (default: "label").
-    seed : int or None
-        Decides which rows of a class go to which holder (default: 42).
-    """
-
-    def __init__(
-        self,
-        class_sets: Sequence[Sequence[int]],
-        partition_by: str = "label",
-        seed: int | None = 42,
-    ) -> None:
-        super().__init__()
-        self._class_sets = [set(classes) for classes in class_sets]
-        self._partition_by = partition_by
-        self._seed = seed
-        self._indices: list[Indices] = []
-
-    @property
-    def num_partitions(self) -> int:
-        """Number of class sets."""
-        return len(self._class_sets)
-
-    def load_partition(self, partition_id: int) -> Dataset:
-        """Return the rows of one partition, in the order of the data set."""
-        if not self._indices:
-            self._indices = self._split()
-        return self.dataset.select(self._indices[partition_id])
-
-    def _split(self) -> list[Indices]:
-        rng = np.random.default_rng(self._seed)
-        labels = np.asarray(self.dataset[self._partition_by])
-        parts: list[list[Indices]] = [[] for _ in self._class_sets]
-        for label in np.unique(labels):
-            holders = [i for i, classes in enumerate(self._class_sets) if label in classes]
-            rows = rng.permutation(np.flatnonzero(labels == label))
-            for holder, share in zip(
-                holders, np.array_split(rows, max(1, len(holders))), strict=False
-            ):
-                parts[holder].append(share)
-        return [np.sort(np.concatenate([*part, np.empty(0, np.int64)])) for part in parts]
-
-
-def double_imbalance(num_clients: int, classes: Sequence[int]) -> list[list[int]]:
-    """Return the class sets of AutoRank's "double imbalance": volume grows with variety.
-
-    As many clients as classes: client i holds the first i + 1 classes. Otherwise client i
-    holds the first ``ceil((i + 1) * len(classes) / num_clients)``, so that the number of
-    classes still grows evenly, up to all of them on the last client.
-
-    Parameters
-    ----------
-    num_clients : int
-        Number of clients.
-    classes : sequence of int
-        Class ids, the most widely held first.
-    """
-    held = [-(-(i + 1) * len(classes) // num_clients) for i in range(num_clients)]
-    return [list(classes[:count]) for count in held]
 
 
 def shares(task: Task, rows: Rows, num_clients: int) -> list[Indices]:
@@ -106,10 +50,10 @@ def shares(task: Task, rows: Rows, num_clients: int) -> list[Indices]:
         If the rows cannot be shared out so.
     """
     config, strata = task.config, task.strata(rows)
-    if strata is None and config.data.partition != "iid":
+    if strata is None and config.data.partition not in BLIND:
         raise ValueError(
             f"data.partition = {config.data.partition!r} shares rows out by their classes, and "
-            f"those of {task.name} have none; use 'iid'"
+            f"those of {task.name} have none; use {', '.join(BLIND[:-1])} or {BLIND[-1]}"
         )
     return partition(
         np.zeros(len(rows), np.int64) if strata is None else strata,
@@ -117,6 +61,7 @@ def shares(task: Task, rows: Rows, num_clients: int) -> list[Indices]:
         num_clients=num_clients,
         seed=config.seed,
         label_names=task.strata_names(rows.about),
+        groups=rows.groups,
     )
 
 
@@ -127,6 +72,7 @@ def partition(
     num_clients: int,
     seed: int,
     label_names: Sequence[str] = (),
+    groups: NDArray[np.str_] | None = None,
 ) -> list[Indices]:
     """Share the training rows out to simulated clients.
 
@@ -142,13 +88,20 @@ def partition(
         - ``pathological``: each client holds ``classes_per_client`` classes;
         - ``double-imbalance``: client i holds the first i + 1 classes, each class split
           equally over its holders (see ``double_imbalance`` for a number of clients other than
-          that of the classes).
+          that of the classes);
+        - ``shards``: rows sorted by label are cut into pieces, ``shards_per_client`` each;
+        - ``quantity``: sizes drawn from Dirichlet(size_alpha), labels as they come;
+        - ``dirichlet-quantity``: sizes as in ``quantity``, and each client's mix of labels
+          drawn from a Dirichlet around that of all rows, as long as there are rows of a label;
+        - ``natural``: a client for each value of ``groups``.
     num_clients : int
         Number of clients.
     seed : int
         Same seed, same shares.
     label_names : sequence of str
         Names for errors (default: the labels' numbers).
+    groups : ndarray of str, shape (n,), optional
+        Whose each row is, for ``natural``: the values of ``config.partition_column``.
 
     Returns
     -------
@@ -164,13 +117,15 @@ def partition(
     rows = len(labels)
     if num_clients < 1:
         raise ValueError(f"number of clients: expected at least 1, got {num_clients}")
+    if config.partition == "natural":
+        labels = _owners(groups, config, num_clients)
     if rows < num_clients * config.min_samples:
         raise _too_small(config, num_clients, f"there are only {rows} rows in all", at_all=True)
     # The order of the rows decides who gets them in the partitioners that do not shuffle.
     order = np.random.default_rng(seed).permutation(rows)
     dataset = Dataset.from_dict({"row": order, "label": labels[order]}).with_format("numpy")
     reason = ""
-    attempts = ATTEMPTS if config.partition in ("dirichlet", "pathological") else 1
+    attempts = ATTEMPTS if config.partition in SEVERAL else 1
     for attempt in range(attempts):
         derived = _derived_seed(seed, attempt)
         partitioner = _partitioner(labels, config, num_clients, derived)
@@ -196,6 +151,12 @@ def _partitioner(
     labels: NDArray[np.int64], config: DataConfig, num_clients: int, seed: int
 ) -> Partitioner:
     classes: list[int] = np.unique(labels).tolist()
+
+    def sizes() -> list[int]:
+        return dirichlet_sizes(
+            len(labels), num_clients, alpha=config.size_alpha, least=config.min_samples, seed=seed
+        )
+
     match config.partition:
         case "iid":
             return IidPartitioner(num_partitions=num_clients)
@@ -212,11 +173,64 @@ def _partitioner(
             return _pathological(classes, config.classes_per_client, num_clients, seed)
         case "double-imbalance":
             return ClassSetsPartitioner(double_imbalance(num_clients, classes), seed=seed)
+        case "shards":
+            if num_clients * config.shards_per_client > len(labels):
+                raise ValueError(
+                    f"data.shards-per-client: {len(labels)} rows cannot be cut into "
+                    f"{config.shards_per_client} pieces for each of {num_clients} clients; lower it"
+                )
+            return ShardsPartitioner(num_clients, config.shards_per_client, seed=seed)
+        case "quantity":
+            return SizePartitioner(sizes())
+        case "dirichlet-quantity":
+            return MixesPartitioner(sizes(), config.alpha, seed=seed)
+        case "natural":
+            return NaturalIdPartitioner(partition_by="label")
         case other:
             raise ValueError(
-                "data.partition: expected one of iid, dirichlet, pathological, double-imbalance; "
-                f"got {other!r}"
+                "data.partition: expected one of iid, dirichlet, pathological, double-imbalance, "
+                f"shards, quantity, dirichlet-quantity, natural; got {other!r}"
             )
+
+
+def _owners(
+    groups: NDArray[np.str_] | None, config: DataConfig, num_clients: int
+) -> NDArray[np.int64]:
+    """Return the client of each row, or raise ValueError if there are not as many."""
+    column = config.partition_column
+    if groups is None:
+        raise ValueError(
+            "data.partition = 'natural': expected rows that know whose they are (Rows.groups); "
+            "have the task's `rows` fill it with `fedlora_app.columns.groups_of`"
+        )
+    names = group_names(groups)
+    counts = dict(zip(*np.unique(groups, return_counts=True), strict=True))
+    some = ", ".join(map(repr, names[:6])) + (", …" if len(names) > 6 else "")
+    if len(names) < 2:
+        raise ValueError(
+            f"data.partition-column: expected a column that tells clients apart, but {column!r} "
+            f"is {some} in every row; name another column, or set data.partition to another way"
+        )
+    if len(names) != num_clients:
+        ids = ""
+        if 2 * len(names) > len(groups):
+            ids = "; most values name one row only: is it the rows' own number that is meant?"
+        raise ValueError(
+            f"data.partition = 'natural': column {column!r} names {len(names)} clients ({some}), "
+            f"so expected {len(names)} clients, got {num_clients}; leave out --clients "
+            f"(flwr run: num-supernodes={len(names)}), or name a column of {num_clients} values"
+            + ids
+        )
+    few = [name for name in names if counts[name] < config.min_samples]
+    if few:
+        fewest = min(few, key=counts.__getitem__)
+        raise ValueError(
+            f"data.partition = 'natural': expected at least {config.min_samples} rows "
+            f"(data.min-samples) for each value of {column!r}, but {len(few)} of {len(names)} have "
+            f"fewer, {fewest!r} {counts[fewest]}; lower data.min-samples, or take their rows out"
+        )
+    numbers = {name: client for client, name in enumerate(names)}
+    return np.array([numbers[name] for name in groups.tolist()], dtype=np.int64)
 
 
 def _pathological(classes: list[int], per_client: int, num_clients: int, seed: int) -> Partitioner:

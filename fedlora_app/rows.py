@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_app.columns import refuse_holes
 from fedlora_app.discretion import DataError, NoDataError
 from fedlora_app.tables import TEST_SPLITS, Table, read_local
 
@@ -52,7 +53,10 @@ def read_train(task: Task, name: str, about: About | None = None) -> Rows:
         If they are not what is expected.
     """
     splits = task.splits(name)
-    rows = task.rows(_train_of(splits, name), about, name)
+    table = _train_of(splits, name)
+    rows = task.rows(table, about, name)
+    if task.config.data.partition == "natural":
+        refuse_holes(table, task.config.data, rows.groups)
     return rows if _test_split(task, splits, rows)[0] else rows.take(_hold_out(len(rows))[0])
 
 

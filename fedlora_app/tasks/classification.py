@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_app.columns import LABEL_COLUMNS, has_column, label_column
+from fedlora_app.columns import LABEL_COLUMNS, groups_of, has_column, label_column
 from fedlora_app.discretion import DataError
 from fedlora_app.labels import HOLES, NUMBER, Fail, encode, hidden, label_name
 from fedlora_app.tables import Table
@@ -72,15 +72,19 @@ class Classification(Task):
         declared = table.class_names.get(label)
         known = about["labels"] if about else None
         ids, found = encode(raw, declared, known, fail)
-        used = {*columns.values(), label}
+        groups = groups_of(table, self.config.data, kept)
+        roles = {**columns, "label": label}
+        if groups is not None:
+            roles["client"] = self.config.data.partition_column
+        used = set(roles.values())
         origin = Origin(
             tuple(str(part.path) for part in table.parts),
-            {**columns, "label": label},
+            roles,
             tuple(column for column in table.columns if column not in used),
             len(whole) - len(kept),
             (*table.notes, *_doubts(raw, found, declared)),
         )
-        return Rows(items, ids, {"labels": list(found)}, origin=origin)
+        return Rows(items, ids, {"labels": list(found)}, groups, origin)
 
     def train_rows(self, about: About | None = None) -> Rows:
         """Return the training rows; refuse those of one class."""

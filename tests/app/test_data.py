@@ -15,7 +15,8 @@ from fedlora_app import packaged
 from fedlora_app.batches import evaluation_batches, training_batches
 from fedlora_app.config import DataConfig, ModelConfig
 from fedlora_app.models import build_tokenizer
-from fedlora_app.partition import _named, double_imbalance
+from fedlora_app.partition import _named
+from fedlora_app.partitioners import double_imbalance
 from fedlora_app.rows import train_validation_split
 from tests.app.texts import (
     Texts,
@@ -244,7 +245,18 @@ def test_missing_data(tmp_path, monkeypatch):
 # Shares of the clients.
 
 
-@pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological", "double-imbalance"])
+@pytest.mark.parametrize(
+    "partition",
+    [
+        "iid",
+        "dirichlet",
+        "pathological",
+        "double-imbalance",
+        "shards",
+        "quantity",
+        "dirichlet-quantity",
+    ],
+)
 @pytest.mark.parametrize("clients", [1, 4, 8, 10])
 def test_every_row_has_one_owner_and_the_seed_decides(r8, partition, clients):
     config = DataConfig(partition=partition, classes_per_client=max(2, -(-8 // clients)))
