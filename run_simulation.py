@@ -27,6 +27,7 @@ from fedlora_app import cluster
 from fedlora_app.config import ConfigError, RunConfig, Scalar
 from fedlora_app.console import Console
 from fedlora_app.copies import Copies
+from fedlora_app.fields import pair, typed_value
 from fedlora_app.flower import flatten_dict
 from fedlora_app.folders import refuse_used
 from fedlora_app.inspection import CHECKED, clients_of, inspect
@@ -53,7 +54,7 @@ def read_arguments(project: Path, args: argparse.Namespace) -> tuple[RunConfig, 
     kinds = RunConfig().to_flat()
     if problems := _twice(args):
         raise ConfigError(problems)
-    changes = {key: _value(text, kinds.get(key)) for key, text in args.config}
+    changes = {key: typed_value(text, kinds.get(key)) for key, text in args.config}
     if args.rounds is not None:
         changes["rounds"] = args.rounds
     if args.output is not None:
@@ -232,24 +233,6 @@ def _too_few_clients(parts: Parts, clients: int) -> list[str]:
     return problems
 
 
-def _value(text: str, default: Scalar | None) -> Scalar:
-    """Read a value as TOML does, but take a text where one is meant without its quotes."""
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    if isinstance(value, str) or (isinstance(value, Scalar) and not isinstance(default, str)):
-        return value
-    return text
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
-    return key.strip(), value.strip()
-
-
 def _count(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
@@ -273,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", help="folder of the results (default: runs/<time>-<aggregation>)")
     add(
         "--config",
-        type=_pair,
+        type=pair,
         nargs="+",
         action="extend",
         default=[],

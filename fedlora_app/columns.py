@@ -80,7 +80,7 @@ def refuse_holes(table: Table, config: DataConfig, groups: NDArray[np.str_] | No
         close = get_close_matches(column, table.columns, n=1)
         raise DataError(
             path,
-            f"expected a column {column!r} that says whose a row is",
+            f"expected a column {repr(column) + ' ' if column else ''}that says whose a row is",
             ", ".join(table.columns),
             f"set {key}" + (f"; did you mean {close[0]!r}?" if close else ""),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import math
 import tomllib
@@ -165,6 +166,25 @@ def key_values(text: str) -> Iterator[tuple[str, Scalar]]:
             yield key, tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:
             yield key, value
+
+
+def typed_value(text: str, default: Scalar | None) -> Scalar:
+    """Read a value as TOML does, but take a text where one is meant without its quotes."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    if isinstance(value, str) or (isinstance(value, Scalar) and not isinstance(default, str)):
+        return value
+    return text
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Read "key=value" of a command line."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+    return key.strip(), value.strip()
 
 
 def unknown_key(key: str, known: list[str]) -> str:
