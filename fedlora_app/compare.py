@@ -2,7 +2,8 @@
 
 ``python -m fedlora_app.compare studies/autorank.toml`` runs every arm of the study that
 has not run yet, in Flower's simulation, and prints one table per setting. A study that
-was interrupted goes on where it stopped: what has a ``summary.json`` is not run again.
+was interrupted goes on where it stopped: what has a ``summary.json`` is not run again. With cores
+for it, or ``--jobs``, runs go side by side.
 
 A study file holds ``clients``, ``seeds``, ``target`` (of the task's first score), and
 run-config keys: ``[config]`` for all runs, ``[settings.NAME]`` for each setting, ``[arms.NAME]``
@@ -12,11 +13,12 @@ for each arm.
 from __future__ import annotations
 
 import argparse
-import shutil
+import os
 import sys
-import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -28,54 +30,49 @@ from fedlora_app.records import RecordsError, of_kind, read_json, read_records
 from fedlora_app.retiming import retime_folder, training_of
 from fedlora_app.study import Flat, Run, Study
 from fedlora_app.study_plots import plot_ranks, plot_study
+from fedlora_app.study_queue import StudyQueue, jobs_for
 from fedlora_app.superlink import SuperLink, exit_on_signals
-from strategies.durations import duration
 
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-def execute(study: Study, folder: Path) -> int:
-    """Run what is not done yet and return how many runs failed."""
+def execute(study: Study, folder: Path, jobs: int = 1) -> int:
+    """Run what is not done yet, so many side by side, and return how many runs failed."""
     reuse(study, folder)
-    todo = [run for run in study.runs(folder) if not run.done]
-    if not todo:
+    queue = StudyQueue(study, folder, lambda running: reuse(study, folder, running))
+    if not queue.total:
         return 0
-    failed = 0
-    began, ran = time.monotonic(), 0
-    federation: Flat = {"num-supernodes": study.clients, "client-resources-num-cpus": 1}
-    with (
-        Copies() as copies,
-        RayHead() as ray_head,
-        SuperLink(simulation=True, copies=copies, ray_head=ray_head) as link,
-    ):
-        for number, run in enumerate(todo, start=1):
-            if run.done:  # timed again from one of the runs before it
-                continue
-            left = time_left(time.monotonic() - began, ran, sum(not r.done for r in todo))
-            print(f"[{number}/{len(todo)}] {run.name}{left} …", flush=True)
-            shutil.rmtree(run.folder, ignore_errors=True)  # what an interrupted run left
-            run_id = link.run(PROJECT, run.config, federation)
-            for _ in link.stream(run_id):
-                pass
-            status = link.status(run_id)
-            ran += 1
-            if status.completed:
-                scores = run.scores(study.target)
-                print("  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
-                reuse(study, folder)
-            else:
-                failed += 1
-                print(f"  failed: {status.details}", file=sys.stderr, flush=True)
-    return failed
+    jobs = min(jobs, queue.total)
+    cores = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    # Entered first, so that its threads are waited for when all they wait for has ended.
+    with ThreadPoolExecutor(jobs) as threads, Copies() as copies, ExitStack() as open_now:
+        links = []
+        for _ in range(jobs):  # a Ray each: two runs on one would take each other's cores
+            ray_head = open_now.enter_context(RayHead(cores))
+            link = SuperLink(simulation=True, copies=copies, ray_head=ray_head)
+            links.append(open_now.enter_context(link))
+        open_now.callback(queue.close)
+        working = [threads.submit(_work, queue, link, study.clients) for link in links]
+        for ended in wait(working, return_when=FIRST_EXCEPTION).done:
+            ended.result()
+    return queue.failed
 
 
-def time_left(seconds: float, ran: int, waiting: int) -> str:
-    """Return what is left of a study whose runs took so long, for the log; nothing before one."""
-    return f", left {duration(seconds / ran * waiting)}" if ran else ""
+def _work(queue: StudyQueue, link: SuperLink, clients: int) -> None:
+    """Run what the queue hands out on one SuperLink, one after the other."""
+    federation: Flat = {"num-supernodes": clients, "client-resources-num-cpus": 1}
+    while (run := queue.next()) is not None:
+        run_id = link.run(PROJECT, run.config, federation)
+        for _ in link.stream(run_id):
+            pass
+        queue.over(run, link.status(run_id))
 
 
-def reuse(study: Study, folder: Path) -> None:
-    """Time finished runs again for those that differ from them only in the clock."""
+def reuse(study: Study, folder: Path, running: Collection[Path] = ()) -> None:
+    """Time finished runs again for those that differ from them only in the clock.
+
+    Those that are ``running`` now, by their folders, are left alone.
+    """
     finished: list[tuple[Flat, Run]] = []
     for run in study.runs(folder):
         if run.done and "retimed_from" not in read_json(run.folder / "summary.json"):
@@ -83,7 +80,9 @@ def reuse(study: Study, folder: Path) -> None:
             if training is not None:
                 finished.append((training, run))
     for run in study.runs(folder):
-        if run.done or (training := training_of(run.config)) is None:
+        if run.done or run.folder in running:
+            continue
+        if (training := training_of(run.config)) is None:
             continue
         source = next((other for known, other in finished if known == training), None)
         if source is None:
@@ -139,6 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("study", type=Path, help="the study file (TOML)")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="(default: runs)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=0,
+        help="runs side by side (default: as many as there are cores for all clients of each)",
+    )
     parser.add_argument("--only-table", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args(argv)
     try:
@@ -151,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not args.only_table:
             with exit_on_signals():
-                failed = execute(study, folder)
+                failed = execute(study, folder, args.jobs if args.jobs > 0 else jobs_for(study))
         show(study, folder)
     except RecordsError as error:
         print(error, file=sys.stderr)

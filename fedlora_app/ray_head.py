@@ -1,8 +1,9 @@
 """A Ray of this machine that is started before anybody needs it, and serves several runs.
 
-    python -m fedlora_app.ray_head
+    python -m fedlora_app.ray_head [CORES]
 
-starts one, prints its address, and ends with its standard input.
+starts one, with so many of the machine's cores (default: all), prints its address, and ends with
+its standard input.
 """
 
 from __future__ import annotations
@@ -22,9 +23,16 @@ QUIET = {
 
 
 class RayHead:
-    """A Ray that starts while other things are done; a context manager that ends with it."""
+    """A Ray that starts while other things are done; a context manager that ends with it.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    cores : int, optional
+        How many it may use (default: all).
+    """
+
+    def __init__(self, cores: int | None = None) -> None:
+        self._cores = [str(cores)] if cores else []
         # Not below TMPDIR, which may be long: the path of a socket ends at 107 characters.
         self._folder = tempfile.mkdtemp(prefix="fedlora-", dir="/tmp")
         self._process: subprocess.Popen[str] | None = None
@@ -35,7 +43,7 @@ class RayHead:
         for name in ("RAY_ADDRESS", "RAY_RUNTIME_ENV_HOOK"):
             environment.pop(name, None)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fedlora_app.ray_head"],
+            [sys.executable, "-m", "fedlora_app.ray_head", *self._cores],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -63,15 +71,20 @@ class RayHead:
         return self._address
 
 
-def main() -> None:
+def main(cores: str = "") -> None:
     """Start a Ray and keep it until the standard input ends."""
     import ray
 
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        num_cpus=int(cores) if cores else None,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     print(ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()
     ray.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -2,19 +2,23 @@
 
 import json
 import re
-from contextlib import nullcontext
+import threading
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedlora_app import compare
-from fedlora_app.compare import execute, reuse, tables, time_left
+from fedlora_app.compare import execute, reuse, tables
 from fedlora_app.config import RunConfig
 from fedlora_app.records import of_kind, read_json, read_records
 from fedlora_app.retiming import retime_folder, training_of, with_times
 from fedlora_app.study import Study
 from fedlora_app.study_plots import mean_curve, plot_study
+from fedlora_app.study_queue import jobs_for, time_left
+from fedlora_app.superlink import SuperLinkError
 from strategies.wallclock.clock import RoundTime
 
 STUDY = """
@@ -281,3 +285,50 @@ def test_a_study_runs_what_is_left_once(study, tmp_path, monkeypatch, capsys):
     FakeLink.runs = []
     assert execute(study, tmp_path) == 0
     assert FakeLink.runs == []
+
+
+class SlowLink(FakeLink):
+    """Waits until two runs are there at once."""
+
+    together = threading.Barrier(2)
+
+    def __init__(self, **_):
+        self.runs = []
+
+    def stream(self, run_id):
+        with suppress(threading.BrokenBarrierError):
+            self.together.wait(5)
+        return []
+
+
+def test_runs_go_side_by_side_but_not_those_that_differ_in_the_clock(
+    study, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(compare, "SuperLink", SlowLink)
+    monkeypatch.setattr(compare, "RayHead", nullcontext)
+    monkeypatch.setattr(compare, "Copies", nullcontext)
+    seeds = replace(study, arms={"uniform": study.arms["uniform"]})
+    assert execute(seeds, tmp_path, jobs=2) == 0
+    assert not SlowLink.together.broken
+    said = capsys.readouterr().out
+    assert "[1/4] lab, uniform, seed 1 …" in said
+    assert "[3/4] lab, uniform, seed 2 …" in said
+    assert "[2/4]" not in said  # rural is lab's run on another clock
+    assert all(run.done for run in seeds.runs(tmp_path))
+
+
+def test_as_many_runs_as_there_are_cores_for_their_clients(study):
+    assert jobs_for(study, 2) == 1
+    assert jobs_for(study, 7) == 2
+
+
+def test_a_link_that_fails_ends_the_study(study, tmp_path, monkeypatch):
+    def fail(*_):
+        raise SuperLinkError("gone")
+
+    monkeypatch.setattr(compare, "SuperLink", FakeLink)
+    monkeypatch.setattr(compare, "RayHead", nullcontext)
+    monkeypatch.setattr(compare, "Copies", nullcontext)
+    monkeypatch.setattr(FakeLink, "status", fail)
+    with pytest.raises(SuperLinkError, match="gone"):
+        execute(study, tmp_path, jobs=3)
