@@ -50,15 +50,15 @@ class Registry(dict[str, MakerT]):
         ValueError
             If nothing is; the message lists the names and suggests the nearest.
         """
-        return named(self, name)
+        return _find(self, name)
 
     def make(self: Mapping[str, Callable[..., T]], name: str, /, *args: Any, **options: Any) -> T:
         """Return an object of what is registered as ``name``; errors as of ``find``."""
-        return named(self, name)(*args, **options)
+        return _find(self, name)(*args, **options)
 
 
-def named(registry: Mapping[str, T], name: str) -> T:
-    """Return what a mapping has as ``name``; see ``Registry.find``."""
+def _find(registry: Mapping[str, T], name: str) -> T:
+    """Return what a registry has as ``name``, seen as a mapping for its type alone."""
     if name not in registry:
         close = difflib.get_close_matches(name, list(registry), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
