@@ -156,7 +156,15 @@ def headline(run: RunFiles) -> str:
         else f"no summary yet: in progress, or interrupted, "
         f"{seconds_text(run.seconds)} after its start"
     )
-    keys = ("method", "aggregation", "model.name", "data.name", "ranks.policy", "sampling.policy")
+    keys = (
+        "task",
+        "method",
+        "aggregation",
+        "model.name",
+        "data.name",
+        "ranks.policy",
+        "sampling.policy",
+    )
     about = " · ".join(str(config[key]) for key in keys if key in config)
     return (
         f"<h1>{escape(run.name)}</h1><p class=sub>{escape(about)}</p>"

@@ -50,7 +50,7 @@ class RunFolder:
     config : RunConfig
         Written by ``begin``, as it is in effect.
     about : mapping
-        What the task says of its data, such as labels; for ``summary.json`` and the adapter.
+        What the task says of its data; for ``summary.json`` and the adapter.
     resume_round : int, optional
         Go on with the run in this folder after this round: its records are kept, later ones
         are dropped. (default: begin a new run)
@@ -160,7 +160,8 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
         adapter = self.path / "adapter"
-        save_adapter(model, adapter, self.config.model.name, self.about)
+        task = TASKS[self.config.task]
+        save_adapter(model, adapter, self.config.model.name, self.about, task.peft_type)
         end: Fields = self._end or {}
         summary = {
             "method": self.config.method,
@@ -179,10 +180,9 @@ class RunFolder:
             **self.about,
             "adapter": str(adapter),
         }
-        measured = TASKS[self.config.task].scores
-        plots = plot_run(self.rounds, self.path, measured)
+        plots = plot_run(self.rounds, self.path, task.scores)
         write_json(self.path / "summary.json", summary)  # last: it says all is there
-        for line in table(self.rounds, summary, measured):
+        for line in table(self.rounds, summary, task.scores):
             log(INFO, "%s", line)
         log(INFO, "outputs in %s", self.path)
         names = ["summary.json", "metrics.jsonl", "config.json", "adapter/", *plots]
@@ -212,7 +212,13 @@ class RunFolder:
                 metrics, ", ".join(map(str, lost)))  # fmt: skip
 
 
-def save_adapter(model: PeftModel, folder: Path, model_name: str, about: Mapping[str, Any]) -> None:
+def save_adapter(
+    model: PeftModel,
+    folder: Path,
+    model_name: str,
+    about: Mapping[str, Any],
+    peft_type: str | None = None,
+) -> None:
     """Write the adapter so that PEFT finds its base, and beside it what the task says of its data.
 
     Parameters
@@ -222,14 +228,16 @@ def save_adapter(model: PeftModel, folder: Path, model_name: str, about: Mapping
     model_name : str
         The base model as the run config names it.
     about : mapping
-        Each entry is written to a file of its name, such as ``labels.json``, since PEFT's own
-        files have no place for it.
+        Each entry is written to a JSON file of its name, since PEFT's own files have no place
+        for it.
+    peft_type : str, optional
+        PEFT's name of the task, set where the base is a model of transformers' own.
     """
     config = model.peft_config["default"]
     path = Path(model_name).expanduser()
     config.base_model_name_or_path = str(path.absolute()) if path.is_dir() else model_name
-    if hasattr(model.get_base_model(), "base_model_prefix"):  # transformers' own classifier
-        config.task_type = "SEQ_CLS"
+    if peft_type and hasattr(model.get_base_model(), "base_model_prefix"):  # transformers' own
+        config.task_type = peft_type
     new = folder.with_name(folder.name + ".new")  # the disk may be full: the old one stays
     try:
         model.save_pretrained(str(new), save_embedding_layers=False)

@@ -107,6 +107,8 @@ class Task(ABC):
     name: ClassVar[str] = ""
     scores: ClassVar[tuple[Score, ...]] = ()
     """Best first: the primary score is what ``checkpoint-best`` and ``stop-score`` look at."""
+    peft_type: ClassVar[str | None] = None
+    """PEFT's name of the task, for ``AutoPeftModel`` to find a model of transformers by."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

@@ -29,6 +29,7 @@ class TextClassification(Classification):
     """Texts by their label: ``AutoModelForSequenceClassification``, or a mean-pool head."""
 
     name = "text-classification"
+    peft_type = "SEQ_CLS"
     key = "data.text-column"
 
     # ----- rows

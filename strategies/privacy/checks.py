@@ -62,7 +62,7 @@ def refuse_private(
         )
     if evaluate_fraction > 0:
         problems.append(
-            "clients would report loss and accuracy on their own rows without noise; set "
+            "clients would report loss and scores on their own rows without noise; set "
             "evaluate_fraction = 0 (evaluate.clients = 0) and test on the server's rows"
         )
     return problems
