@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -43,7 +44,7 @@ def own_task(tmp_path, monkeypatch):
 
 def test_the_strategy_gets_the_very_parts_that_were_judged(tmp_path):
     parts = read_config({"privacy.noise-multiplier": 0.5, "evaluate.clients": 0.0})
-    folder = SimpleNamespace(path=tmp_path, rounds=[])
+    folder = Mock(path=tmp_path, rounds=[])
     strategy = make_strategy(parts, folder, SimpleNamespace(validation=None, all=None), None)
     assert type(strategy) is FedLoRA
     assert strategy.aggregation is parts.rule
