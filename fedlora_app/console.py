@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+
+from fedlora_app.records import parsed
+from strategies.records import Record
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LEVELS = {"DEBUG": 94, "INFO": 92, "WARNING": 93, "ERROR": 91, "CRITICAL": 95}
@@ -113,14 +113,13 @@ class Console:
         while not self._done.wait(0.3):
             records, position = _new_records(self.metrics, position)
             for record in records:
-                match record.get("kind"):
-                    case "round-start":
-                        number, clients = record["round"], record.get("clients", 0)
-                        replies, since = 0, time.monotonic()
-                    case "arrived":
-                        replies += 1
-                    case "round":
-                        number, doing, since = 0, "preparing", time.monotonic()
+                if record["kind"] == "round-start":
+                    number, clients = record["round"], record["clients"]
+                    replies, since = 0, time.monotonic()
+                elif record["kind"] == "arrived":
+                    replies += 1
+                elif record["kind"] == "round":
+                    number, doing, since = 0, "preparing", time.monotonic()
             bar = f"{doing}  {time.monotonic() - since:.0f} s"
             if number:
                 filled = round(10 * min(replies / max(clients, 1), 1))
@@ -131,7 +130,7 @@ class Console:
             self._show_status(bar)
 
 
-def _new_records(file: Path, position: int) -> tuple[list[dict[str, Any]], int]:
+def _new_records(file: Path, position: int) -> tuple[list[Record], int]:
     """Return the complete records after ``position``, and where they end."""
     if not file.exists():
         return [], 0
@@ -140,8 +139,4 @@ def _new_records(file: Path, position: int) -> tuple[list[dict[str, Any]], int]:
     with file.open("rb") as stream:
         stream.seek(position)
         complete, newline, _ = stream.read().rpartition(b"\n")
-    records = []
-    for line in complete.splitlines():
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records, position + len(complete) + len(newline)
+    return parsed(complete), position + len(complete) + len(newline)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -40,7 +40,7 @@ def read_records(file: Path) -> list[Record]:
     RecordsError
         If a field may mean something else than is known here.
     """
-    records = cast(list[Record], [r for r in _records(file.read_bytes()) if "kind" in r])
+    records = parsed(file.read_bytes())
     for start in of_kind(records, "start"):
         if (version := start.get("version", 0)) > RECORDS_VERSION:
             raise RecordsError(
@@ -48,6 +48,19 @@ def read_records(file: Path) -> list[Record]:
                 "read it with the release of fedlora that wrote it, or a newer one"
             )
     return records
+
+
+def parsed(data: bytes) -> list[Record]:
+    """Return the records of whole lines; lines that hold none are left out."""
+    found: list[Record] = []
+    for line in data.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # not JSON, or not even text
+            continue
+        if isinstance(record, dict) and "kind" in record:
+            found.append(cast(Record, record))
+    return found
 
 
 def write_lines(file: Path, records: Iterable[Record]) -> None:
@@ -126,16 +139,6 @@ def plan_periods(records: Iterable[Record]) -> list[tuple[PlanRecord, list[float
         elif record["kind"] == "round" and periods and record.get("planned_seconds"):
             periods[-1][1].append(record.get("clock_seconds") or 0.0)
     return [(plan, seconds) for plan, seconds in periods if seconds]
-
-
-def _records(data: bytes) -> Iterator[dict[str, Any]]:
-    for line in data.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # not JSON, or not even text
-            continue
-        if isinstance(record, dict):
-            yield record
 
 
 def _replace(file: Path, text: str) -> None:
