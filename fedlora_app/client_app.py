@@ -22,7 +22,7 @@ from fedlora_app.config import RunConfig
 from fedlora_app.discretion import LOG, SiteError, discreet
 from fedlora_app.evaluation import evaluate, per_sample_losses
 from fedlora_app.inspection import NO_DATA, block, refuse_few
-from fedlora_app.models import add_lora
+from fedlora_app.lora import add_lora
 from fedlora_app.precision import with_precision
 from fedlora_app.rows import train_validation_split
 from fedlora_app.tasks import About, Inputs, Rows, Task, make_task

@@ -22,7 +22,8 @@ from fedlora_app.build import Parts
 from fedlora_app.config import ConfigError, RunConfig
 from fedlora_app.folders import output_problems
 from fedlora_app.inspection import Report, inspect
-from fedlora_app.models import add_lora, trained_parts
+from fedlora_app.lora import add_lora
+from fedlora_app.models import trained_parts
 from fedlora_app.read import read_config
 from fedlora_app.resuming import check_resume
 from strategies.client import check_mergeable

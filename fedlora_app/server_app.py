@@ -24,7 +24,7 @@ from fedlora_app.client_app import INFO_KEY, TIMES_KEY
 from fedlora_app.door import check_run
 from fedlora_app.held_out import HeldOut, effective_adapter
 from fedlora_app.inspection import CHECKED, inspect
-from fedlora_app.models import add_lora
+from fedlora_app.lora import add_lora
 from fedlora_app.precision import with_precision
 from fedlora_app.read import read_config
 from fedlora_app.report import RunFolder

@@ -12,7 +12,8 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from fedlora_app import packaged
 from fedlora_app.config import LoraConfig, ModelConfig
-from fedlora_app.models import MeanPoolClassifier, add_lora, build_model, build_tokenizer
+from fedlora_app.lora import add_lora
+from fedlora_app.models import MeanPoolClassifier, build_model, build_tokenizer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 50}
 CONFIGS = {

@@ -8,7 +8,8 @@ from peft import PeftModel
 
 from fedlora_app import packaged
 from fedlora_app.config import LoraConfig, ModelConfig
-from fedlora_app.models import MeanPoolClassifier, add_lora, build_model, build_tokenizer
+from fedlora_app.lora import add_lora
+from fedlora_app.models import MeanPoolClassifier, build_model, build_tokenizer
 from fedlora_app.onnx_weights import read_bert
 
 L3 = ModelConfig(name="packaged:minilm-l3")

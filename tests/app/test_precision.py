@@ -7,7 +7,8 @@ import torch
 from fedlora_app import precision
 from fedlora_app.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fedlora_app.evaluation import per_sample_losses
-from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.lora import add_lora
+from fedlora_app.models import build_model, build_tokenizer
 from fedlora_app.precision import native_bfloat16, with_precision
 from fedlora_app.timing import training_step
 from strategies.profiling import METRICS, profile_metrics

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from fedlora_app.config import LoraConfig, ModelConfig
 from fedlora_app.evaluation import per_sample_losses
-from fedlora_app.models import add_lora, build_model, build_tokenizer
+from fedlora_app.lora import add_lora
+from fedlora_app.models import build_model, build_tokenizer
 from tests.app.test_models import SMALL, folders, inputs  # noqa: F401
 from tests.app.texts import TASK, Texts, tokenize
 

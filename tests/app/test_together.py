@@ -12,7 +12,8 @@ import transformers
 from fedlora_app import config as run_config
 from fedlora_app import training
 from fedlora_app.config import LoraConfig
-from fedlora_app.models import MeanPoolClassifier, add_lora
+from fedlora_app.lora import add_lora
+from fedlora_app.models import MeanPoolClassifier
 from fedlora_app.together import Job, train_together
 from fedlora_app.training import train
 from strategies.client import adapter_state, load_adapter

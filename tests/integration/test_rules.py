@@ -11,7 +11,8 @@ from peft import PeftModel
 from fedlora_app import client_app
 from fedlora_app.config import RunConfig
 from fedlora_app.held_out import effective_adapter
-from fedlora_app.models import add_lora, build_model
+from fedlora_app.lora import add_lora
+from fedlora_app.models import build_model
 from fedlora_app.read import read_config
 from fedlora_app.server_app import initial_adapter
 from strategies import FedLoRA
