@@ -14,7 +14,7 @@ from fedlora_app.conversations import plain_chat, templated_chat
 from fedlora_app.door import check_model
 from fedlora_app.evaluation import evaluate
 from fedlora_app.inspection import Report
-from fedlora_app.models import add_lora
+from fedlora_app.lora import add_lora
 from fedlora_app.partition import shares
 from fedlora_app.read import read_config
 from fedlora_app.tasks import make_task
