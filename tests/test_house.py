@@ -8,7 +8,7 @@ PACKAGES = ("strategies", "fedlora_app")
 MOST_LINES = 400
 
 # Still to be mended. Take out what is done; nothing is to be added.
-TOO_LONG = {"fedlora_app/models.py"}
+TOO_LONG: set[str] = set()
 IN_A_CIRCLE: set[frozenset[str]] = set()
 
 
