@@ -176,6 +176,11 @@ class EvaluateConfig:
     clients: float = option(
         1.0, "share of the clients that evaluate on their own rows; 0: none", low=0, high=1
     )
+    overlap: bool = option(
+        True,
+        "the server evaluates while clients train in the next round, where no stop-score, pilot or "
+        "sampler waits for it; results are the same",
+    )
     batch_size: int = option(64, "rows of an evaluation batch", low=1)
 
 

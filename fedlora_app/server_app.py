@@ -159,6 +159,7 @@ def make_strategy(
         "min_answering": config.min_answering,
         "evaluate_fraction": 0.0 if config.method == "local" else config.evaluate.clients,
         "evaluate_every": config.evaluate.every,
+        "evaluate_overlap": config.evaluate.overlap,
         "saver": saver,
         "clip_norm": config.clip_norm,
         "privacy": make_privacy(parts, folder.path, saver),

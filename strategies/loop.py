@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from logging import INFO
@@ -33,13 +33,23 @@ class StreamingStrategy(Strategy):
     ----------
     evaluate_every : int (default: 1)
         Evaluate after every Nth round and after the last.
+    evaluate_overlap : bool (default: False)
+        Evaluate on the server while clients train in the next round, where nothing waits for the
+        scores; results are the same. A listener that ends the run then does so a round later.
     listeners : Iterable[callable]
         Called with a record of ``strategies.records`` at each step; what one returns, if it is
         a text, is why the run ends after the round.
     """
 
-    def __init__(self, *, evaluate_every: int = 1, listeners: Iterable[Listener] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        evaluate_every: int = 1,
+        evaluate_overlap: bool = False,
+        listeners: Iterable[Listener] = (),
+    ) -> None:
         self.evaluate_every = evaluate_every
+        self.evaluate_overlap = evaluate_overlap
         self.listeners = list(listeners)
         self.round = Round(0)
         self.num_rounds = 0  # 0: not known
@@ -47,6 +57,7 @@ class StreamingStrategy(Strategy):
         #: Why the run ended; empty while it goes on.
         self.ended = ""
         self._asked_to_end = ""
+        self._held: list[Record] | None = None  # not told yet
         #: Whether somebody calls ``round_over`` after every round, as ``start`` does. Flower's own
         #: loop, which drives a strategy inside another, does not.
         self.led = False
@@ -80,7 +91,7 @@ class StreamingStrategy(Strategy):
         done = self.resume(result)
         self.begin(done)
         began = time.perf_counter()
-        meanwhile = None
+        meanwhile: Meanwhile | None = None
         if not done:
             if evaluate_fn is not None:
                 book = self.round
@@ -98,20 +109,26 @@ class StreamingStrategy(Strategy):
         while not self.ended:
             server_round += 1
             arrays = result.arrays
-            messages = self.configure_train(
-                server_round, arrays, train_config or ConfigRecord(), grid
-            )
-            replies = exchange(
-                grid, messages, timeout,
-                on_arrival=self._arrived, name=self.name_of, meanwhile=meanwhile,
-            )  # fmt: skip
+            try:
+                messages = self.configure_train(
+                    server_round, arrays, train_config or ConfigRecord(), grid
+                )
+                replies = exchange(
+                    grid, messages, timeout,
+                    on_arrival=self._arrived, name=self.name_of, meanwhile=meanwhile,
+                )  # fmt: skip
+                new_arrays, metrics = self.aggregate_train(server_round, replies)
+            except Exception:
+                if meanwhile is not None and server_round > 1:  # the round before did not fail
+                    meanwhile.finish()
+                raise
             meanwhile = None
-            new_arrays, metrics = self.aggregate_train(server_round, replies)
             if new_arrays is not None:
                 arrays = result.arrays = new_arrays
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
-            if self.evaluates(server_round) or server_round == num_rounds:
+            due = self.evaluates(server_round) or server_round == num_rounds
+            if due:
                 messages = self.configure_evaluate(
                     server_round, arrays, evaluate_config or ConfigRecord(), grid
                 )
@@ -119,13 +136,25 @@ class StreamingStrategy(Strategy):
                 metrics = self.aggregate_evaluate(server_round, replies)
                 if metrics is not None:
                     result.evaluate_metrics_clientapp[server_round] = metrics
-                if evaluate_fn is not None:
-                    self._evaluate_on_server(server_round, arrays, evaluate_fn, result, self.round)
-            self.tell(self.round.record())
             elapsed = time.perf_counter() - began
             left = elapsed / (server_round - done) * (num_rounds - server_round)
+            later = False
+            if due and evaluate_fn is not None:
+                evaluate = partial(
+                    self._evaluate_on_server, server_round, arrays, evaluate_fn, result, self.round
+                )
+                later = self.evaluations_can_wait and should_stop is None
+                later = later and server_round < num_rounds
+                if later:
+                    self.ended = self.reached(server_round)
+                    if not self.ended:
+                        meanwhile = self._later(evaluate, server_round, result, left)
+                        continue
+                evaluate()
+            self.tell(self.round.record())
             log(INFO, "%s", self.round_line(num_rounds, left))
-            self.ended = self.reached(server_round)
+            if not later:
+                self.ended = self.reached(server_round)
             if not self.ended and should_stop is not None and should_stop(server_round, result):
                 self.ended = "should_stop said so"
             if not self.ended and server_round == num_rounds:
@@ -147,6 +176,27 @@ class StreamingStrategy(Strategy):
             }
         )
 
+    def _later(
+        self, evaluate: Callable[[], None], server_round: int, result: Result, left: float
+    ) -> Meanwhile:
+        """Return the evaluation of a round, and what is told and saved then, for the next one.
+
+        Records of the next round are held back, so that listeners get all in the usual order.
+        """
+        book, held = self.round, list[Record]()
+        book.over()
+        save = self.round_over_but_for_scores(server_round, result)
+        self._held = held
+
+        def then() -> None:
+            self._held = None
+            for record in (book.record(), *held):
+                self.tell(record)
+            log(INFO, "%s", self.round_line(self.num_rounds, left, book))
+            save(book.evaluation)
+
+        return Meanwhile(evaluate, then)
+
     def finish(self, server_round: int) -> None:
         """Tell listeners why the run is over, and look back at it."""
         silent = self.look_back()
@@ -166,9 +216,18 @@ class StreamingStrategy(Strategy):
         """Return whether the model is evaluated after a round."""
         return server_round % self.evaluate_every == 0
 
-    def round_line(self, num_rounds: int, seconds_left: float) -> str:
+    def round_line(self, num_rounds: int, seconds_left: float, book: Round | None = None) -> str:
         """Return the line of the log for the round that is over."""
-        return self.round.line(num_rounds, seconds_left)
+        return (book or self.round).line(num_rounds, seconds_left)
+
+    def round_over_but_for_scores(
+        self, server_round: int, result: Result
+    ) -> Callable[[Mapping[str, float]], None]:
+        """Look back at a round before it is evaluated; return what is to be done with its scores.
+
+        In place of ``round_over``, where ``evaluations_can_wait``.
+        """
+        return lambda evaluation: None
 
     def round_over(self, server_round: int, result: Result) -> None:
         """Look back at a round that is over, the last one if ``ended``; 0 is before the first."""
@@ -195,10 +254,18 @@ class StreamingStrategy(Strategy):
 
     def tell(self, record: Record) -> None:
         """Hand a record to every listener, and note the first that wants the run to end."""
+        if self._held is not None:
+            self._held.append(record)
+            return
         for listener in self.listeners:
             said = listener(record)
             if isinstance(said, str) and not self._asked_to_end:
                 self._asked_to_end = said
+
+    @property
+    def evaluations_can_wait(self) -> bool:
+        """Whether the server may evaluate a round while clients train in the next one."""
+        return self.evaluate_overlap and self.evaluation_can_wait
 
     @property
     def evaluation_can_wait(self) -> bool:

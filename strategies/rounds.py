@@ -92,6 +92,8 @@ class Round:
     loss_sum: float = 0.0
     weight_sum: float = 0.0
     train_seconds: float = 0.0
+    #: How long it took; None until it is over.
+    seconds: float | None = None
     aggregate_seconds: float = 0.0
     evaluation: dict[str, float] = field(default_factory=dict)
     clients_evaluation: dict[str, float] = field(default_factory=dict)
@@ -151,6 +153,12 @@ class Round:
         """The clients' weighted mean training loss, if they reported one."""
         return self.loss_sum / self.weight_sum if self.weight_sum else None
 
+    def over(self) -> float:
+        """Return how long it took; from the first time on, that is what it took."""
+        if self.seconds is None:
+            self.seconds = time.perf_counter() - self.started
+        return self.seconds
+
     def record(self) -> RoundRecord:
         """Return the round as one JSON-able record."""
         ranks = [a.rank for a in self.assignments.values()]
@@ -169,7 +177,7 @@ class Round:
             "bytes_rejected": self.bytes_rejected,
             "train_seconds": round(self.train_seconds, 3),
             "aggregate_seconds": round(self.aggregate_seconds, 4),
-            "seconds": round(time.perf_counter() - self.started, 3),
+            "seconds": round(self.over(), 3),
             "clock_seconds": _rounded(self.time.seconds if self.time else 0.0),
             "clock_total": _rounded(self.clock_total),
             "bottleneck": self.time.bottleneck if self.time else None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from logging import INFO, WARNING
 from typing import Any, Protocol
 
@@ -146,19 +147,38 @@ class Saver:
         evaluation : Mapping[str, float]
             The server's scores of this round, by which the best is kept.
         """
+        self.hold(server_round, num_rounds, parts, progress, result)(evaluation)
+
+    def hold(
+        self,
+        server_round: int,
+        num_rounds: int,
+        parts: Mapping[str, Stateful],
+        progress: Progress,
+        result: Result,
+    ) -> Callable[[Mapping[str, float]], None]:
+        """Note everything as it is now, if it is time; return what saves it with the scores.
+
+        Until that is called ``parts`` and ``progress`` may go on, but ``result`` may only get the
+        scores of this round. See ``save`` for the parameters.
+        """
         if not self.checkpoints.due(server_round, num_rounds):
-            return
+            return lambda evaluation: None
         arrays = from_record(result.arrays)
         if progress.aside is not None:
             arrays |= {ASIDE + k: t for k, t in from_record(progress.aside).items()}
-        state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        state: dict[str, Any] = {name: deepcopy(p.state_dict()) for name, p in parts.items()}
         state["progress"] = [progress.rounds, progress.aside_rounds]
-        state["history"] = {
-            name: {str(r): dict(metrics) for r, metrics in getattr(result, name).items()}
-            for name in _HISTORY
-        }
-        score = self.checkpoints.score_of(evaluation)
-        self.checkpoints.save(server_round, arrays, state, self.fingerprint, score)
+
+        def save(evaluation: Mapping[str, float]) -> None:
+            state["history"] = {
+                name: {str(r): dict(metrics) for r, metrics in getattr(result, name).items()}
+                for name in _HISTORY
+            }
+            score = self.checkpoints.score_of(evaluation)
+            self.checkpoints.save(server_round, arrays, state, self.fingerprint, score)
+
+        return save
 
 
 def matching(

@@ -82,8 +82,8 @@ class FedLoRA(KeptRun):
         Whether initial arrays without LoRA modules are meant so: clients train the rest alone.
     evaluate_fraction : float (default: 1.0)
         Share of the clients that evaluate the new model on their own data; 0: none.
-    evaluate_every : int (default: 1)
-        Evaluate after every Nth round and after the last.
+    evaluate_every, evaluate_overlap : int (default: 1), bool (default: False)
+        Evaluate after every Nth round and the last; the server while clients train on, if it can.
     query : bool (default: True)
         Ask each node once for ``partition-id`` and ``max-rank`` when it appears. Without them no
         limit of a device is known, and seeded choices go by Flower's random node ids, so that the
@@ -114,9 +114,8 @@ class FedLoRA(KeptRun):
         needs more noise than a mean is refused. False: what it changes is no such noise. (default:
         seen by ``clipping_norm`` in another loop's config, or by a model that comes back changed)
     listeners : Iterable[callable]
-        Called with a record of ``strategies.records`` at each step: ``kind`` is ``start``,
-        ``ranks``, ``pilots``, ``plan``, ``round-start``, ``arrived``, ``client``,
-        ``client-evaluation``, ``round`` or ``end``. A text that one returns is why the run ends.
+        Called with a record of ``strategies.records`` at each step, which says there of what
+        ``kind`` it is. A text that one returns is why the run ends.
 
     Raises
     ------
@@ -144,6 +143,7 @@ class FedLoRA(KeptRun):
         head_only: bool = False,
         evaluate_fraction: float = 1.0,
         evaluate_every: int = 1,
+        evaluate_overlap: bool = False,
         query: bool = True,
         query_timeout: float = 60.0,
         profile_timeout: float | None = None,
@@ -176,9 +176,9 @@ class FedLoRA(KeptRun):
             profile_timeout=query_timeout if profile_timeout is None else profile_timeout,
         )  # fmt: skip
         super().__init__(
-            participation, self.census.roster, evaluate_every=evaluate_every,
-            listeners=doors.listeners(listeners), scores=doors.scores(scores),
-            stop_when=stop_when, min_answering=min_answering, saver=saver,
+            participation, self.census.roster, evaluate_overlap=evaluate_overlap, saver=saver,
+            evaluate_every=evaluate_every, listeners=doors.listeners(listeners),
+            scores=doors.scores(scores), stop_when=stop_when, min_answering=min_answering,
         )  # fmt: skip
         self.scale, self.wire_dtype, self.seed = scale, check_wire_dtype(wire_dtype), seed
         self.min_replies, self.min_available_nodes = min_replies, min_available_nodes

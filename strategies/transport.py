@@ -45,10 +45,12 @@ class Meanwhile:
         self._work = work
         self._then = then
         self._error: BaseException | None = None
+        self._begun = self._over = False
         self._thread = Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
         """Begin."""
+        self._begun = True
         self._thread.start()
 
     @property
@@ -57,8 +59,17 @@ class Meanwhile:
         return self._thread.is_alive()
 
     def finish(self) -> None:
-        """Wait for the end of it; raise what it raised."""
-        self._thread.join()
+        """Wait for the end of it, or do it now if it was never begun; raise what it raised.
+
+        A second time it does nothing.
+        """
+        if self._over:
+            return
+        self._over = True
+        if self._begun:
+            self._thread.join()
+        else:
+            self._run()
         if self._error is not None:
             raise self._error
         self._then()

@@ -15,8 +15,9 @@ from strategies.listing import listed
 from strategies.loop import Listener, StreamingStrategy
 from strategies.participation import Participation
 from strategies.progress import Progress
-from strategies.rounds import Degradation
+from strategies.rounds import Degradation, Round
 from strategies.run.following import Following
+from strategies.sampling import Sampler
 from strategies.saving import Saver, Stateful
 from strategies.scores import Score
 from strategies.wallclock import SimulatedClock
@@ -34,7 +35,7 @@ class KeptRun(StreamingStrategy):
     ----------
     participation : Participation
     roster : Roster
-    evaluate_every, listeners, scores, stop_when, min_answering, saver
+    evaluate_every, evaluate_overlap, listeners, scores, stop_when, min_answering, saver
         As in ``FedLoRA``.
     """
 
@@ -44,13 +45,16 @@ class KeptRun(StreamingStrategy):
         roster: Roster,
         *,
         evaluate_every: int,
+        evaluate_overlap: bool,
         listeners: Iterable[Listener],
         scores: Iterable[Score],
         stop_when: StopWhen | None,
         min_answering: float,
         saver: Saver | None,
     ) -> None:
-        super().__init__(evaluate_every=evaluate_every, listeners=listeners)
+        super().__init__(
+            evaluate_every=evaluate_every, evaluate_overlap=evaluate_overlap, listeners=listeners
+        )
         self.scores = tuple(scores)
         self.participation = participation
         self.roster = roster
@@ -69,14 +73,20 @@ class KeptRun(StreamingStrategy):
         return self.participation.sampler.wants_loss or super().evaluates(server_round)
 
     @property
+    def evaluations_can_wait(self) -> bool:
+        """Whether nobody needs the scores of a round before the next one begins."""
+        unheard = type(self.participation.sampler).learn_loss is Sampler.learn_loss
+        return super().evaluations_can_wait and unheard and self.stop_when is None
+
+    @property
     def evaluation_can_wait(self) -> bool:
         """Whether the first round may begin before the initial model is evaluated."""
         return not self.participation.sampler.wants_loss
 
-    def round_line(self, num_rounds: int, seconds_left: float) -> str:
+    def round_line(self, num_rounds: int, seconds_left: float, book: Round | None = None) -> str:
         """Return the line of the log for the round that is over."""
-        simulated = isinstance(self.participation.clock, SimulatedClock)
-        return self.round.line(num_rounds, seconds_left, simulated=simulated, scores=self.scores)
+        simulated, book = isinstance(self.participation.clock, SimulatedClock), book or self.round
+        return book.line(num_rounds, seconds_left, simulated=simulated, scores=self.scores)
 
     def round_over(self, server_round: int, result: Result) -> None:
         """Let the sampler learn the loss of the model that is there now, and save the run."""
@@ -92,6 +102,16 @@ class KeptRun(StreamingStrategy):
                 server_round, server_round if self.ended else 0, self.parts(), self.progress,
                 result, self.round.evaluation,
             )  # fmt: skip
+
+    def round_over_but_for_scores(
+        self, server_round: int, result: Result
+    ) -> Callable[[Mapping[str, float]], None]:
+        """Note the state of the run; return what saves it with the scores of the round."""
+        self.progress.rounds += 1
+        self.progress.aside = None  # there are no pilots that go back
+        if self.saver is None:
+            return lambda evaluation: None
+        return self.saver.hold(server_round, 0, self.parts(), self.progress, result)
 
     def reached(self, server_round: int) -> str:
         """Return why the run ends now: somebody says so, or too few clients are left."""

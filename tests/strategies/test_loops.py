@@ -1,8 +1,10 @@
 """Whoever drives the rounds, the result is the same; why a run ended is told."""
 
 import logging
+import time
 from functools import partial
 
+import numpy as np
 import pytest
 from flwr.app import Error, MetricRecord
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, Strategy
@@ -316,3 +318,99 @@ def test_a_listener_may_say_why_the_run_ends(led):
         with pytest.raises(RuntimeError, match="ended after round 1: the budget is spent"):
             run(Around(strategy), rounds=9)
     assert ends(records) == [(1, "the budget is spent")]
+
+
+def scores(server_round, arrays):
+    """Return scores that depend on every number of the model, after a while."""
+    time.sleep(0.05)
+    total = sum(float(np.abs(array.numpy()).sum()) for array in arrays.values())
+    return MetricRecord({"loss": total, "round": float(server_round)})
+
+
+def watched(folder, *, overlap, resume="", rounds=4, **settings):
+    """Run with a checkpoint each round; return the result, the records and the saved states."""
+    records = []
+    saver = Saver(Checkpoints(folder, every=1, keep=9), resume_from=resume, fingerprint={})
+    strategy = make(
+        evaluate_overlap=overlap, listeners=[lambda r: records.append(r)], saver=saver,
+        **settings,
+    )  # fmt: skip
+    result, _ = run(strategy, rounds, evaluate_fn=scores)
+    saver.checkpoints.close()
+    saved = {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*")) if file.is_file() and "lock" not in file.name
+    }  # fmt: skip
+    return result, records, saved
+
+
+def same_but_for_times(record):
+    return {k: v for k, v in record.items() if "seconds" not in k and k != "clock_total"}
+
+
+def test_a_round_evaluated_during_the_next_gives_the_same(tmp_path):
+    one, before, saved = watched(tmp_path / "one", overlap=False)
+    two, after, saved_too = watched(tmp_path / "two", overlap=True)
+    assert data(one.arrays) == data(two.arrays)
+    for name in ("evaluate_metrics_serverapp", "evaluate_metrics_clientapp"):
+        assert getattr(one, name) == getattr(two, name)
+    first, second = ([same_but_for_times(r) for r in records if r["kind"] != "arrived"]
+                     for records in (before, after))  # fmt: skip
+    begun = [r for r in first if r["kind"] == "round" and r["round"] == 0]
+    assert begun == [r for r in second if r["kind"] == "round" and r["round"] == 0]
+    assert first == second
+    assert saved.keys() == saved_too.keys()
+    weights = [name for name in saved if name.endswith(".safetensors")]
+    assert len(weights) == 4
+    assert all(saved[name] == saved_too[name] for name in weights)
+
+
+def test_a_run_resumed_from_an_overlapped_round_ends_the_same(tmp_path):
+    whole, _, saved = watched(tmp_path / "whole", overlap=True)
+    part, _, _ = watched(tmp_path / "part", overlap=True, rounds=2)
+    rest, _, saved_too = watched(tmp_path / "part", overlap=True, resume="latest")
+    assert data(whole.arrays) == data(rest.arrays)
+    assert whole.evaluate_metrics_serverapp == rest.evaluate_metrics_serverapp
+    assert saved.keys() == saved_too.keys()
+    assert 2 in part.evaluate_metrics_serverapp
+
+
+def test_a_round_that_fails_leaves_the_one_before_it_evaluated_and_saved(tmp_path):
+    class Failing(FedLoRA):
+        def configure_train(self, server_round, *args):
+            if server_round == 3:
+                raise RuntimeError("no")
+            return super().configure_train(server_round, *args)
+
+    records = []
+    strategy = Failing(
+        ranks=ListRank([2, 4], cycle=True), scale=2.0, evaluate_overlap=True,
+        listeners=[lambda r: records.append(r)],
+        saver=Saver(Checkpoints(tmp_path, every=1, keep=9), fingerprint={}),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="no"):
+        run(strategy, 4, evaluate_fn=scores)
+    assert Checkpoints(tmp_path).load().round == 2
+    assert [r["round"] for r in records if r["kind"] == "round"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("waits", ["stop_when", "should_stop", "sampler"])
+def test_who_waits_for_scores_gets_them_before_the_next_round(waits, tmp_path):
+    asked = []
+
+    def stop(*_):
+        asked.append(True)
+        return len(asked) == 2
+
+    options, settings = {}, {}
+    if waits == "stop_when":
+        settings["stop_when"] = stop
+    elif waits == "should_stop":
+        options["should_stop"] = stop
+    else:
+        settings["sampling"] = PlannedSampling(alpha=1.0, beta=1.0)
+        settings["clock"] = SimulatedClock("lab", base_flops=1e9, rank_flops=1e6, steps=1)
+    strategy = make(evaluate_overlap=True, **settings)
+    run(strategy, 4, evaluate_fn=scores, **options)
+    assert strategy.round.number == (4 if waits == "sampler" else 2)
+    assert strategy.evaluations_can_wait == (waits == "should_stop")
