@@ -179,7 +179,7 @@ class EvaluateConfig:
     overlap: bool = option(
         True,
         "the server evaluates while clients train in the next round, where no stop-score, pilot or "
-        "sampler waits for it; results are the same",
+        "sampler waits for it; results are the same but for rounding",
     )
     batch_size: int = option(64, "rows of an evaluation batch", low=1)
 

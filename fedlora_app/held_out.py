@@ -48,10 +48,16 @@ class HeldOut:
             chosen = rng.choice(len(self.all), config.data.test_rows, replace=False)
             self.some = self.all.take(np.sort(chosen))
 
-    def evaluate(self, model: PeftModel, *, everything: bool = False) -> dict[str, float]:
-        """Evaluate the model as it is, on all cores; return its scores, ``loss`` among them."""
-        config = self.task.config
-        with torch_threads(os.cpu_count() or 1):
+    def evaluate(
+        self, model: PeftModel, *, everything: bool = False, beside: bool = False
+    ) -> dict[str, float]:
+        """Evaluate the model as it is; return its scores, ``loss`` among them.
+
+        On all cores, or ``beside`` others on half of them: a simulation's clients may train on
+        all, and threads that have to wait for each other lose more than they gain then.
+        """
+        config, cores = self.task.config, os.cpu_count() or 1
+        with torch_threads(max(1, cores // 2) if beside else cores):
             return evaluate(
                 self.task,
                 model,
@@ -76,10 +82,12 @@ class HeldOut:
             )
         return float(losses.mean())
 
-    def metrics(self, model: PeftModel, arrays: ArrayRecord) -> MetricRecord:
+    def metrics(
+        self, model: PeftModel, arrays: ArrayRecord, *, beside: bool = False
+    ) -> MetricRecord:
         """Evaluate global arrays; what the strategy calls after each round."""
         load_adapter(model, effective_adapter(arrays, self.task.config.lora.scale))
-        return MetricRecord(dict(self.evaluate(model)))
+        return MetricRecord(dict(self.evaluate(model, beside=beside)))
 
 
 def effective_adapter(arrays: ArrayRecord, scale: float) -> Adapter:

@@ -14,7 +14,7 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import ConfigRecord, Context
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
@@ -79,6 +79,11 @@ def main(grid: Grid, context: Context) -> None:
     train_config = ConfigRecord(
         {INFO_KEY: json.dumps(data.about), TIMES_KEY: config.rounds if alone else 1}
     )
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        beside = strategy.evaluations_can_wait and server_round < config.rounds
+        return test.metrics(model, arrays, beside=beside)
+
     result = strategy.start(
         grid,
         arrays,
@@ -86,7 +91,7 @@ def main(grid: Grid, context: Context) -> None:
         timeout=config.round_timeout,
         train_config=train_config,
         evaluate_config=train_config,
-        evaluate_fn=None if alone else lambda _, arrays: test.metrics(model, arrays),
+        evaluate_fn=None if alone else evaluate,
     )
 
     if board is not None:
