@@ -16,7 +16,6 @@ from datasets import Dataset
 from flwr_datasets.partitioner import (
     DirichletPartitioner,
     IidPartitioner,
-    NaturalIdPartitioner,
     Partitioner,
     PathologicalPartitioner,
     SizePartitioner,
@@ -118,7 +117,7 @@ def partition(
     if num_clients < 1:
         raise ValueError(f"number of clients: expected at least 1, got {num_clients}")
     if config.partition == "natural":
-        labels = _owners(groups, config, num_clients)
+        return _owned(groups, config, num_clients)
     if rows < num_clients * config.min_samples:
         raise _too_small(config, num_clients, f"there are only {rows} rows in all", at_all=True)
     # The order of the rows decides who gets them in the partitioners that do not shuffle.
@@ -184,8 +183,6 @@ def _partitioner(
             return SizePartitioner(sizes())
         case "dirichlet-quantity":
             return MixesPartitioner(sizes(), config.alpha, seed=seed)
-        case "natural":
-            return NaturalIdPartitioner(partition_by="label")
         case other:
             raise ValueError(
                 "data.partition: expected one of iid, dirichlet, pathological, double-imbalance, "
@@ -193,10 +190,11 @@ def _partitioner(
             )
 
 
-def _owners(
-    groups: NDArray[np.str_] | None, config: DataConfig, num_clients: int
-) -> NDArray[np.int64]:
-    """Return the client of each row, or raise ValueError if there are not as many."""
+def _owned(groups: NDArray[np.str_] | None, config: DataConfig, num_clients: int) -> list[Indices]:
+    """Return the rows of each group, or raise ValueError if there are not as many clients.
+
+    ``NaturalIdPartitioner`` does the same, with a progress bar on every client's console.
+    """
     column = config.partition_column
     if groups is None:
         raise ValueError(
@@ -229,8 +227,10 @@ def _owners(
             f"(data.min-samples) for each value of {column!r}, but {len(few)} of {len(names)} have "
             f"fewer, {fewest!r} {counts[fewest]}; lower data.min-samples, or take their rows out"
         )
-    numbers = {name: client for client, name in enumerate(names)}
-    return np.array([numbers[name] for name in groups.tolist()], dtype=np.int64)
+    values, of = np.unique(groups, return_inverse=True)
+    rows = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1])
+    found = dict(zip(values.tolist(), rows, strict=True))
+    return [found[name] for name in names]
 
 
 def _pathological(classes: list[int], per_client: int, num_clients: int, seed: int) -> Partitioner:
