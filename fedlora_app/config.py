@@ -177,9 +177,10 @@ class EvaluateConfig:
         1.0, "share of the clients that evaluate on their own rows; 0: none", low=0, high=1
     )
     overlap: bool = option(
-        True,
+        False,
         "the server evaluates while clients train in the next round, where no stop-score, pilot or "
-        "sampler waits for it; results are the same but for rounding",
+        "sampler waits for it; for machines with cores to spare; results are the same but for "
+        "rounding",
     )
     batch_size: int = option(64, "rows of an evaluation batch", low=1)
 
