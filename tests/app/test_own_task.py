@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from fedlora_app.door import check_run
 from fedlora_app.evaluation import evaluate, per_sample_losses
 from fedlora_app.inspection import check_own_data, clients_of, inspect
-from fedlora_app.models import add_lora
+from fedlora_app.lora import add_lora
 from fedlora_app.partition import shares
 from fedlora_app.read import read_config
 from fedlora_app.tables import Table
