@@ -3,8 +3,8 @@
     python -m fedlora_app.small_vit
 
 No package of the registry ships a vision model this small, so it is made once, in about a minute,
-and kept in the cache (``FEDLORA_CACHE``, by default ``~/.cache/fedlora``). It learns to tell by how
-much an image was turned, on a fifth of the packaged MNIST: digits themselves stay for the clients.
+and kept in the cache (``FEDLORA_CACHE``, by default ``~/.cache/fedlora``). It learns the digits on
+a fifth of the packaged MNIST, moved about, and is saved without its head.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from fedlora_app import packaged
 from fedlora_app.images import packaged_splits
 
 NAME = packaged.MADE_HERE
-VERSION = 1  # of what is made here
+VERSION = 2  # of what is made here
 SIZES = {
     "hidden_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "intermediate_size": 192,
     "image_size": 28,
-    "patch_size": 4,
+    "patch_size": 7,
     "num_channels": 1,
+    "initializer_range": 0.08,  # that of large models leaves one as narrow as this asleep for long
 }
 MEAN, STD = 0.13, 0.31  # of MNIST
-STEPS, BATCH, RATE = 600, 32, 1e-3
+STEPS, BATCH, RATE = 600, 32, 2e-3
 SEED = 0
 
 
@@ -80,7 +81,7 @@ def make(folder: Path, steps: int = STEPS) -> float:
     Returns
     -------
     float
-        The share of the last hundred batches' images whose turn was told.
+        The share of the last hundred batches' images told right.
     """
     import torch
     import transformers
@@ -91,32 +92,29 @@ def make(folder: Path, steps: int = STEPS) -> float:
     table = packaged_splits("packaged:mnist-5k", "pretraining")["pretraining"]
     pixels = torch.from_numpy(np.stack(table.columns["image"])).float()[:, None] / 255
     rng = np.random.default_rng(SEED)
+    labels = torch.tensor(table.columns["label"])
     hits: list[float] = []
     # A model this small gains nothing from a second thread, and loses much where cores are busy.
     with torch_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)  # transformers takes no other generator
         model: Any = transformers.ViTForImageClassification(
-            transformers.ViTConfig(**SIZES, num_labels=4)
+            transformers.ViTConfig(**SIZES, num_labels=10)
         )
         optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
         model.train()
         for _ in range(steps):
             chosen = torch.from_numpy(rng.integers(len(pixels), size=BATCH))
-            turns = torch.from_numpy(rng.integers(4, size=BATCH))
             shift = rng.integers(-3, 4, size=2).tolist()
             padded = functional.pad(pixels[chosen], (3, 3, 3, 3))
             batch = torch.roll(padded, shift, dims=(2, 3))[..., 3:-3, 3:-3]
-            turned = torch.stack(
-                [torch.rot90(x, int(k), dims=(1, 2)) for x, k in zip(batch, turns, strict=True)]
-            )
-            logits = model(pixel_values=(turned - MEAN) / STD).logits
-            loss = functional.cross_entropy(logits, turns)
+            logits = model(pixel_values=(batch - MEAN) / STD).logits
+            loss = functional.cross_entropy(logits, labels[chosen])
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-            hits.append(float((logits.argmax(1) == turns).float().mean()))
+            hits.append(float((logits.argmax(1) == labels[chosen]).float().mean()))
     model.vit.save_pretrained(str(folder))
     processor = transformers.ViTImageProcessorPil(
         size={"height": SIZES["image_size"], "width": SIZES["image_size"]},
