@@ -305,11 +305,11 @@ def _taken(table: Table, rows: list[int]) -> Table:
 
 
 def _located(table: Table, column: str) -> Table:
-    """Have paths in a table begin where its file lies."""
+    """Have paths in a table begin where its file lies, and images in it know where they stand."""
     wanted = {column} if column != "auto" else set(COLUMNS)
     folder = Path(table.place(None)[0]).parent
     columns = {
-        name: [folder / v if isinstance(v, str) and v.strip() else v for v in values[:]]
+        name: [_at(value, folder, table, row) for row, value in enumerate(values[:])]
         if name.lower() in wanted or name in wanted
         else values
         for name, values in table.columns.items()
@@ -317,8 +317,21 @@ def _located(table: Table, column: str) -> Table:
     return Table(columns, table.class_names, table.parts, table.notes)
 
 
+def _at(value: Any, folder: Path, table: Table, row: int) -> Any:
+    if isinstance(value, Mapping) and not value.get("bytes"):  # as `datasets` keeps them
+        value = value.get("path")
+    if isinstance(value, str) and value.strip():
+        return folder / value
+    if not isinstance(value, bytes | Mapping):
+        return value
+    place, line = table.place(row)
+    return picture(value, ", ".join(filter(None, (str(place), line)))) or value
+
+
 def picture(value: Any, place: str) -> Picture | None:
     """Return a value of an image column as a picture; None if it is none."""
+    if isinstance(value, Picture):
+        return value
     if isinstance(value, Mapping):  # as `datasets` and its parquet files keep them
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.strip():

@@ -250,7 +250,14 @@ def _read_saved(path: Path) -> dict[str, Table]:
 
 def _tables(loaded: Any, name: str) -> dict[str, Table]:
     """Take the columns out of a ``datasets.Dataset`` or ``DatasetDict``."""
+    import datasets
+
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    for split, dataset in splits.items():
+        for column, feature in dataset.features.items():
+            if isinstance(feature, datasets.Image):  # bytes, until somebody looks at them
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        splits = {**splits, split: dataset}
     return {
         split: Table(
             {column: dataset[column] for column in dataset.column_names},
