@@ -1,0 +1,40 @@
+"""A round on a folder of images in Flower's Ray engine, with a model made here."""
+
+import json
+
+from peft import PeftModel
+
+from fedlora_app.config import RunConfig
+from fedlora_app.evaluation import evaluate
+from fedlora_app.tasks import make_task
+from run_simulation import main
+from tests.app.test_images import classes, save_model
+from tests.integration.conftest import records
+
+
+def test_images_in_folders_are_learned_and_the_adapter_loads_in_peft(tmp_path):
+    config = {
+        "task": "image-classification",
+        "data.name": classes(tmp_path / "d", "abc", each=20),
+        "data.partition": "iid",
+        "data.min-samples": 4,
+        "model.name": save_model(tmp_path / "m", "ViT"),
+        "rounds": 1,
+        "train.steps": 2,
+        "train.precision": "float32",
+        "ranks.list": "2,4",
+        "sampling.fraction": 1.0,
+    }
+    keys = [f"{key}={value}" for key, value in config.items()]
+    out = tmp_path / "out"
+    assert main(["--clients", "2", "--output", str(out), "--config", *keys]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [r["status"] for r in records(out, "client")] == ["ok", "ok"]
+    assert summary["rejected"] == 0
+
+    task = make_task(RunConfig.from_flat(json.loads((out / "config.json").read_text())))
+    test = task.test_rows()
+    model = PeftModel.from_pretrained(task.model(test.about, seed=7), str(out / "adapter"))
+    found = evaluate(task, model, task.encode(test), batch_size=8)
+    assert abs(found["accuracy"] - summary["accuracy"]) < 1e-6
+    assert abs(found["loss"] - summary["loss"]) < 1e-4
