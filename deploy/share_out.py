@@ -2,7 +2,7 @@
 
 For trying a federation on one machine; real sites have rows of their own.
 ``python deploy/share_out.py --nodes 3 --output sites`` writes ``sites/node-1.csv`` and so on
-with the columns ``text`` and ``label``.
+with the columns ``text`` (for pairs of texts also ``text_pair``) and ``label``.
 """
 
 from __future__ import annotations
@@ -46,15 +46,17 @@ def share_out(config: DataConfig, nodes: int, output: Path, seed: int = 42) -> l
     task = make_task(RunConfig(data=config, seed=seed))
     rows = task.train_rows()
     parts, names = shares(task, rows, nodes), task.strata_names(rows.about)
+    paired = isinstance(rows.items[0], tuple)
     output.mkdir(parents=True, exist_ok=True)
     width = len(str(nodes))
     files = [output / f"node-{number:0{width}}.csv" for number in range(1, nodes + 1)]
     for path, indices in zip(files, parts, strict=True):
         with path.open("x", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["text", "label"])
+            writer.writerow(["text", *["text_pair"] * paired, "label"])
             for i in indices:
-                writer.writerow([rows.items[i], names[rows.targets[i]]])
+                texts = rows.items[i] if paired else [rows.items[i]]
+                writer.writerow([*texts, names[rows.targets[i]]])
     return files
 
 

@@ -16,12 +16,15 @@ from fedlora_app.tables import Table
 
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question", "title")
 LABEL_COLUMNS = ("label", "labels", "category", "class", "target", "topic", "intent")
-# A title beside a text is left; whatever else reads like a text makes a pair of it.
+# Two texts of a row: NLI, paraphrase, question and answer.
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "answer"),
+         ("question", "sentence"), ("question1", "question2"), ("text", "text_pair"),
+         ("text_a", "text_b"), ("text1", "text2"), ("question", "passage"),
+         ("query", "passage"))  # fmt: skip
+# A title beside a text is left; whatever else reads like a text is not, in silence.
 BESIDE = ("title", "headline", "subject", "url", "date")
 # The other half of a pair, also where its texts are short.
-PARTNERS = (*TEXT_COLUMNS, "answer", "context", "premise", "hypothesis", "passage", "query",
-            "response", "sentence1", "sentence2", "text1", "text2", "text_a", "text_b",
-            "text_pair", "question1", "question2")  # fmt: skip
+PARTNERS = {*TEXT_COLUMNS, *(name for pair in PAIRS for name in pair), "context", "response"}
 LOOKED_AT = 1000  # rows that decide whether a column reads like texts
 WORDS = 4  # on average, from which on a column of mostly different values reads like texts
 
@@ -38,26 +41,72 @@ def label_column(table: Table, config: DataConfig) -> str:
     return named_column(table, config.label_column, LABEL_COLUMNS, "data.label-column")
 
 
-def text_column(table: Table, config: DataConfig, label: str) -> str:
-    """Return the column of the texts; refuse to choose between two that read like texts."""
+def text_columns(table: Table, config: DataConfig, label: str) -> dict[str, str]:
+    """Return the column of the texts, or the two of pairs of texts, by role.
+
+    Parameters
+    ----------
+    table : Table
+    config : DataConfig
+        Its ``text_column`` names one column, or two with a comma between; auto takes two of
+        usual names, else one, and refuses to choose where one more reads like texts.
+    label : str
+        The column of the labels.
+
+    Returns
+    -------
+    dict
+        ``{"text": column}`` or ``{"text": column, "second text": column}``.
+    """
     key = "data.text-column"
-    text = named_column(table, config.text_column, TEXT_COLUMNS, key)
     path, _ = table.place(None)
-    if text == label:
+    pair = _pair(table, config.text_column, label)
+    if len(pair) > 2 or len(set(pair)) < len(pair):
         raise DataError(
-            path, "expected texts and labels in two columns", f"{text!r} for both", f"set {key}"
+            path,
+            "expected one column of texts, or two different ones for pairs of texts",
+            repr(config.text_column),
+            f"set {key}",
         )
-    if config.text_column == "auto":
-        rivals = [name for name in table.columns if name not in (text, label)]
+    auto = config.text_column == "auto"
+    texts = [named_column(table, "auto" if auto else name, (name,), key) for name in pair]
+    texts = texts or [named_column(table, config.text_column, TEXT_COLUMNS, key)]
+    if label in texts:
+        raise DataError(
+            path, "expected texts and labels in different columns", f"{label!r} for both",
+            f"set {key}",
+        )  # fmt: skip
+    if auto:
+        used = (*texts, label, config.partition_column)
+        rivals = [name for name in table.columns if name not in used]
         rivals = [name for name in rivals if _reads_like_text(name, table.columns[name])]
         if rivals:
             raise DataError(
                 path,
-                "expected one column of texts; which is meant of several is not to be guessed",
-                ", ".join(map(repr, [text, *rivals])),
-                f"set {key} (pairs of texts: join them in one column)",
+                "expected one column of texts, or two of usual names; which is meant of several "
+                "is not to be guessed",
+                ", ".join(map(repr, [*texts, *rivals])),
+                f"set {key} (for pairs of texts, to two columns with a comma between)",
             )
-    return text
+    return dict(zip(("text", "second text"), texts, strict=False))
+
+
+def has_texts(table: Table, wanted: str) -> bool:
+    """Tell whether there are such columns of texts."""
+    pair = _pair(table, wanted)
+    if pair and wanted != "auto":
+        return all(name in table.columns for name in pair)
+    return bool(pair) or has_column(table, wanted, TEXT_COLUMNS)
+
+
+def _pair(table: Table, wanted: str, label: str = "") -> list[str]:
+    """Return the columns of pairs of texts, asked for or of usual names; none of single texts."""
+    if wanted == "auto":
+        found = {name.lower() for name in table.columns if name != label}
+        return next((list(pair) for pair in PAIRS if found.issuperset(pair)), [])
+    if "," not in wanted or wanted in table.columns:
+        return []
+    return [name.strip() for name in wanted.split(",")]
 
 
 def groups_of(table: Table, config: DataConfig, kept: Sequence[int]) -> NDArray[np.str_] | None:

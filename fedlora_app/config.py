@@ -76,7 +76,11 @@ class DataConfig:
         "packaged data set, Hugging Face data set id, or local csv, jsonl, parquet file or folder",
         on_resume="fatal",
     )
-    text_column: str = option("auto", "column with the text (auto: text, sentence, content, …)")
+    text_column: str = option(
+        "auto",
+        "column with the text, or two columns with a comma between for pairs of texts (auto: text, "
+        "sentence, content, …; or sentence1 and sentence2, premise and hypothesis, …)",
+    )
     train_on: str = option(
         "answers",
         "causal-lm: answers (every turn of the assistant) or all",

@@ -55,10 +55,17 @@ class MeanPoolClassifier(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, num_labels)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> ClassifierOutput:
         """Return the logits, and the mean cross-entropy if ``labels`` (batch,) are given."""
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        # Not every encoder takes the types of pairs.
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        found = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types)
+        states = found.last_hidden_state
         # In float32 also when the encoder is bfloat16: a sum over many tokens loses digits.
         mask = attention_mask.unsqueeze(-1).float()
         mean = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)

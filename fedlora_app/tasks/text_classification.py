@@ -1,17 +1,19 @@
-"""Fine-tune a language model to classify texts."""
+"""Fine-tune a language model to classify texts, or pairs of texts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_app import packaged
-from fedlora_app.columns import TEXT_COLUMNS, has_column, text_column
+from fedlora_app.columns import has_texts, text_columns
+from fedlora_app.discretion import DataError
 from fedlora_app.labels import Fail
 from fedlora_app.tables import Table
 from fedlora_app.tasks.base import About, Indices, Rows, register_task
@@ -26,7 +28,10 @@ UNKNOWN = 0.5  # of their tokens: more, and it is the tokenizer of another model
 
 @register_task
 class TextClassification(Classification):
-    """Texts by their label: ``AutoModelForSequenceClassification``, or a mean-pool head."""
+    """Texts by their label: ``AutoModelForSequenceClassification``, or a mean-pool head.
+
+    An item is a text, or a tuple of two where the data hold pairs; ``about["pairs"]`` says so.
+    """
 
     name = "text-classification"
     peft_type = "SEQ_CLS"
@@ -35,24 +40,40 @@ class TextClassification(Classification):
     # ----- rows
 
     def item_columns(self, table: Table, label: str) -> dict[str, str]:
-        """Return the column of the texts."""
-        return {"text": text_column(table, self.config.data, label)}
+        """Return the column of the texts, or the two of pairs."""
+        return text_columns(table, self.config.data, label)
 
     def knows_items(self, table: Table) -> bool:
-        """Tell whether there is a column of texts."""
-        return has_column(table, self.config.data.text_column, TEXT_COLUMNS)
+        """Tell whether there are columns of texts."""
+        return has_texts(table, self.config.data.text_column)
 
-    def item(self, values: Mapping[str, Any], fail: Fail) -> str:
-        """Return the text; refuse what is none."""
-        ((column, text),) = values.items()
-        if not isinstance(text, str):
-            fail("expected a text", f"{text!r} in column {column!r}", "write it as a string")
-        if not text.isascii() and not _encodes(text):
-            fail(
-                "expected a text, but it holds half a character (a lone surrogate)",
-                remedy="remove it, or write U+FFFD for it",
+    def item(self, values: Mapping[str, Any], fail: Fail) -> str | tuple[str, ...]:
+        """Return the text, or the pair; refuse what is none."""
+        for column, text in values.items():
+            if not isinstance(text, str):
+                fail("expected a text", f"{text!r} in column {column!r}", "write it as a string")
+            if not text.isascii() and not _encodes(text):
+                fail(
+                    "expected a text, but it holds half a character (a lone surrogate)",
+                    remedy="remove it, or write U+FFFD for it",
+                )
+        texts = tuple(values.values())
+        return texts if len(texts) > 1 else texts[0]
+
+    def rows(self, table: Table, about: About | None, place: str) -> Rows:
+        """Return texts or pairs with their labels; of the other nodes' kind."""
+        rows = super().rows(table, about, place)
+        columns = [name for role, name in rows.origin.columns.items() if role != "label"]
+        pairs = len(columns) > 1
+        if about is not None and pairs != about.get("pairs", False):
+            kinds = ("single texts", "pairs of texts")
+            raise DataError(
+                table.place(None)[0] if table.parts else place,
+                f"expected {kinds[not pairs]}, which the run trains on",
+                f"{kinds[pairs]} in column {' and '.join(map(repr, columns))}",
+                "name its columns alike everywhere, or set data.text-column",
             )
-        return text
+        return replace(rows, about={**rows.about, "pairs": True}) if pairs else rows
 
     def test_rows(self, about: About | None = None) -> Rows:
         """Return the test rows; of 20 Newsgroups without the seven posts that trained."""
@@ -66,11 +87,11 @@ class TextClassification(Classification):
         """Return the first text and its label, and how long the longest is."""
         if not len(rows):
             return []
-        first = " ".join(rows.items[0].split())
-        first = first[:60] + "…" if len(first) > 60 else first
-        longest = max(rows.items, key=len)
+        firsts = [" ".join(text.split()) for text in _texts(rows.items[:1])]
+        first = " + ".join(repr(f[:60] + "…" if len(f) > 60 else f) for f in firsts)
+        longest = max(_texts(rows.items), key=len)
         return [
-            f"  first: {first!r} → {rows.about['labels'][rows.targets[0]]}",
+            f"  first: {first} → {rows.about['labels'][rows.targets[0]]}",
             f"  longest text: {len(longest.split())} words, {len(longest)} characters",
         ]
 
@@ -89,7 +110,8 @@ class TextClassification(Classification):
 
     def fill(self) -> dict[str, int]:
         """Return the padding token, behind a mask of zeros."""
-        return {"input_ids": int(self.tokenizer.pad_token_id), "attention_mask": 0}
+        pad = int(self.tokenizer.pad_token_id)
+        return {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0}
 
     def model(
         self, about: About, *, seed: int, precision: str = "float32", shapes_only: bool = False
@@ -110,11 +132,33 @@ class TextClassification(Classification):
         from fedlora_app.models import positions
 
         name, wanted = self.config.model.name, self.config.data.max_length
-        found = self._foreign_tokens(model, rows.items[:LOOKED_AT])
+        found = self._foreign_tokens(model, _texts(rows.items[:LOOKED_AT]))
+        if rows.about.get("pairs"):
+            found += self._pair_problems(model)
         if (most := positions(model)) is not None and wanted > most:
             found.append(
                 f"data.max-length: {wanted} tokens, but model.name = {name!r} has {most} "
                 f"positions; set data.max-length={most}"
+            )
+        return found
+
+    def _pair_problems(self, model: nn.Module) -> list[str]:
+        found, tokenizer, wanted = [], self.tokenizer, self.config.data.max_length
+        least = tokenizer.num_special_tokens_to_add(pair=True) + 2
+        if wanted < least:
+            found.append(
+                f"data.max-length: {wanted} tokens, but a pair of texts takes {least} at least: a "
+                f"token of each, and what marks where they end; set data.max-length={least} or more"
+            )
+        known: Any = next(
+            (m for name, m in model.named_modules() if name.endswith("token_type_embeddings")), None
+        )
+        takes = "token_type_ids" in signature(getattr(model, "encoder", model).forward).parameters
+        if _marks(tokenizer) and not (takes and (known is None or known.num_embeddings > 1)):
+            found.append(
+                f"model.name = {self.config.model.name!r}: its tokenizer marks the second text of "
+                "a pair by token_type_ids, which the model does not know; leave them out of "
+                "model_input_names in its tokenizer_config.json"
             )
         return found
 
@@ -151,21 +195,24 @@ class TextClassification(Classification):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of n texts, padded on the right to the longest of them.
+    """Token ids of n texts or pairs, padded on the right to the longest of them.
 
     Parameters
     ----------
     input_ids : int32 Tensor, shape (n, longest)
         Token ids.
     sizes : ndarray of int64, shape (n,)
-        Tokens of each text before the padding.
+        Tokens of each text or pair before the padding.
     labels : ndarray of int64, shape (n,)
         Label ids.
+    types : int8 Tensor, shape (n, longest), optional
+        Of pairs, for models that know it: 1 for tokens of the second text.
     """
 
     input_ids: Tensor
     sizes: NDArray[np.int64]
     labels: NDArray[np.int64]
+    types: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -175,8 +222,9 @@ class Tokens:
         import torch
 
         chosen = np.asarray(indices, dtype=np.int64)
-        ids = self.input_ids[torch.from_numpy(chosen)]
-        return Tokens(ids, self.sizes[chosen], self.labels[chosen])
+        rows = torch.from_numpy(chosen)
+        types = None if self.types is None else self.types[rows]
+        return Tokens(self.input_ids[rows], self.sizes[chosen], self.labels[chosen], types)
 
     def batch(self, indices: Sequence[int] | Indices) -> dict[str, Tensor]:
         """Return some rows, padded to the longest of them; int64 tensors."""
@@ -186,26 +234,55 @@ class Tokens:
         sizes = self.sizes[chosen]
         # Few distinct widths, in steps of 8, suit both the matrix kernels and the allocator.
         width = min(-(-int(sizes.max()) // 8) * 8, self.input_ids.shape[1])
-        ids = self.input_ids[torch.from_numpy(chosen), :width].long()
+        rows = torch.from_numpy(chosen)
         mask = torch.arange(width) < torch.from_numpy(sizes)[:, None]
-        labels = torch.from_numpy(self.labels[chosen])
-        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+        batch = {"input_ids": self.input_ids[rows, :width].long(), "attention_mask": mask.long()}
+        if self.types is not None:
+            batch["token_type_ids"] = self.types[rows, :width].long()
+        return {**batch, "labels": torch.from_numpy(self.labels[chosen])}
 
 
 def tokenize(rows: Rows, tokenizer: Any, max_length: int) -> Tokens:
-    """Turn texts into token ids, at most ``max_length`` (and what the model takes) each."""
+    """Turn texts into token ids, at most ``max_length`` (and what the model takes) each.
+
+    Of a pair, the longer text is cut first.
+    """
     import torch
 
     labels: NDArray[np.int64] = rows.targets
     if not len(rows):
         return Tokens(torch.zeros(0, 0, dtype=torch.int32), labels, labels)
     limit = min(max_length, tokenizer.model_max_length)
-    encoded = tokenizer(list(rows.items), truncation=True, max_length=limit)["input_ids"]
-    lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
-    padded = np.full((len(rows), lengths.max()), tokenizer.pad_token_id, dtype=np.int32)
+    texts, pairs = [list(rows.items)], isinstance(rows.items[0], tuple)
+    if pairs:
+        texts = [list(part) for part in zip(*rows.items, strict=True)]
+        if not tokenizer.num_special_tokens_to_add(pair=True):  # else the texts run into each other
+            texts[1] = [f"\n{text}" for text in texts[1]]
+    found = tokenizer(*texts, truncation="longest_first", max_length=limit)
+    lengths = np.array([len(ids) for ids in found["input_ids"]], dtype=np.int64)
     # One assignment through a mask: a loop over rows takes several times as long.
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate(encoded)
-    return Tokens(torch.from_numpy(padded), lengths, labels)
+    held = np.arange(lengths.max()) < lengths[:, None]
+
+    def padded(rows: list[list[int]], value: int, dtype: type) -> Tensor:
+        filled: NDArray[Any] = np.full(held.shape, value, dtype=dtype)
+        filled[held] = np.concatenate(rows)
+        return torch.from_numpy(filled)
+
+    ids = padded(found["input_ids"], tokenizer.pad_token_id, np.int32)
+    # Of single texts all are zero, which is what models take where they are given none.
+    marked = pairs and _marks(tokenizer)
+    types = padded(found["token_type_ids"], 0, np.int8) if marked else None
+    return Tokens(ids, lengths, labels, types)
+
+
+def _marks(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer says of each token which text of a pair it is of."""
+    return "token_type_ids" in tokenizer.model_input_names
+
+
+def _texts(items: Sequence[str | tuple[str, ...]]) -> list[str]:
+    """Return the texts of single texts or pairs, one after the other."""
+    return [text for item in items for text in ((item,) if isinstance(item, str) else item)]
 
 
 def _encodes(text: str) -> bool:

@@ -18,6 +18,8 @@ from fedlora_app.models import build_tokenizer
 from fedlora_app.partition import _named
 from fedlora_app.partitioners import double_imbalance
 from fedlora_app.rows import train_validation_split
+from fedlora_app.tasks import Rows
+from fedlora_app.tasks.text_classification import tokenize as tokenize_rows
 from tests.app.texts import (
     Texts,
     Tokens,
@@ -436,3 +438,36 @@ def test_take_keeps_text_and_label_together():
     taken = rows.take(np.array([2, 1]))
     assert list(taken.texts) == ["c", "b"]
     assert taken.labels.tolist() == [0, 1]
+
+
+def test_pairs_are_cut_at_the_longer_text_and_say_which_token_is_whose(r8):
+    tokenizer = build_tokenizer(ModelConfig())
+    pairs = [("oil prices rose", "they " * 30), ("the bank", "cut rates"), ("a", "b")]
+    rows = Rows(pairs, np.array([0, 1, 0]), {"labels": ["x", "y"], "pairs": True})
+    tokens = tokenize_rows(rows, tokenizer, 12).take([0, 2, 1])
+    first = tokenizer(*pairs[0], truncation=True, max_length=12)
+    assert tokens.sizes.tolist() == [12, 5, 7]
+    batch = tokens.batch([0, 1])
+    assert batch["input_ids"][0].tolist() == first["input_ids"]
+    assert batch["token_type_ids"][0].tolist() == first["token_type_ids"]
+    assert batch["token_type_ids"][1].tolist() == [0, 0, 0, 1, 1] + [0] * 7
+    assert tokens.batch([1])["token_type_ids"].shape == (1, 8)
+    assert "token_type_ids" not in tokenize(r8.take([0, 1]), tokenizer, 20).batch([0, 1])
+
+
+def test_pairs_of_a_tokenizer_without_marks_do_not_run_into_each_other():
+    seen = []
+
+    class Plain:
+        model_max_length, pad_token_id, model_input_names = 99, 0, ("input_ids", "attention_mask")
+
+        def num_special_tokens_to_add(self, pair):
+            return 0
+
+        def __call__(self, *texts, **options):
+            seen.extend(texts)
+            return {"input_ids": [[1, 2], [3]]}
+
+    rows = Rows([("a", "b"), ("c", "d")], np.array([0, 1]), {"labels": ["x", "y"], "pairs": True})
+    assert tokenize_rows(rows, Plain(), 9).types is None
+    assert seen == [["a", "c"], ["\nb", "\nd"]]

@@ -248,33 +248,110 @@ def test_a_test_file_without_labels_or_rows_is_passed_over(tmp_path, content, re
 # ----- texts ---------------------------------------------------------------------------
 
 
-PAIRS = [("sentence", "question"), ("text", "text_pair"), ("question", "answer"),
-         ("review", "summary"), ("title", "body"), ("text", "translation")]  # fmt: skip
+KNOWN = [("question", "sentence"), ("text", "text_pair"), ("question", "answer"),
+         ("Premise", "Hypothesis"), ("sentence1", "sentence2")]  # fmt: skip
+DOUBTFUL = [("review", "summary"), ("title", "body"), ("text", "translation")]
 
 
-def pair(folder, one, two, words="who won it this time {}"):
+def pair(folder, one, two, words="who won it this time {}", stem="d"):
     rows = [f"{words.format(i)},of course it was {i} again,{'ab'[i % 2]}" for i in range(12)]
-    path = folder / "d.csv"
+    path = folder / f"{stem}.csv"
     path.write_text("\n".join([f"{one},{two},label", *rows]))
     return path
 
 
-@pytest.mark.parametrize(("one", "two"), PAIRS)
+@pytest.mark.parametrize(("one", "two"), KNOWN)
+def test_pairs_of_usual_names_are_taken_whole(tmp_path, one, two):
+    path = pair(tmp_path, two, one)  # the order of the file does not count
+    config = DataConfig(name=str(path))
+    rows = load_train(config)
+    assert dict(rows.origin.columns) == {"text": one, "second text": two, "label": "label"}
+    assert rows.rows.about == {"labels": ["a", "b"], "pairs": True}
+    assert all(texts[0].startswith("of course") and len(texts) == 2 for texts in rows.texts)
+    text = str(inspect(make_task(RunConfig(data=config))))
+    assert f"text from {one!r}, second text from {two!r}" in text
+    assert re.search(r"first: 'of course .* again' \+ 'who won .*' → [ab]", text)
+    assert "second text from" in check_own_data({"data-path": str(path)})
+
+
+@pytest.mark.parametrize(("one", "two"), DOUBTFUL)
 def test_the_second_text_of_a_pair_is_not_dropped_in_silence(tmp_path, one, two):
     path = pair(tmp_path, one, two)
-    with pytest.raises(DataError, match=r"of several .* set data\.text-column .*join them") as info:
+    with pytest.raises(DataError, match=r"of several .* set data\.text-column .*comma") as info:
         read(path)
     assert repr(one) in str(info.value)
     assert repr(two) in str(info.value)
     assert two not in info.value.told
     chosen = load_own(path, DataConfig(text_column=two), None)
     assert chosen.origin.left == (one,)
+    chosen = load_own(path, DataConfig(text_column=f"{one}, {two}"), None)
+    assert chosen.texts[1] == ("who won it this time 1", "of course it was 1 again")
 
 
-@pytest.mark.parametrize("columns", [("premise", "hypothesis"), ("tweet", "reply")])
+@pytest.mark.parametrize("columns", [("premise", "statement"), ("tweet", "reply")])
 def test_pairs_without_a_known_name(tmp_path, columns):
+    path = pair(tmp_path, *columns)
     with pytest.raises(DataError, match=r"of the columns text, .* set data\.text-column"):
-        read(pair(tmp_path, *columns))
+        read(path)
+    assert "has to name its columns" in check_own_data({"data-path": str(path)})
+    named = RunConfig(data=DataConfig(text_column=",".join(columns)))
+    assert "12 rows" in check_own_data({"data-path": str(path)}, named)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "match"),
+    [
+        ("tweet,replies", "expected a column 'replies', got tweet, reply, label; set data.text-"),
+        ("tweet,", "expected a column '', got tweet, reply, label"),
+        ("tweet,tweet", "two different ones for pairs of texts, got 'tweet,tweet'"),
+        ("tweet,reply,label", "one column of texts, or two different ones"),
+        ("tweet,label", "in different columns, got 'label' for both"),
+    ],
+)
+def test_columns_that_make_no_pair(tmp_path, wanted, match):
+    with pytest.raises(DataError, match=match) as info:
+        load_own(pair(tmp_path, "tweet", "reply"), DataConfig(text_column=wanted), None)
+    assert not re.search("tweet|repl|'label'", info.value.told)
+
+
+def test_a_third_text_and_a_comma_in_the_name_of_a_column(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("question,answer,context,label\nwho was it,it was me,he said so,x\n")
+    with pytest.raises(
+        DataError, match="of several is not to be guessed, got 'question', 'answer', "
+    ):
+        read(path)
+    path.write_text('"a,b",label\none text,x\ntwo text,y\n')
+    assert load_own(path, DataConfig(text_column="a,b"), None).texts == ["one text", "two text"]
+
+
+def test_a_site_and_a_test_split_hold_pairs_where_the_run_does(tmp_path):
+    pairs, single = pair(tmp_path, "premise", "hypothesis"), pair(tmp_path, "id", "text", stem="s")
+    single.write_text(single.read_text().replace("who won it this time ", ""))
+    config, about = DataConfig(), {"labels": ["a", "b"]}
+    task = make_task(RunConfig(data=config))
+    assert task.own_rows(str(single), about).about == about
+    paired = {**about, "pairs": True}
+    for path, known, expected in [(pairs, about, "single texts"), (single, paired, "pairs of")]:
+        with pytest.raises(DataError, match=f"expected {expected}.*, which the run") as info:
+            task.own_rows(str(path), known)
+        assert not re.search("premise|'text'", info.value.told)
+    (tmp_path / "both").mkdir()
+    pair(tmp_path / "both", "premise", "hypothesis", stem="train")
+    (tmp_path / "both" / "test.csv").write_text(single.read_text())
+    with pytest.raises(DataError, match=r"test\.csv: expected pairs of texts"):
+        load_test(DataConfig(name=str(tmp_path / "both")))
+
+
+def test_pairs_with_half_a_text_are_left_out_and_others_refused(tmp_path):
+    path = tmp_path / "d.jsonl"
+    halves = [("a b", "c d"), ("a b", None), (" ", "c d"), ("e", "f"), ("g", "h")]
+    rows = [{"text": t, "text_pair": p, "label": "xy"[i % 2]} for i, (t, p) in enumerate(halves)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "3 rows (2 left out: no text)" in check_own_data({"data-path": str(path)})
+    path.write_text(path.read_text().replace('"h"', "3"))
+    with pytest.raises(DataError, match="line 5: expected a text, got 3 in column 'text_pair'"):
+        read(path)
 
 
 def test_what_is_left_beside_a_text_is_said(tmp_path):

@@ -153,3 +153,31 @@ def test_the_command_line_refuses_and_leaves_no_folder(
     assert run_simulation.main([*arguments, *output]) == 2
     assert expected in capsys.readouterr().err
     assert [file.name for file in Path(tmp_path).iterdir()] == ["devices.csv"]
+
+
+@pytest.mark.parametrize(("name", "fits"), [("bert", True), ("llama", False)])
+def test_pairs_whose_texts_are_marked_need_a_model_that_knows_marks(checkpoint, name, fits):  # noqa: F811
+    folder = checkpoint(name)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    about = {"labels": ["x", "y"], "pairs": True}
+    rows = Rows([("oil", "price"), ("bank", "rate")], np.arange(2), about)
+    parts = config(folder)
+    report = Report(parts.task, rows, rows)
+    if fits:
+        door.check_model(parts, report)
+        batch = parts.task.encode(rows).batch([0, 1])
+        assert batch["token_type_ids"].tolist() == [[0, 1], [0, 1]]
+        build_model(parts.config.model, num_labels=2, seed=0)(**batch).loss.backward()
+    else:
+        with pytest.raises(ConfigError, match="token_type_ids, which the model does not know"):
+            door.check_model(parts, report)
+
+
+def test_pairs_longer_than_what_is_kept_of_them():
+    parts = read_config({"data.max-length": 4})
+    about = {"labels": ["x", "y"], "pairs": True}
+    rows = Rows([("oil", "price"), ("bank", "rate")], np.arange(2), about)
+    with pytest.raises(ConfigError, match="4 tokens, but a pair of texts takes 5 at least"):
+        door.check_model(parts, Report(parts.task, rows, rows))
