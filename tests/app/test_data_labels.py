@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from decimal import Decimal
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from deploy.share_out import share_out
 from fedlora_app.config import DataConfig, RunConfig
 from fedlora_app.discretion import DataError
 from fedlora_app.inspection import check_own_data, inspect
@@ -389,3 +391,12 @@ def test_a_site_of_too_few_rows_says_so_when_it_starts(tmp_path, rows):
     path = written(tmp_path, rows, "csv")
     with pytest.raises(DataError, match=r"d\.csv: expected"):
         check_own_data({"data-path": str(path)})
+
+
+def test_pairs_are_shared_out_among_sites_as_pairs(tmp_path):
+    config = DataConfig(name=str(pair(tmp_path, "premise", "hypothesis")), partition="iid")
+    files = share_out(replace(config, min_samples=2), 2, tmp_path / "sites")
+    task = make_task(RunConfig(data=config))
+    rows = task.train_rows()
+    kept = [texts for file in files for texts in task.own_rows(str(file), rows.about).items]
+    assert sorted(kept) == sorted(rows.items)

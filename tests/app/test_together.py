@@ -222,3 +222,13 @@ def test_what_cannot_be_trained_together():
     dora = bert(dora=True)
     with pytest.raises(ValueError, match="only linear layers can be trained together"):
         train_together(TASK, dora, jobs(dora, TrainConfig(steps=3)))
+
+
+def test_pairs_together():
+    model, made = bert(), []
+    for job in jobs(model, TrainConfig(steps=3, batch_size=4)):
+        tokens = job.inputs
+        halves = torch.arange(tokens.input_ids.shape[1]) >= torch.tensor(tokens.sizes)[:, None] // 2
+        made.append(replace(job, inputs=replace(tokens, types=halves.to(torch.int8))))
+    assert "token_type_ids" in made[0].inputs.batch([0])
+    compare(model, made)
