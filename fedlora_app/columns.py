@@ -184,7 +184,7 @@ def named_column(table: Table, wanted: str, usual: tuple[str, ...], key: str) ->
                 return found[0]
         expected = named = f"one of the columns {', '.join(usual)}"
     got = ", ".join(table.columns)
-    error = DataError(path, f"expected {expected}", got, f"set {key}")
+    error = DataError(path, f"expected {expected}", got, f"set {key}, or another task")
     # What was asked for is the server's own word, but a site need not repeat it.
     error.told = error.told.replace(expected, named)
     raise error

@@ -183,10 +183,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _read_table(path: Path) -> Table:
-    csv = [s.lower() for s in path.suffixes[-2:]] in ([".csv"], [".csv", ".gz"]) or (
-        path.suffix.lower() == ".csv"
-    )
-    if csv or path.name.lower().endswith(".csv.gz"):
+    if path.name.lower().endswith((".csv", ".csv.gz")):
         with _opened(path) as file:
             first = file.readline()
         if first.count(b",") >= PIXEL_COLUMNS:

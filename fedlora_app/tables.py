@@ -120,7 +120,7 @@ def read_local(path: Path) -> dict[str, Table]:
         path.absolute(),
         "expected train.csv, .tsv, .jsonl or .parquet, or a saved data set, here or in data/",
         ", ".join(held[:8]) + (", …" if len(held) > 8 else "") or "an empty folder",
-        "rename the files, or name the file or folder with the rows itself",
+        "rename the files, or name the file or folder with the rows itself; or set another task",
     )
 
 
