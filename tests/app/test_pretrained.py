@@ -14,6 +14,7 @@ from fedlora_app.config import LoraConfig, ModelConfig
 from fedlora_app.evaluation import per_sample_losses
 from fedlora_app.lora import add_lora
 from fedlora_app.models import build_model, build_tokenizer
+from fedlora_app.report import save_adapter
 from tests.app.test_models import SMALL, folders, inputs  # noqa: F401
 from tests.app.texts import TASK, Texts, tokenize
 
@@ -87,6 +88,25 @@ def test_adapter_gives_the_same_logits_on_the_plain_model(checkpoint, tmp_path, 
         )
         again = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
         torch.testing.assert_close(again(**inputs()).logits, expected)
+
+
+@pytest.mark.parametrize("head", ["stock", "mean-pool"])
+def test_adapter_of_pairs_gives_the_same_logits_when_it_is_loaded(checkpoint, tmp_path, head):
+    config = ModelConfig(name=str(checkpoint("bert")), head=head)
+    model = add_lora(build_model(config, num_labels=3, seed=5), LoraConfig(), rank=2, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    save_adapter(model.eval(), tmp_path / "adapter", config.name, {"pairs": True})
+    assert (tmp_path / "adapter" / "pairs.json").read_text().strip() == "true"
+    types = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]])
+    expected = model(**inputs(), token_type_ids=types).logits
+    assert not torch.allclose(expected, model(**inputs()).logits)
+    again = PeftModel.from_pretrained(
+        build_model(config, num_labels=3, seed=5), str(tmp_path / "adapter")
+    ).eval()
+    torch.testing.assert_close(again(**inputs(), token_type_ids=types).logits, expected)
 
 
 def test_what_was_loaded_and_what_is_new_is_said(checkpoint):
