@@ -23,21 +23,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora_app import cluster
-from fedlora_app.config import ConfigError, RunConfig, Scalar
-from fedlora_app.console import Console
-from fedlora_app.copies import Copies
-from fedlora_app.fields import pair, typed_value
+from fedlora_app.config.fields import pair, typed_value
+from fedlora_app.config.keys import ConfigError, RunConfig, Scalar
+from fedlora_app.config.read import read_config
 from fedlora_app.flower import flatten_dict
-from fedlora_app.folders import refuse_used
-from fedlora_app.inspection import CHECKED, clients_of, inspect
-from fedlora_app.ray_head import RayHead
-from fedlora_app.read import read_config
-from fedlora_app.superlink import SuperLink, SuperLinkError, exit_on_signals
+from fedlora_app.launch import cluster
+from fedlora_app.launch.console import Console
+from fedlora_app.launch.copies import Copies
+from fedlora_app.launch.folders import refuse_used
+from fedlora_app.launch.inspection import CHECKED, clients_of, inspect
+from fedlora_app.launch.ray_head import RayHead
+from fedlora_app.launch.superlink import SuperLink, SuperLinkError, exit_on_signals
 from fedlora_app.tasks import make_task
 
 if TYPE_CHECKING:
-    from fedlora_app.build import Parts
+    from fedlora_app.config.build import Parts
 
 PROJECT = Path(__file__).resolve().parent
 OPTIONS = {"rounds": "rounds", "output": "output", "resume-from": "resume"}  # keys with their own
@@ -93,7 +93,7 @@ def check_start(config: RunConfig, args: argparse.Namespace, folder: Path, copie
         # A cluster is asked itself.
         "resources": None if args.ray_address else [args.cpus_per_client, args.gpus_per_client],
     }
-    command = copies.command("-m", "fedlora_app.door", json.dumps(question))
+    command = copies.command("-m", "fedlora_app.launch.door", json.dumps(question))
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     print(done.stdout, end="", flush=True)
     if done.returncode:
@@ -106,7 +106,7 @@ def check_cluster(config: RunConfig, args: argparse.Namespace) -> None:
 
     Raises
     ------
-    fedlora_app.cluster.ClusterError
+    fedlora_app.launch.cluster.ClusterError
         If a node lacks something, or there is no such cluster.
     """
     room = cluster.check(

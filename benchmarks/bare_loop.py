@@ -32,8 +32,8 @@ class Loop:
         import numpy as np
         import torch
 
-        from fedlora_app.config import RunConfig
-        from fedlora_app.partition import shares
+        from fedlora_app.config.keys import RunConfig
+        from fedlora_app.data.partition import shares
         from fedlora_app.tasks import make_task
 
         torch.set_num_threads(1)

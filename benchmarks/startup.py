@@ -45,8 +45,8 @@ def one_message(flat: dict, site: str) -> dict[str, float]:
     from flwr.app import RecordDict
 
     from fedlora_app.client_app import INFO_KEY, LoRAClient
-    from fedlora_app.config import RunConfig
-    from fedlora_app.precision import with_precision
+    from fedlora_app.config.keys import RunConfig
+    from fedlora_app.config.precision import with_precision
 
     config = with_precision(RunConfig.from_flat(flat))
     labels = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
@@ -75,7 +75,7 @@ def one_message(flat: dict, site: str) -> dict[str, float]:
 
 def write_rows(file: Path, count: int = 500) -> None:
     """Write the first rows of the packaged data as a site would have them."""
-    from fedlora_app.config import RunConfig
+    from fedlora_app.config.keys import RunConfig
     from fedlora_app.tasks import make_task
 
     rows = make_task(RunConfig()).train_rows()
@@ -88,7 +88,7 @@ def write_rows(file: Path, count: int = 500) -> None:
 
 def rounds(site: Path, repeat: int, *, warm: bool) -> list[float]:
     """Return the seconds of rounds in which one SuperNode trains for one step."""
-    from fedlora_app.superlink import SuperLink
+    from fedlora_app.launch.superlink import SuperLink
 
     folder = site.parent / ("warm" if warm else "cold")
     config = {

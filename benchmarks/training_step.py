@@ -26,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.measure import machine, table
 from fedlora_app import evaluation, training
-from fedlora_app.config import LoraConfig, RunConfig, TrainConfig
-from fedlora_app.lora import add_lora
-from fedlora_app.models import MeanPoolClassifier
-from fedlora_app.partition import shares
+from fedlora_app.config.keys import LoraConfig, RunConfig, TrainConfig
+from fedlora_app.data.partition import shares
+from fedlora_app.models.loading import MeanPoolClassifier
+from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import TextClassification
 from fedlora_app.tasks.text_classification import Tokens
 from fedlora_app.together import Job, train_together

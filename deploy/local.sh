@@ -147,7 +147,7 @@ if [[ -n $port ]]; then
     ports=()
     for ((i = 0; i <= nodes; i++)); do ports+=("$((port + i))"); done
 else
-    read -r -a ports < <(PYTHONPATH=$project "$python" -m fedlora_app.ports "$((nodes + 1))")
+    read -r -a ports < <(PYTHONPATH=$project "$python" -m fedlora_app.launch.ports "$((nodes + 1))")
 fi
 superlink=127.0.0.1:${ports[0]}
 

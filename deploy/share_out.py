@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedlora_app.config import DataConfig, RunConfig
-from fedlora_app.partition import shares
+from fedlora_app.config.keys import DataConfig, RunConfig
+from fedlora_app.data.partition import shares
 from fedlora_app.tasks import make_task
 
 

@@ -18,13 +18,13 @@ from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from numpy.typing import NDArray
 
-from fedlora_app.config import RunConfig
+from fedlora_app.config.keys import RunConfig
+from fedlora_app.config.precision import with_precision
+from fedlora_app.data.rows import train_validation_split
 from fedlora_app.discretion import LOG, SiteError, discreet
 from fedlora_app.evaluation import evaluate, per_sample_losses
-from fedlora_app.inspection import NO_DATA, block, refuse_few
-from fedlora_app.lora import add_lora
-from fedlora_app.precision import with_precision
-from fedlora_app.rows import train_validation_split
+from fedlora_app.launch.inspection import NO_DATA, block, refuse_few
+from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import About, Inputs, Rows, Task, make_task
 from fedlora_app.training import train
 from strategies.client import (
@@ -257,7 +257,7 @@ def _train_rows(config: RunConfig, info: str) -> Rows:
 
 @lru_cache(maxsize=1)
 def _shares(shares: int, config: RunConfig, info: str) -> list[np.ndarray]:
-    from fedlora_app.partition import shares as share_out  # over a second, and only simulated
+    from fedlora_app.data.partition import shares as share_out  # over a second, and only simulated
 
     return share_out(_task(config), _train_rows(config, info), shares)
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlora_app.batches import evaluation_batches
+from fedlora_app.data.batches import evaluation_batches
 from fedlora_app.tasks.base import Inputs, Task
 from fedlora_app.training import default_device
 from strategies.training import sample_losses

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_app.config import ConfigError, RunConfig
-from fedlora_app.fields import pair, typed_value
-from fedlora_app.inspection import clients_of
-from fedlora_app.plots import pyplot, save
-from fedlora_app.plugins import load
+from fedlora_app.config.fields import pair, typed_value
+from fedlora_app.config.keys import ConfigError, RunConfig
+from fedlora_app.config.plugins import load
+from fedlora_app.launch.inspection import clients_of
+from fedlora_app.report.plots import pyplot, save
 from fedlora_app.tasks import make_task
 
 PRINTED, DRAWN = 8, 11  # classes with a column, a colour of their own; the others are one
@@ -142,8 +142,8 @@ def look(config: RunConfig, clients: int | None = None) -> Shared:
     ValueError or FileNotFoundError
         If there are no such data, or they cannot be shared so.
     """
-    from fedlora_app.partition import shares  # takes over a second
-    from fedlora_app.partitioners import group_names
+    from fedlora_app.data.partition import shares  # takes over a second
+    from fedlora_app.data.partitioners import group_names
 
     task = make_task(config)
     rows = task.train_rows()

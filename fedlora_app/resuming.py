@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora_app.config import ConfigError, RunConfig, Scalar
+from fedlora_app.config.keys import ConfigError, RunConfig, Scalar
 from fedlora_app.tasks import make_task, primary
 from strategies.checkpoint import Checkpoints
 from strategies.saving import Saver, matching

@@ -19,18 +19,18 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.alone import Alone
-from fedlora_app.build import Parts
 from fedlora_app.client_app import INFO_KEY, TIMES_KEY
-from fedlora_app.door import check_run
+from fedlora_app.config.build import Parts
+from fedlora_app.config.precision import with_precision
+from fedlora_app.config.read import read_config
 from fedlora_app.held_out import HeldOut, effective_adapter
-from fedlora_app.inspection import CHECKED, inspect
-from fedlora_app.lora import add_lora
-from fedlora_app.precision import with_precision
-from fedlora_app.read import read_config
-from fedlora_app.report import RunFolder
+from fedlora_app.launch.door import check_run
+from fedlora_app.launch.inspection import CHECKED, inspect
+from fedlora_app.models.lora import add_lora
+from fedlora_app.report.folder import RunFolder
+from fedlora_app.report.tensorboard import TensorBoardListener
 from fedlora_app.resuming import make_saver, resumed_here
 from fedlora_app.tasks import About, Score, primary
-from fedlora_app.tensorboard import TensorBoardListener
 from strategies import FedLoRA
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter

@@ -15,7 +15,7 @@ SuperNodes to be extended; the app is loaded from the message's own bundle, as e
 
 Before it starts it looks at the node's own data and limits, and ends with 2 if it cannot work
 with them. When the SuperLink refuses it, or a message stays without a client, it ends with 1 and
-the reason (``fedlora_app.watch``), for a service manager to start it again.
+the reason (``fedlora_app.launch.watch``), for a service manager to start it again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from fedlora_app.copies import MODELS
 from fedlora_app.flower import parse_config_args, part
-from fedlora_app.processes import die_with
-from fedlora_app.warm import run_executor
-from fedlora_app.watch import EXIT_CODE, PATIENCE, Watch
+from fedlora_app.launch.copies import MODELS
+from fedlora_app.launch.processes import die_with
+from fedlora_app.launch.warm import run_executor
+from fedlora_app.launch.watch import EXIT_CODE, PATIENCE, Watch
 
 PRELOAD = (
     "flwr.supernode.cli.flwr_clientapp",
@@ -133,7 +133,7 @@ def _check(arguments: list[str], parser: argparse.ArgumentParser) -> None:
         if code:
             sys.exit(2)
         return
-    from fedlora_app.inspection import check_limits, check_own_data
+    from fedlora_app.launch.inspection import check_limits, check_own_data
 
     code = 0
     try:

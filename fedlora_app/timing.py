@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fedlora_app.config import RunConfig
+from fedlora_app.config.keys import RunConfig
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
 from strategies.losses import autocast_type, on_device

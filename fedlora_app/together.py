@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fedlora_app.batches import training_batches
-from fedlora_app.config import TrainConfig
+from fedlora_app.config.keys import TrainConfig
+from fedlora_app.data.batches import training_batches
 from fedlora_app.tasks.base import Inputs, Task
 from fedlora_app.training import (
     amount,

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlora_app.batches import training_batches
-from fedlora_app.config import TrainConfig
+from fedlora_app.config.keys import TrainConfig
+from fedlora_app.data.batches import training_batches
 from fedlora_app.tasks.base import Inputs
 from strategies.dropout import QuickDropout
 from strategies.schedules import anew

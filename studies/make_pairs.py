@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlora_app.config import RunConfig
+from fedlora_app.config.keys import RunConfig
 from fedlora_app.tasks import Rows, make_task
 
 SEED = 0

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from fedlora_app.config.precision import with_precision
+from fedlora_app.config.read import read_config
 from fedlora_app.held_out import HeldOut
-from fedlora_app.precision import with_precision
-from fedlora_app.read import read_config
 from fedlora_app.server_app import initial_adapter
 from strategies.client import load_adapter
 from strategies.lora import Adapter

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 import run_simulation
-from fedlora_app.config import ConfigError, RunConfig, Scalar
-from fedlora_app.console import Console
+from fedlora_app.config.keys import ConfigError, RunConfig, Scalar
+from fedlora_app.launch.console import Console
 from tests.integration.conftest import alive
 
 ROOT = Path(run_simulation.__file__).parent

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_app.plugins import load
+from fedlora_app.config.plugins import load
 from strategies.naming import Registry
 from strategies.scores import LOSS as LOSS  # a task imports them from here
 from strategies.scores import Score as Score
@@ -23,8 +23,8 @@ from strategies.scores import Score as Score
 if TYPE_CHECKING:  # torch takes seconds, and the door looks at rows without it
     from torch import Tensor, nn
 
-    from fedlora_app.config import RunConfig
-    from fedlora_app.tables import Table
+    from fedlora_app.config.keys import RunConfig
+    from fedlora_app.data.tables import Table
 
 Indices = NDArray[np.int64]
 About = Mapping[str, Any]
@@ -139,25 +139,25 @@ class Task(ABC):
 
     def splits(self, name: str) -> Mapping[str, Table]:
         """Return the tables of a data set by split; ``train``, and ``test`` or the like."""
-        from fedlora_app.tables import read_splits
+        from fedlora_app.data.tables import read_splits
 
         return read_splits(name)
 
     def own_table(self, path: str) -> Table:
         """Return the table of a node's own file or folder."""
-        from fedlora_app.rows import own_table
+        from fedlora_app.data.rows import own_table
 
         return own_table(path)
 
     def train_rows(self, about: About | None = None) -> Rows:
         """Return the training rows of ``data.name``, without those held out for tests."""
-        from fedlora_app.rows import read_train
+        from fedlora_app.data.rows import read_train
 
         return read_train(self, self.config.data.name, about)
 
     def test_rows(self, about: About | None = None) -> Rows:
         """Return the server's test rows: a split of their own, or held out from training."""
-        from fedlora_app.rows import read_test
+        from fedlora_app.data.rows import read_test
 
         return read_test(self, self.config.data.name, about)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_app.conversations import (
+from fedlora_app.data.conversations import (
     TEXT,
     Turns,
     format_of,
@@ -19,8 +19,8 @@ from fedlora_app.conversations import (
     templated_chat,
     turns_of,
 )
+from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
-from fedlora_app.tables import Table
 from fedlora_app.tasks.base import About, Indices, Origin, Rows, Score, Sums, Task, register_task
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class CausalLM(Task):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the model, with a padding token."""
-        from fedlora_app.models import build_tokenizer
+        from fedlora_app.models.loading import build_tokenizer
 
         return build_tokenizer(self.config.model)
 
@@ -150,7 +150,7 @@ class CausalLM(Task):
         self, about: About, *, seed: int, precision: str = "float32", shapes_only: bool = False
     ) -> nn.Module:
         """Return the language model; nothing of it is new, so no seed matters."""
-        from fedlora_app.language_models import build_language_model
+        from fedlora_app.models.language import build_language_model
 
         model = build_language_model(
             self.config.model, precision=precision, shapes_only=shapes_only

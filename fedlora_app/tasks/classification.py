@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_app.columns import LABEL_COLUMNS, groups_of, has_column, label_column
+from fedlora_app.data.columns import LABEL_COLUMNS, groups_of, has_column, label_column
+from fedlora_app.data.labels import HOLES, NUMBER, Fail, encode, hidden, label_name
+from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
-from fedlora_app.labels import HOLES, NUMBER, Fail, encode, hidden, label_name
-from fedlora_app.tables import Table
 from fedlora_app.tasks.base import About, Origin, Rows, Score, Sums, Task
 
 if TYPE_CHECKING:

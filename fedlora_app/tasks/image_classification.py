@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_app import images
-from fedlora_app.columns import has_column, named_column
+from fedlora_app.data import images
+from fedlora_app.data.columns import has_column, named_column
+from fedlora_app.data.labels import Fail
+from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
-from fedlora_app.labels import Fail
-from fedlora_app.tables import Table
 from fedlora_app.tasks.base import About, Indices, Rows, register_task
 from fedlora_app.tasks.classification import Classification
 
@@ -105,7 +105,7 @@ class ImageClassification(Classification):
         """
         import transformers
 
-        from fedlora_app.pretrained import locate
+        from fedlora_app.models.pretrained import locate
 
         source, local = locate(self.config.model.name)
         try:
@@ -155,7 +155,7 @@ class ImageClassification(Classification):
 
     @cached_property
     def _channels(self) -> int:
-        from fedlora_app.pretrained import read_settings
+        from fedlora_app.models.pretrained import read_settings
 
         return int(getattr(read_settings(self.config.model.name), "num_channels", 3))
 
@@ -165,7 +165,7 @@ class ImageClassification(Classification):
         """Return the model with its head; see ``models.build_classifier``."""
         from torch.nn.modules.batchnorm import _BatchNorm
 
-        from fedlora_app.models import build_classifier
+        from fedlora_app.models.loading import build_classifier
 
         model: Any = build_classifier(
             self.config.model,

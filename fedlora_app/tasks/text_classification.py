@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_app import packaged
-from fedlora_app.columns import has_texts, text_columns
+from fedlora_app.data import packaged
+from fedlora_app.data.columns import has_texts, text_columns
+from fedlora_app.data.labels import Fail
+from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
-from fedlora_app.labels import Fail
-from fedlora_app.tables import Table
 from fedlora_app.tasks.base import About, Indices, Rows, register_task
 from fedlora_app.tasks.classification import Classification
 
@@ -100,7 +100,7 @@ class TextClassification(Classification):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the model, with a padding token."""
-        from fedlora_app.models import build_tokenizer
+        from fedlora_app.models.loading import build_tokenizer
 
         return build_tokenizer(self.config.model)
 
@@ -117,7 +117,7 @@ class TextClassification(Classification):
         self, about: About, *, seed: int, precision: str = "float32", shapes_only: bool = False
     ) -> nn.Module:
         """Return a sequence classifier; see ``models.build_model``."""
-        from fedlora_app.models import build_model
+        from fedlora_app.models.loading import build_model
 
         return build_model(
             self.config.model,
@@ -129,7 +129,7 @@ class TextClassification(Classification):
 
     def problems(self, model: nn.Module, rows: Rows) -> list[str]:
         """Return what of tokenizer, texts, lengths and model does not go together."""
-        from fedlora_app.models import positions
+        from fedlora_app.models.loading import positions
 
         name, wanted = self.config.model.name, self.config.data.max_length
         found = self._foreign_tokens(model, _texts(rows.items[:LOOKED_AT]))

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora_app import compare
-from fedlora_app.compare import execute, reuse, tables
-from fedlora_app.config import RunConfig
-from fedlora_app.records import of_kind, read_json, read_records
-from fedlora_app.retiming import retime_folder, training_of, with_times
-from fedlora_app.study import Study
-from fedlora_app.study_plots import mean_curve, plot_study
-from fedlora_app.study_queue import jobs_for, time_left
-from fedlora_app.superlink import SuperLinkError
+from fedlora_app.compare import runs as compare
+from fedlora_app.compare.retiming import retime_folder, training_of, with_times
+from fedlora_app.compare.runs import execute, reuse, tables
+from fedlora_app.compare.study import Study
+from fedlora_app.compare.study_plots import mean_curve, plot_study
+from fedlora_app.compare.study_queue import jobs_for, time_left
+from fedlora_app.config.keys import RunConfig
+from fedlora_app.launch.superlink import SuperLinkError
+from fedlora_app.report.records import of_kind, read_json, read_records
 from strategies.wallclock.clock import RoundTime
 
 STUDY = """

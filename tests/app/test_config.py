@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora_app.config import ConfigError, RunConfig, markdown_table, toml_section
-from fedlora_app.read import read_config
+from fedlora_app.config.keys import ConfigError, RunConfig, markdown_table, toml_section
+from fedlora_app.config.read import read_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora_app.copies import Copies, with_copies
+from fedlora_app.launch.copies import Copies, with_copies
 from tests.integration.conftest import wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies are for Linux")

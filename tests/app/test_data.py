@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora_app import packaged
-from fedlora_app.batches import evaluation_batches, training_batches
-from fedlora_app.config import DataConfig, ModelConfig
-from fedlora_app.models import build_tokenizer
-from fedlora_app.partition import _named
-from fedlora_app.partitioners import double_imbalance
-from fedlora_app.rows import train_validation_split
+from fedlora_app.config.keys import DataConfig, ModelConfig
+from fedlora_app.data import packaged
+from fedlora_app.data.batches import evaluation_batches, training_batches
+from fedlora_app.data.partition import _named
+from fedlora_app.data.partitioners import double_imbalance
+from fedlora_app.data.rows import train_validation_split
+from fedlora_app.models.loading import build_tokenizer
 from fedlora_app.tasks import Rows
 from fedlora_app.tasks.text_classification import tokenize as tokenize_rows
 from tests.app.texts import (

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fedlora_app.config import DataConfig, RunConfig
+from fedlora_app.config.keys import DataConfig, RunConfig
 from fedlora_app.discretion import DataError
-from fedlora_app.inspection import inspect
+from fedlora_app.launch.inspection import inspect
 from fedlora_app.tasks import make_task
 from tests.app.texts import load_own, load_test, load_train
 

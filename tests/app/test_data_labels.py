@@ -13,10 +13,10 @@ import pytest
 from pyarrow import parquet
 
 from deploy.share_out import share_out
-from fedlora_app.config import DataConfig, RunConfig
+from fedlora_app.config.keys import DataConfig, RunConfig
+from fedlora_app.data.labels import label_name
 from fedlora_app.discretion import DataError
-from fedlora_app.inspection import check_own_data, inspect
-from fedlora_app.labels import label_name
+from fedlora_app.launch.inspection import check_own_data, inspect
 from fedlora_app.tasks import make_task
 from tests.app.texts import load_own, load_test, load_train
 

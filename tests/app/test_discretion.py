@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora_app import client_app
 from fedlora_app.discretion import DataError, NoDataError, told
-from fedlora_app.inspection import check_own_data
+from fedlora_app.launch.inspection import check_own_data
 
 SECRET = "Jane Placeholder"
 LABELS = json.dumps({"labels": ["food", "sport"]})

@@ -10,12 +10,12 @@ import torch
 import transformers
 
 import run_simulation
-from fedlora_app import door
-from fedlora_app.config import ConfigError, LoraConfig, RunConfig
-from fedlora_app.door import resource_problems
-from fedlora_app.inspection import Report
-from fedlora_app.models import build_model, positions
-from fedlora_app.read import read_config
+from fedlora_app.config.keys import ConfigError, LoraConfig, RunConfig
+from fedlora_app.config.read import read_config
+from fedlora_app.launch import door
+from fedlora_app.launch.door import resource_problems
+from fedlora_app.launch.inspection import Report
+from fedlora_app.models.loading import build_model, positions
 from fedlora_app.resuming import check_resume, make_saver
 from fedlora_app.tasks import Rows
 from strategies.checkpoint import Checkpoints

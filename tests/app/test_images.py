@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from fedlora_app import images, small_vit
-from fedlora_app.config import RunConfig
+from fedlora_app.config.keys import RunConfig
+from fedlora_app.data import images
 from fedlora_app.discretion import DataError
-from fedlora_app.inspection import inspect
-from fedlora_app.lora import add_lora
+from fedlora_app.launch.inspection import inspect
+from fedlora_app.models import small_vit
+from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import make_task
 from fedlora_app.training import train
 

@@ -9,14 +9,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fedlora_app.config import RunConfig, TrainConfig
-from fedlora_app.conversations import plain_chat, templated_chat
-from fedlora_app.door import check_model
+from fedlora_app.config.keys import RunConfig, TrainConfig
+from fedlora_app.config.read import read_config
+from fedlora_app.data.conversations import plain_chat, templated_chat
+from fedlora_app.data.partition import shares
 from fedlora_app.evaluation import evaluate
-from fedlora_app.inspection import Report
-from fedlora_app.lora import add_lora
-from fedlora_app.partition import shares
-from fedlora_app.read import read_config
+from fedlora_app.launch.door import check_model
+from fedlora_app.launch.inspection import Report
+from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import make_task
 from fedlora_app.training import train
 

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from fedlora_app import packaged
-from fedlora_app.config import LoraConfig, ModelConfig
-from fedlora_app.lora import add_lora
-from fedlora_app.models import MeanPoolClassifier, build_model, build_tokenizer
+from fedlora_app.config.keys import LoraConfig, ModelConfig
+from fedlora_app.data import packaged
+from fedlora_app.models.loading import MeanPoolClassifier, build_model, build_tokenizer
+from fedlora_app.models.lora import add_lora
 
 SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 50}
 CONFIGS = {

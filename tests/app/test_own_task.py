@@ -12,13 +12,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fedlora_app.door import check_run
+from fedlora_app.config.read import read_config
+from fedlora_app.data.partition import shares
+from fedlora_app.data.tables import Table
 from fedlora_app.evaluation import evaluate, per_sample_losses
-from fedlora_app.inspection import check_own_data, clients_of, inspect
-from fedlora_app.lora import add_lora
-from fedlora_app.partition import shares
-from fedlora_app.read import read_config
-from fedlora_app.tables import Table
+from fedlora_app.launch.door import check_run
+from fedlora_app.launch.inspection import check_own_data, clients_of, inspect
+from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import TASKS, primary
 from fedlora_app.training import train
 from run_simulation import main

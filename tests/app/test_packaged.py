@@ -6,11 +6,11 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from peft import PeftModel
 
-from fedlora_app import packaged
-from fedlora_app.config import LoraConfig, ModelConfig
-from fedlora_app.lora import add_lora
-from fedlora_app.models import MeanPoolClassifier, build_model, build_tokenizer
-from fedlora_app.onnx_weights import read_bert
+from fedlora_app.config.keys import LoraConfig, ModelConfig
+from fedlora_app.data import packaged
+from fedlora_app.models.loading import MeanPoolClassifier, build_model, build_tokenizer
+from fedlora_app.models.lora import add_lora
+from fedlora_app.models.onnx_weights import read_bert
 
 L3 = ModelConfig(name="packaged:minilm-l3")
 TEXTS = ["oil prices rose sharply", "crude oil became more expensive", "a cat sleeps on the sofa"]

@@ -5,12 +5,12 @@ import csv
 import numpy as np
 import pytest
 
-from fedlora_app.config import ConfigError, DataConfig, RunConfig
-from fedlora_app.inspection import clients_of, inspect
-from fedlora_app.partition import partition, shares
-from fedlora_app.partitioners import dirichlet_sizes, group_names
-from fedlora_app.read import read_config
-from fedlora_app.rows import read_train
+from fedlora_app.config.keys import ConfigError, DataConfig, RunConfig
+from fedlora_app.config.read import read_config
+from fedlora_app.data.partition import partition, shares
+from fedlora_app.data.partitioners import dirichlet_sizes, group_names
+from fedlora_app.data.rows import read_train
+from fedlora_app.launch.inspection import clients_of, inspect
 from fedlora_app.tasks import Rows, make_task
 
 LABELS = np.random.default_rng(0).choice(8, 3000, p=[0.5, 0.25, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01])
@@ -95,7 +95,7 @@ def test_a_client_for_each_group_in_order():
         (list("aabbccdd"), 9, "leave out --clients .flwr run: num-supernodes=4"),
         (list("abcdefgh"), 2, "most values name one row only: is it the rows' own number"),
         (list("aaaabbbc"), 3, "2 of 3 have fewer, 'c' 1; lower data.min-samples, or take their"),
-        (None, 2, "have the task's `rows` fill it with `fedlora_app.columns.groups_of`"),
+        (None, 2, "have the task's `rows` fill it with `fedlora_app.data.columns.groups_of`"),
     ],
 )
 def test_groups_that_make_no_clients(groups, clients, match):

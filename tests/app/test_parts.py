@@ -8,11 +8,11 @@ from unittest.mock import Mock
 import pytest
 
 from fedlora_app import client_app
-from fedlora_app.build import RANKS, SAMPLING
-from fedlora_app.config import ConfigError, RunConfig
+from fedlora_app.config.build import RANKS, SAMPLING
+from fedlora_app.config.fields import help_of, options
+from fedlora_app.config.keys import ConfigError, RunConfig
+from fedlora_app.config.read import read_config
 from fedlora_app.discretion import SiteError
-from fedlora_app.fields import help_of, options
-from fedlora_app.read import read_config
 from fedlora_app.server_app import make_strategy
 from fedlora_app.tasks import TASKS, TextClassification
 from strategies import FedLoRA
@@ -152,7 +152,7 @@ def test_a_node_without_the_module_of_a_task_says_so(own_task):
 def test_keys_are_read_without_torch():
     code = """
 import sys
-from fedlora_app.read import ConfigError, RunConfig, read_config
+from fedlora_app.config.read import ConfigError, RunConfig, read_config
 RunConfig.from_flat({"rounds": 3, "plugins": "not_here"})
 try:
     read_config({"round": 3})

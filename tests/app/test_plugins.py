@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedlora_app.config import ConfigError, RunConfig
-from fedlora_app.read import read_config
-from fedlora_app.retiming import training_of
+from fedlora_app.compare.retiming import training_of
+from fedlora_app.config.keys import ConfigError, RunConfig
+from fedlora_app.config.read import read_config
 from strategies.aggregation import AGGREGATIONS
 from strategies.ranks import RANK_POLICIES
 from strategies.sampling import SAMPLERS

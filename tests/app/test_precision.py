@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora_app import precision
-from fedlora_app.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from fedlora_app.config import precision
+from fedlora_app.config.keys import DataConfig, ModelConfig, RunConfig, TrainConfig
+from fedlora_app.config.precision import native_bfloat16, with_precision
 from fedlora_app.evaluation import per_sample_losses
-from fedlora_app.lora import add_lora
-from fedlora_app.models import build_model, build_tokenizer
-from fedlora_app.precision import native_bfloat16, with_precision
+from fedlora_app.models.loading import build_model, build_tokenizer
+from fedlora_app.models.lora import add_lora
 from fedlora_app.timing import training_step
 from strategies.profiling import METRICS, profile_metrics
 from strategies.wallclock import rank_flops

@@ -10,11 +10,11 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from fedlora_app.config import LoraConfig, ModelConfig
+from fedlora_app.config.keys import LoraConfig, ModelConfig
 from fedlora_app.evaluation import per_sample_losses
-from fedlora_app.lora import add_lora
-from fedlora_app.models import build_model, build_tokenizer
-from fedlora_app.report import save_adapter
+from fedlora_app.models.loading import build_model, build_tokenizer
+from fedlora_app.models.lora import add_lora
+from fedlora_app.report.folder import save_adapter
 from tests.app.test_models import SMALL, folders, inputs  # noqa: F401
 from tests.app.texts import TASK, Texts, tokenize
 

@@ -12,16 +12,16 @@ from typing import ClassVar
 import pytest
 from safetensors import SafetensorError
 
-from fedlora_app import page
-from fedlora_app.charts import ticks
-from fedlora_app.config import ConfigError, RunConfig
-from fedlora_app.page import RunFiles
-from fedlora_app.plots import plot_run
-from fedlora_app.records import plan_periods, read_records
-from fedlora_app.report import RunFolder, table
+from fedlora_app.config.keys import ConfigError, RunConfig
+from fedlora_app.report import page
+from fedlora_app.report.charts import ticks
+from fedlora_app.report.folder import RunFolder, table
+from fedlora_app.report.html import data_size, seconds_text, spans
+from fedlora_app.report.page import RunFiles
+from fedlora_app.report.plots import plot_run
+from fedlora_app.report.records import plan_periods, read_records
+from fedlora_app.report.tensorboard import TensorBoardListener, scalars
 from fedlora_app.tasks import TextClassification
-from fedlora_app.tensorboard import TensorBoardListener, scalars
-from fedlora_app.text import data_size, seconds_text, spans
 
 SCORES = TextClassification.scores
 EVIL = "<script>alert('x')</script> & \"more\""
@@ -264,7 +264,7 @@ def test_a_full_disk_at_the_end_keeps_what_is_there_and_says_how_to_go_on(
     if fails == "adapter":
         model.save_pretrained = full
     else:
-        monkeypatch.setattr("fedlora_app.report.plot_run", no_plots)
+        monkeypatch.setattr("fedlora_app.report.folder.plot_run", no_plots)
     for checkpoint, remedy in ((None, "there is no checkpoint"), (4, "round 4 stays .*--resume")):
         if checkpoint:
             (run / "checkpoints" / "round-000004").mkdir(parents=True)
@@ -405,7 +405,7 @@ def test_the_command(tmp_path):
 
 
 def test_the_page_needs_no_torch():
-    code = "import fedlora_app.report, fedlora_app.page, sys; print('torch' in sys.modules)"
+    code = "import fedlora_app.report.page, sys; print('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert out.stdout.strip() == "False", out.stderr

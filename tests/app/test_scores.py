@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from fedlora_app import compare
-from fedlora_app.compare import tables
-from fedlora_app.config import ConfigError, RunConfig
-from fedlora_app.page import RunFiles, page
-from fedlora_app.page import main as show_page
-from fedlora_app.plots import plot_run
-from fedlora_app.records import RecordsError, of_kind, read_json, read_records
-from fedlora_app.report import RunFolder, table
-from fedlora_app.scores import LOSSES, file_name, first_of, score_curves, scores_of
-from fedlora_app.study import Study
-from fedlora_app.study_plots import plot_study
+from fedlora_app.compare import runs as compare
+from fedlora_app.compare.runs import tables
+from fedlora_app.compare.study import Study
+from fedlora_app.compare.study_plots import plot_study
+from fedlora_app.config.keys import ConfigError, RunConfig
+from fedlora_app.report.folder import RunFolder, table
+from fedlora_app.report.page import RunFiles, page
+from fedlora_app.report.page import main as show_page
+from fedlora_app.report.plots import plot_run
+from fedlora_app.report.records import RecordsError, of_kind, read_json, read_records
+from fedlora_app.report.scores import LOSSES, file_name, first_of, score_curves, scores_of
 from fedlora_app.tasks import LOSS, Score
 
 RUNS = Path(__file__).parent / "runs"

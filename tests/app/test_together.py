@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 
-from fedlora_app import config as run_config
 from fedlora_app import training
-from fedlora_app.config import LoraConfig
-from fedlora_app.lora import add_lora
-from fedlora_app.models import MeanPoolClassifier
+from fedlora_app.config import keys as run_config
+from fedlora_app.config.keys import LoraConfig
+from fedlora_app.models.loading import MeanPoolClassifier
+from fedlora_app.models.lora import add_lora
 from fedlora_app.together import Job, train_together
 from fedlora_app.training import train
 from strategies.client import adapter_state, load_adapter

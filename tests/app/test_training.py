@@ -10,12 +10,12 @@ import torch
 import transformers
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from fedlora_app import config as run_config
 from fedlora_app import training
-from fedlora_app.config import DataConfig, LoraConfig, ModelConfig
+from fedlora_app.config import keys as run_config
+from fedlora_app.config.keys import DataConfig, LoraConfig, ModelConfig
 from fedlora_app.evaluation import evaluate, per_sample_losses
-from fedlora_app.lora import add_lora
-from fedlora_app.models import MeanPoolClassifier, build_model, build_tokenizer
+from fedlora_app.models.loading import MeanPoolClassifier, build_model, build_tokenizer
+from fedlora_app.models.lora import add_lora
 from fedlora_app.training import train
 from strategies.surroundings import torch_threads
 from tests.app.texts import TASK, Tokens, load_train, tokenize

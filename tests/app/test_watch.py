@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedlora_app.watch import Watch, refusal
+from fedlora_app.launch.watch import Watch, refusal
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ class Node:
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    monkeypatch.setattr("fedlora_app.watch.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("fedlora_app.watch.FORCE", 3600)
+    monkeypatch.setattr("fedlora_app.launch.watch.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("fedlora_app.launch.watch.FORCE", 3600)
     return Watch(poll=0.5, patience=10)
 
 
@@ -84,7 +84,7 @@ def test_the_first_reason_counts(watch, capsys) -> None:
 def test_a_process_ends_with_its_parent_also_if_that_was_first() -> None:
     script = """
 import os, sys, time
-from fedlora_app.processes import die_with
+from fedlora_app.launch.processes import die_with
 parent = os.getpid()
 if os.fork() == 0:
     time.sleep(float(sys.argv[1]))

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fedlora_app.config import DataConfig, ModelConfig, RunConfig
-from fedlora_app.partition import partition as partition_indices
+from fedlora_app.config.keys import DataConfig, ModelConfig, RunConfig
+from fedlora_app.data.partition import partition as partition_indices
 from fedlora_app.tasks import Rows, TextClassification
 from fedlora_app.tasks.text_classification import Tokens
 from fedlora_app.tasks.text_classification import tokenize as tokenize_rows

@@ -20,8 +20,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from fedlora_app.config import RunConfig
-from fedlora_app.ports import free_port
+from fedlora_app.config.keys import RunConfig
+from fedlora_app.launch.ports import free_port
 from fedlora_app.tasks import make_task
 from tests.integration.conftest import ROOT, records, wait_for
 

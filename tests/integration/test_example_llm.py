@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from fedlora_app.superlink import SuperLink
+from fedlora_app.launch.superlink import SuperLink
 from tests.fakes import FakeGrid
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from flwr.app import Context, Error, RecordDict
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from fedlora_app.superlink import SuperLink
+from fedlora_app.launch.superlink import SuperLink
 from tests.fakes import FakeGrid
 
 ROOT = Path(__file__).parents[2]

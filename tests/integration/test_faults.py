@@ -13,7 +13,7 @@ import pytest
 from flwr.app import ArrayRecord
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 
-from fedlora_app.superlink import RunStatus, SuperLink
+from fedlora_app.launch.superlink import RunStatus, SuperLink
 from strategies import FedLoRA
 from strategies.guard import COUNT_FACTOR
 from strategies.messages import to_record

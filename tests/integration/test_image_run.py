@@ -7,7 +7,7 @@ from flwr.app import Context, RecordDict
 from peft import PeftModel
 
 from fedlora_app import client_app, server_app
-from fedlora_app.config import RunConfig
+from fedlora_app.config.keys import RunConfig
 from fedlora_app.evaluation import evaluate
 from fedlora_app.tasks import make_task
 from run_simulation import main
@@ -47,7 +47,7 @@ def test_images_in_folders_are_learned_and_the_adapter_loads_in_peft(tmp_path):
 
 @pytest.mark.parametrize("rule", ["replication", "flexlora", "flora", "fedex"])
 def test_rules_take_convolutions(tmp_path, monkeypatch, rule):
-    monkeypatch.setattr("fedlora_app.report.plot_run", lambda *_: [])
+    monkeypatch.setattr("fedlora_app.report.folder.plot_run", lambda *_: [])
     flat = {
         **BASE,
         "task": "image-classification",

@@ -14,8 +14,8 @@ from flwr.app import Context, Error, RecordDict
 from peft import AutoPeftModelForSequenceClassification
 
 from fedlora_app import client_app, server_app
-from fedlora_app.config import RunConfig
-from fedlora_app.records import read_records
+from fedlora_app.config.keys import RunConfig
+from fedlora_app.report.records import read_records
 from strategies.aggregation import AGGREGATIONS
 from tests.app.test_models import SMALL, folders  # noqa: F401
 from tests.fakes import FakeGrid
@@ -117,7 +117,7 @@ def named(option):
 
 @pytest.mark.parametrize("option", OPTIONS, ids=named)
 def test_a_run_with_each_option(files, tmp_path, monkeypatch, option):
-    monkeypatch.setattr("fedlora_app.report.plot_run", lambda *_: [])  # half the time
+    monkeypatch.setattr("fedlora_app.report.folder.plot_run", lambda *_: [])  # half the time
     flat = {**BASE, **files, "output": str(tmp_path / "run"), **option}
     if option.get("ranks.policy") == "list":
         flat["ranks.list"] = "2,4,4"

@@ -7,9 +7,9 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from fedlora_app import client_app
-from fedlora_app.config import ConfigError, RunConfig
+from fedlora_app.config.keys import ConfigError, RunConfig
+from fedlora_app.config.read import read_config
 from fedlora_app.held_out import HeldOut
-from fedlora_app.read import read_config
 from fedlora_app.server_app import initial_adapter
 from strategies import FedLoRA
 from strategies.messages import to_record

@@ -17,10 +17,10 @@ import psutil
 import pytest
 import torch
 
-from fedlora_app import cluster as cluster_module
-from fedlora_app.cluster import ClusterError, check, examine
-from fedlora_app.config import RunConfig
-from fedlora_app.ports import free_port
+from fedlora_app.config.keys import RunConfig
+from fedlora_app.launch import cluster as cluster_module
+from fedlora_app.launch.cluster import ClusterError, check, examine
+from fedlora_app.launch.ports import free_port
 from run_simulation import main
 from tests.integration.conftest import SMALL, records
 

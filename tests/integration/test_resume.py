@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedlora_app.superlink import MARK, SuperLink
+from fedlora_app.launch.superlink import MARK, SuperLink
 from strategies.checkpoint import Checkpoints
 from strategies.saving import Saver
 from tests.integration.conftest import ROOT, SMALL, records, wait_for

@@ -9,11 +9,11 @@ from flwr.app import Context, RecordDict
 from peft import PeftModel
 
 from fedlora_app import client_app
-from fedlora_app.config import RunConfig
+from fedlora_app.config.keys import RunConfig
+from fedlora_app.config.read import read_config
 from fedlora_app.held_out import effective_adapter
-from fedlora_app.lora import add_lora
-from fedlora_app.models import build_model
-from fedlora_app.read import read_config
+from fedlora_app.models.loading import build_model
+from fedlora_app.models.lora import add_lora
 from fedlora_app.server_app import initial_adapter
 from strategies import FedLoRA
 from strategies.aggregation import AGGREGATIONS, make_aggregator

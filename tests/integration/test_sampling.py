@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from fedlora_app.config import ConfigError, RunConfig
-from fedlora_app.read import read_config
-from fedlora_app.report import read_records
+from fedlora_app.config.keys import ConfigError, RunConfig
+from fedlora_app.config.read import read_config
+from fedlora_app.report.folder import read_records
 from fedlora_app.timing import Timing
 from strategies.messages import from_record
 from strategies.privacy import Privacy, PrivateRun

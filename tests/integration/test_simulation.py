@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from fedlora_app.config import RunConfig
+from fedlora_app.config.keys import RunConfig
 from fedlora_app.evaluation import evaluate
-from fedlora_app.superlink import SuperLink
+from fedlora_app.launch.superlink import SuperLink
 from fedlora_app.tasks import make_task
 from tests.integration.conftest import ROOT, SMALL, records
 

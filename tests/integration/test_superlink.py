@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora_app.superlink import RunStatus, SuperLink, SuperLinkError
+from fedlora_app.launch.superlink import RunStatus, SuperLink, SuperLinkError
 from tests.integration.conftest import alive
 
 TINY = Path(__file__).parent / "tiny_app"

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from fedlora_app.config import RunConfig
-from fedlora_app.superlink import SuperLink
+from fedlora_app.config.keys import RunConfig
+from fedlora_app.launch.superlink import SuperLink
 from fedlora_app.tasks import make_task
 from tests.integration.conftest import ROOT, SMALL, records
 

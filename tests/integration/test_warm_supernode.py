@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedlora_app.superlink import SuperLink
+from fedlora_app.launch.superlink import SuperLink
 from tests.integration.conftest import ROOT, alive, records, wait_for
 
 TINY = Path(__file__).parent / "tiny_app"
@@ -111,7 +111,7 @@ def flwr_clientapp():
     drawn = [random.random(), numpy.random.random()]
     print(json.dumps([os.getpid(), sys.argv, drawn, app]), flush=True)
 module.flwr_clientapp = flwr_clientapp
-from fedlora_app.warm import serve
+from fedlora_app.launch.warm import serve
 serve(io.StringIO('["a", "1"]\\n["a", "2"]\\n'), ["json", "no_such_module", "strategies"])
 try:
     os.wait()  # the copies end with this process

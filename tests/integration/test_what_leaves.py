@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from peft import get_peft_model_state_dict
 
 from fedlora_app import client_app, server_app
-from fedlora_app.config import RunConfig
+from fedlora_app.config.keys import RunConfig
 from strategies import FedLoRA, claims, guard, messages, participation
 from strategies.aggregation import Replication
 from strategies.client import apply_adapter, make_reply, register_profile
@@ -69,7 +69,7 @@ class Listener:
 
 
 def numpy_run(files, folder, monkeypatch, **option):  # noqa: F811
-    monkeypatch.setattr("fedlora_app.report.plot_run", lambda *_: [])
+    monkeypatch.setattr("fedlora_app.report.folder.plot_run", lambda *_: [])
     flat = {**BASE, **files, "output": str(folder), **option}
     flat = RunConfig.from_flat(flat).to_flat()
     nodes = Nodes(flat)

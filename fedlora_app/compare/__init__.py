@@ -1,0 +1,1 @@
+"""Studies: arms, settings and seeds, their tables and pictures."""

@@ -1,0 +1,101 @@
+"""Which run of a study is next, for several that run side by side."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from fedlora_app.compare.retiming import training_of
+from fedlora_app.compare.study import Flat, Run, Study
+from fedlora_app.launch.superlink import RunStatus
+from strategies.durations import duration
+
+Reuse = Callable[[Collection[Path]], None]
+
+
+class StudyQueue:
+    """Hands out the runs that are not done yet, each once, and says how long it will take.
+
+    Parameters
+    ----------
+    study : Study
+    folder : Path
+        Of its results.
+    reuse : callable
+        Called after every run with the folders of those that are running: writes results of
+        others that need no run of their own.
+    """
+
+    def __init__(self, study: Study, folder: Path, reuse: Reuse) -> None:
+        self.target = study.target
+        self.waiting = [run for run in study.runs(folder) if not run.done]
+        self.total = len(self.waiting)
+        self.running: dict[Path, Flat | None] = {}
+        self.failed = self.ran = 0
+        self._reuse = reuse
+        self._number = {run.folder: n for n, run in enumerate(self.waiting, start=1)}
+        self._began = time.monotonic()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def next(self) -> Run | None:
+        """Return a run to do now; None if there is none left, or the queue is closed."""
+        with self._changed:
+            while True:
+                self.waiting = [run for run in self.waiting if not run.done]
+                if self._closed or not self.waiting:
+                    return None
+                run = next((r for r in self.waiting if not self._may_be_spared(r)), None)
+                if run is not None:
+                    break
+                self._changed.wait()
+            self.waiting.remove(run)
+            left = time_left(
+                time.monotonic() - self._began, self.ran, 1 + len(self.waiting) + len(self.running)
+            )
+            self.running[run.folder] = training_of(run.config)
+            print(f"[{self._number[run.folder]}/{self.total}] {run.name}{left} …", flush=True)
+            shutil.rmtree(run.folder, ignore_errors=True)  # what an interrupted run left
+            return run
+
+    def over(self, run: Run, status: RunStatus) -> None:
+        """Note how a run ended."""
+        with self._changed:
+            del self.running[run.folder]
+            self.ran += 1
+            if status.completed:
+                name = f"{run.name}: " if self.running else ""
+                scores = run.scores(self.target)
+                print(f"  {name}" + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+                sys.stdout.flush()
+                self._reuse(self.running)
+            else:
+                self.failed += 1
+                print(f"  failed: {run.name}: {status.details}", file=sys.stderr, flush=True)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Hand out nothing more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _may_be_spared(self, run: Run) -> bool:
+        """Tell whether one that runs now may give this one's results too, but for the clock."""
+        training = training_of(run.config)
+        return training is not None and training in self.running.values()
+
+
+def time_left(seconds: float, ran: int, waiting: int) -> str:
+    """Return what is left of a study whose runs took so long, for the log; nothing before one."""
+    return f", left {duration(seconds / ran * waiting)}" if ran else ""
+
+
+def jobs_for(study: Study, cores: int | None = None) -> int:
+    """Return how many runs fit side by side: each of its clients can keep a core busy."""
+    return max(1, (cores or os.cpu_count() or 1) // study.clients)

@@ -1,0 +1,160 @@
+"""What cannot work together, each with what to do instead: small functions over ``Parts``.
+
+A check asks a part what it is and does (``equal_ranks``, ``merges_base``, ``judges``), never
+what it is called: a plug-in is judged like our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from fedlora_app.config.build import Parts
+from fedlora_app.tasks import LOSS, primary
+from strategies.participation import Participation
+from strategies.privacy import refuse_private
+from strategies.ranks import AutoRank, ListRank
+from strategies.wallclock import MeasuredClock
+
+
+def impossible(parts: Parts) -> list[str]:
+    """Return everything that is wrong with a config whose parts are fine by themselves."""
+    return [problem for check in CHECKS for problem in check(parts)]
+
+
+def _rounded_merges(parts: Parts) -> Iterator[str]:
+    config = parts.config
+    if parts.rule.merges_base and config.train.precision == "bfloat16":
+        yield (
+            f"aggregation = {config.aggregation!r} merges into the frozen weights, and "
+            f"train.precision = {config.train.precision!r} would round every merge; "
+            "use auto or float32"
+        )
+
+
+def _dora(parts: Parts) -> Iterator[str]:
+    config = parts.config
+    if config.lora.dora and not parts.rule.supports_dora:
+        yield (
+            f"aggregation = {config.aggregation!r} changes the factors that DoRA magnitudes belong "
+            "to; set lora.dora = false or use an averaging rule"
+        )
+    if config.lora.dora and config.method == "head":
+        yield "method = 'head' trains no LoRA modules; set lora.dora = false"
+
+
+def _scores(parts: Parts) -> Iterator[str]:
+    """Refuse scores that are none of the task's."""
+    config, task = parts.config, parts.task
+    wanted = config.checkpoint_best
+    names = [f"{'' if s.higher_is_better else '-'}{s.name}" for s in (*task.scores, LOSS)]
+    if wanted not in ("auto", *names):
+        yield f"checkpoint-best: expected auto or one of {', '.join(names)}, got {wanted!r}"
+    first = primary(task)
+    if first.top is not None and config.stop_score > first.top:
+        yield (
+            f"stop-score: {config.stop_score:g}, but {first.label} ends at {first.top:g}, so no "
+            "run would stop"
+        )
+
+
+def _resume(parts: Parts) -> Iterator[str]:
+    config = parts.config
+    if config.resume_from in ("latest", "best") and not config.output:
+        yield f"resume-from = {config.resume_from!r} is about the run in output; name its folder"
+
+
+def _natural(parts: Parts) -> Iterator[str]:
+    data = parts.config.data
+    if data.partition == "natural" and not data.partition_column:
+        yield (
+            "data.partition = 'natural': data.partition-column names no column; set it to the one "
+            "that says whose a row is"
+        )
+
+
+def _unequal_ranks(parts: Parts) -> Iterator[str]:
+    config = parts.config
+    if parts.rule.equal_ranks and parts.policy.may_differ and config.method == "lora":
+        key = "list" if isinstance(parts.policy, ListRank) else "policy"
+        yield (
+            f"aggregation = {config.aggregation!r} averages equal ranks only, and ranks.{key} = "
+            f"{getattr(config.ranks, key)!r} lets clients differ; use ranks.policy = 'uniform' or "
+            "another aggregation"
+        )
+
+
+def _judge_of_halves(parts: Parts) -> Iterator[str]:
+    config = parts.config
+    kept = set(parts.rule.trained()) - set(parts.rule.uploaded())
+    if kept and parts.policy.judges:
+        instead = " or ranks.validation-rows = 0" if parts.validation_rows else ""
+        yield (
+            f"ranks.policy = {config.ranks.policy!r} judges whole adapters on the server, but "
+            f"aggregation = {config.aggregation!r} keeps {', '.join(sorted(kept))} on the clients; "
+            f"use another aggregation{instead}"
+        )
+
+
+def _budget(parts: Parts) -> Iterator[str]:
+    ranks = parts.config.ranks
+    if (ranks.budget or ranks.budget_mb) and not isinstance(parts.policy, AutoRank):
+        key = "ranks.budget" if ranks.budget else "ranks.budget-mb"
+        yield (
+            f"{key} is divided by scores, which ranks.policy = {ranks.policy!r} does not have; "
+            "use ranks.policy = 'autorank'"
+        )
+
+
+def _coins(parts: Parts) -> Iterator[str]:
+    sampling = parts.config.sampling
+    if parts.sampler.probabilities([]) is not None:
+        return
+    for key, value, default in (
+        ("estimator", sampling.estimator, "auto"),
+        ("server-rate", sampling.server_rate, 1.0),
+    ):
+        if value != default:
+            yield (
+                f"sampling.{key} = {value!r} is for independent sampling, and sampling.policy = "
+                f"{sampling.policy!r} has no probabilities; leave it out or use 'independent'"
+            )
+
+
+def _rule_and_sampler(parts: Parts) -> Iterator[str]:
+    try:
+        Participation(parts.sampler, MeasuredClock(), parts.rule).check()
+    except (TypeError, ValueError) as error:
+        yield f"sampling.policy = {parts.config.sampling.policy!r}: {error}"
+
+
+def _clock(parts: Parts) -> Iterator[str]:
+    clock = parts.config.clock
+    if not clock.simulated and (clock.deadline or clock.change_round):
+        key = "deadline" if clock.deadline else "change-round"
+        instead = ", or use round-timeout" if clock.deadline else ""
+        yield f"clock.{key} is for simulated clocks; set clock.profile{instead}"
+
+
+def _privacy(parts: Parts) -> Iterator[str]:
+    if parts.privacy is not None:  # what would void the guarantee of private updates
+        share = parts.config.evaluate.clients
+        for reason in refuse_private(
+            parts.rule, parts.policy, parts.sampler, evaluate_fraction=share
+        ):
+            yield f"privacy.noise-multiplier: {reason}"
+
+
+CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
+    _rounded_merges,
+    _dora,
+    _scores,
+    _resume,
+    _natural,
+    _unequal_ranks,
+    _judge_of_halves,
+    _budget,
+    _coins,
+    _rule_and_sampler,
+    _clock,
+    _privacy,
+)

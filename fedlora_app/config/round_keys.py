@@ -1,0 +1,228 @@
+"""The keys of a round: who joins, at which rank, how long it takes, and how private it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedlora_app.config.fields import Scalar, each_of, key_values, option
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    """Which client trains which LoRA rank."""
+
+    policy: str = option(
+        "cycle",
+        "uniform (rank), list (one per client), cycle (list repeated), reported (node's max-rank), "
+        "quality (low, the best high), autorank (by each client's data, min to max), "
+        "self-pruning (max, shrinking), or one of your own (see plugins)",
+        on_resume="fatal",
+    )
+    options: str = option("", "policy of your own: its options, as in 'low=2, high=16'")
+    rank: int = option(8, "uniform: rank of every client", low=1)
+    list: str = option("4,8,16,32", "list and cycle: comma-separated ranks", each=int, low=1)
+    min: int = option(4, "autorank and self-pruning: smallest rank", low=1)
+    max: int = option(
+        32,
+        "reported, autorank, self-pruning: largest rank; also the rank of the global adapter",
+        low=1,
+    )
+    fallback: int = option(
+        0,
+        "reported: rank of a node that names no max-rank; autorank: of one that gives no usable "
+        "profile; 0: ranks.min",
+        low=0,
+    )
+    budget: float = option(
+        0.0,
+        "autorank: mean rank of the clients, divided in proportion to the scores; 0: none",
+        low=0,
+    )
+    budget_mb: float = option(
+        0.0,
+        "autorank: instead, megabytes a round in which every client trains may move, "
+        "down and up; 0: none",
+        low=0,
+    )
+    reassign_every: int = option(
+        0, "autorank: profile and assign again every N rounds; 0: never", low=0
+    )
+    profile_samples: int = option(
+        2000, "autorank: rows of the profiling forward pass, a seeded choice; 0: all", low=0
+    )
+    profile_timeout: float = option(
+        600.0,
+        "seconds to wait for what nodes say of themselves, and (autorank) for their profiles",
+        above=0,
+    )
+    order: str = option(
+        "score",
+        "autorank: score, or to compare with: reversed (lowest score, highest rank), random",
+        choices=("score", "reversed", "random"),
+    )
+    low: int = option(5, "quality: rank of everyone at first", low=1)
+    high: int = option(20, "quality: rank of the best after their first round", low=1)
+    best_fraction: float = option(
+        0.1, "quality: share of the clients that are best", above=0, high=1
+    )
+    validation_rows: int = option(
+        0,
+        "quality: rows of the server's test set that judge the clients, and are then left out of "
+        "all test scores; 0: the clients' own validation rows judge",
+        low=0,
+    )
+    gamma: float = option(
+        0.99,
+        "self-pruning: share of its rank a client keeps; 0.99 as published shrinks nothing "
+        "below rank 100",
+        above=0,
+        high=0.9999,
+    )
+    penalty: float = option(0.001, "self-pruning: weight of the tail in the client's loss", low=0)
+
+    def fallback_rank(self) -> int:
+        """Return ``fallback``, or the smallest rank where none is named."""
+        return self.fallback or self.min
+
+    def numbers(self) -> Sequence[int]:
+        """Return ``list`` as integers."""
+        return each_of(self.list, int)
+
+    def settings(self) -> dict[str, Scalar]:
+        """Return ``options`` as keyword arguments of a policy."""
+        return dict(key_values(self.options))
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Which clients join a round."""
+
+    policy: str = option(
+        "fraction",
+        "fraction (so many, without replacement); each client by its own coin: independent (given "
+        "probabilities), weighted (in proportion to its rows), statistical (rows times the size of "
+        "its updates), planned (what reaches the target soonest on the clock, by two pilots); or "
+        "one of your own (see plugins)",
+        on_resume="fatal",
+    )
+    options: str = option("", "sampler of your own: its options, as in 'size=4'")
+    fraction: float = option(
+        0.6, "share of the clients in a round; of coins: the expected share", above=0, high=1
+    )
+    clients: int = option(0, "fraction: exactly so many clients instead; 0: by the share", low=0)
+    min_clients: int = option(1, "fraction: at least this many clients in a round", low=1)
+    q: str = option(
+        "",
+        "independent: comma-separated probabilities, one per client; empty: the share for all",
+        each=float,
+        above=0,
+        high=1,
+    )
+    q_min: float = option(
+        0.01, "weighted, statistical, planned: no client's probability is below", above=0, high=1
+    )
+    estimator: str = option(
+        "auto",
+        "with coins, updates count a/q: unbiased (divided by everybody's weight), ratio (by the "
+        "participants': biased, less variance), auto (what suits the rule)",
+        choices=("auto", "unbiased", "ratio"),
+    )
+    server_rate: float = option(
+        1.0, "with coins and unbiased: factor on the aggregated change", above=0
+    )
+    pilot_rounds: int = option(
+        5,
+        "planned: rounds of each of the two pilots that estimate alpha and beta",
+        low=2,
+        on_resume="fatal",
+    )
+    pilot_fractions: str = option(
+        "0.2,0.05",
+        "planned: expected shares of the clients in the two pilots",
+        each=float,
+        above=0,
+        high=1,
+        on_resume="fatal",
+    )
+    alpha: float = option(
+        0.0,
+        "planned: with beta, instead of pilots: rounds = alpha / (beta - s); 0: pilots",
+        low=0,
+        on_resume="fatal",
+    )
+    beta: float = option(0.0, "planned: see alpha; 0: pilots", low=0, on_resume="fatal")
+    sketch_cost: float = option(
+        1.0,
+        "planned with fslora: exponent of how much a sketch of k of R entries adds to the "
+        "variance, (R/k)^this; 0: nothing",
+        low=0,
+    )
+    replan_every: int = option(
+        0, "planned: plan again every N rounds, from fresh channels and speeds; 0: once", low=0
+    )
+
+    def probabilities(self) -> Sequence[float] | float:
+        """Return ``q`` as numbers, or the share for all."""
+        return each_of(self.q, float) or self.fraction
+
+    def pilots(self) -> Sequence[float]:
+        """Return ``pilot-fractions`` as numbers."""
+        return each_of(self.pilot_fractions, float)
+
+    def settings(self) -> dict[str, Scalar]:
+        """Return ``options`` as keyword arguments of a sampler."""
+        return dict(key_values(self.options))
+
+
+@dataclass(frozen=True)
+class ClockConfig:
+    """How long rounds take."""
+
+    profile: str = option(
+        "measured",
+        "measured (real seconds), or simulated devices on a shared uplink: lab, campus, rural, "
+        "phones, or a csv file with the columns snr_db and flops",
+        on_resume="fatal",
+    )
+    surroundings: str = option(
+        "campus",
+        "csv: which profile's band, fading and limits",
+        choices=("lab", "campus", "rural", "phones"),
+    )
+    bandwidth: str = option(
+        "optimal",
+        "how a round's clients share the band: optimal (all finish together) or equal",
+        choices=("optimal", "equal"),
+    )
+    bandwidth_mhz: float = option(0.0, "the band; 0: the profile's", low=0)
+    deadline: float = option(
+        0.0, "simulated: seconds after which a round ends without who is late; 0: none", low=0
+    )
+    idle_seconds: float = option(1.0, "simulated: length of a round without clients", above=0)
+    change_round: int = option(
+        0, "simulated: from this round on some clients have a worse channel; 0: never", low=0
+    )
+    change_share: float = option(0.5, "their share", above=0, high=1)
+    change_factor: float = option(0.1, "what is left of their rate", above=0, high=1)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the seconds are those of devices that are not there."""
+        return self.profile != "measured"
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of what clients send."""
+
+    noise_multiplier: float = option(
+        0.0,
+        "clients add Gaussian noise of so many times the clipping norm to what they send; 0: none",
+        low=0,
+        on_resume="fatal",
+    )
+    clip: float = option(
+        1.0, "with noise: largest norm of a client's change", above=0, on_resume="fatal"
+    )
+    delta: float = option(1e-5, "with noise: delta of the guarantee", above=0, high=0.5)

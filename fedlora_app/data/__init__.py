@@ -1,0 +1,1 @@
+"""Rows: read, labelled, shared out."""

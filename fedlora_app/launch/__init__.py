@@ -1,0 +1,1 @@
+"""How a run is checked and started: SuperLink, Ray, copies of processes."""

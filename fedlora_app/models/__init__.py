@@ -1,0 +1,1 @@
+"""Models: found, loaded, given a head and LoRA modules."""

@@ -1,0 +1,124 @@
+"""Where a model gets its LoRA modules."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fedlora_app.config.keys import LoraConfig
+from fedlora_app.models.loading import trained_parts, untouched_rng
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Where attention keeps its query and value, or a network without attention its layers.
+TARGETS = (
+    ("query", "value"),  # BERT, RoBERTa, ELECTRA
+    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, OPT, ViT
+    ("q_lin", "v_lin"),  # DistilBERT
+    ("query_proj", "value_proj"),  # DeBERTa
+    ("c_attn",),  # GPT-2
+    ("query_key_value",),  # BLOOM, Falcon, GPT-NeoX
+    ("Wqkv",),  # ModernBERT
+    ("pointwise_conv1", "pointwise_conv2"),  # ConvNeXt of newer transformers
+    ("pwconv1", "pwconv2"),  # ConvNeXt
+    ("convolution",),  # ResNet
+)
+
+
+def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> PeftModel:
+    """Put LoRA modules into ``model`` (in place) and make them and the head trainable.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From ``build_model``.
+    config : LoraConfig
+        Scale, target modules, dropout, DoRA. Targets ``auto`` are the query and value
+        projections.
+    rank : int
+        Rank of every LoRA module; alpha is ``config.scale * rank``.
+    seed : int
+        Decides the A factors (Kaiming uniform as in PEFT); B starts at zero.
+
+    Returns
+    -------
+    PeftModel
+        Trainable weights are float32 whatever the type of the frozen ones.
+
+    Raises
+    ------
+    ValueError
+        If the rank is below 1, or target modules are unknown or cannot be detected.
+    """
+    import peft
+
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
+    heads = trained_parts(model)
+    layers = _projections(model, heads)
+    targets = _targets(config.target_modules, set(layers))
+    with untouched_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT reads
+        peft_model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=rank,
+                lora_alpha=config.scale * rank,
+                target_modules=targets,
+                modules_to_save=heads or None,
+                lora_dropout=config.dropout,
+                use_dora=config.dora,
+                # GPT-2 stores its projections transposed, in a class of its own.
+                fan_in_fan_out=any(type(layers[name]).__name__ == "Conv1D" for name in targets),
+            ),
+        )
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in peft_model.named_parameters():
+        if ".lora_A." in name:
+            start = torch.empty(parameter.shape)
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            with torch.no_grad():
+                parameter.copy_(start)
+    return peft_model
+
+
+def _projections(model: nn.Module, heads: list[str]) -> dict[str, nn.Module]:
+    """Return the layers that take LoRA, outside the head, by the last part of their names.
+
+    Grouped convolutions take none: their LoRA cannot be merged.
+    """
+    paths = dict(model.named_modules())
+    grouped = {
+        path.rsplit(".", 1)[-1]
+        for path, module in paths.items()
+        if isinstance(module, nn.Conv2d) and module.groups > 1
+    }
+    return {
+        path.rsplit(".", 1)[-1]: module
+        for path, module in paths.items()
+        if (isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Conv1D")
+        and path.rsplit(".", 1)[-1] not in grouped
+        and not any(path == head or path.startswith(f"{head}.") for head in heads)
+    }
+
+
+def _targets(wanted: str, layers: set[str]) -> list[str]:
+    if wanted == "auto":
+        for names in TARGETS:
+            if layers.issuperset(names):
+                return list(names)
+        problem = "cannot tell the query and value projections of this model"
+    else:
+        chosen = [name.strip() for name in wanted.split(",")]
+        unknown = [name for name in chosen if name not in layers]
+        if not unknown:
+            return chosen
+        problem = f"no linear layer is called {', '.join(map(repr, unknown))}"
+    raise ValueError(
+        f"lora.target-modules = {wanted!r}: {problem}; name some of: {', '.join(sorted(layers))}"
+    )

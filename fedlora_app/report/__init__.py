@@ -1,0 +1,1 @@
+"""What a run leaves behind: records, tables, pictures and a page."""
