@@ -111,6 +111,7 @@ def examine(flat: Mapping[str, Scalar]) -> dict[str, Any]:
         from fedlora_app import client_app  # noqa: F401  (and all that it imports)
         from fedlora_app.config.keys import RunConfig
         from fedlora_app.config.precision import with_precision
+        from fedlora_app.models.pretrained import locate
         from fedlora_app.tasks import make_task
 
         config = with_precision(RunConfig.from_flat(flat))
@@ -122,8 +123,11 @@ def examine(flat: Mapping[str, Scalar]) -> dict[str, Any]:
     except (ImportError, OSError, ValueError) as error:
         found["problems"].append(_say(error))
     try:
-        task = make_task(config)
-        task.model(task.train_rows().about, seed=0, precision=config.train.precision)
+        if not found["data"]:  # what the model's head is to tell apart is not known
+            locate(config.model.name)
+        else:
+            task = make_task(config)
+            task.model(task.train_rows().about, seed=0, precision=config.train.precision)
     except (ImportError, OSError, ValueError) as error:
         found["problems"].append(_say(error))
     return found

@@ -63,7 +63,8 @@ class TextClassification(Classification):
     def rows(self, table: Table, about: About | None, place: str) -> Rows:
         """Return texts or pairs with their labels; of the other nodes' kind."""
         rows = super().rows(table, about, place)
-        columns = [name for role, name in rows.origin.columns.items() if role != "label"]
+        texts = ("text", "second text")  # beside them are the label, and whose a row is
+        columns = [name for role, name in rows.origin.columns.items() if role in texts]
         pairs = len(columns) > 1
         if about is not None and pairs != about.get("pairs", False):
             kinds = ("single texts", "pairs of texts")
