@@ -154,7 +154,8 @@ def test_the_first_run_of_the_page(flat, tmp_path, monkeypatch):
     command = re.search(r"python run_simulation.py (.*?)```", PAGE.read_text("utf-8"), re.DOTALL)[1]
     page = dict(re.findall(r"(\S+)=(\S+)", command))
     assert page.items() <= {**flat, "data.name": "names"}.items()
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{before}")
     keys = [f"{key}={value}" for key, value in flat.items() if key != "output"]
     small = ["train.steps=3", "min-nodes=4", *keys]
     assert main(["--rounds", "1", "--output", flat["output"], "--config", *small]) == 0
