@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_app.data.columns import groups_of
 from fedlora_app.data.conversations import (
     TEXT,
     Turns,
@@ -48,33 +49,36 @@ class CausalLM(Task):
         kind, columns = taken_columns(table, self.config.data.text_column)
         values = {role: table.columns[column][:] for role, column in columns.items()}
         items: list[Turns] = []
-        blank = 0
+        kept: list[int] = []
 
         def fail(row: int, kind: str, got: str = "", remedy: str = "") -> NoReturn:
             path, line = table.place(row)
             raise DataError(path if table.parts else place, kind, got, remedy, line)
 
-        for row in range(len(next(iter(values.values()), ()))):
+        count = len(next(iter(values.values()), ()))
+        for row in range(count):
             one = {role: column[row] for role, column in values.items()}
             turns = turns_of(kind, one, partial(fail, row))
-            if turns is None:
-                blank += 1
-            else:
+            if turns is not None:
                 items.append(turns)
+                kept.append(row)
         if not items:
             path, _ = table.place(None)
             what = "a text" if kind.columns == (TEXT,) else "an answer"
             raise DataError(
-                path, f"expected rows with {what}", f"{blank} without", "set data.text-column"
+                path, f"expected rows with {what}", f"{count} without", "set data.text-column"
             )
+        groups = groups_of(table, self.config.data, kept)
+        if groups is not None:
+            columns["client"] = self.config.data.partition_column
         origin = Origin(
             tuple(str(part.path) for part in table.parts),
             columns,
             tuple(name for name in table.columns if name not in columns.values()),
-            blank,
+            count - len(kept),
             (*table.notes, f"read as {kind.name}"),
         )
-        return Rows(items, np.zeros(len(items), np.int64), {}, origin=origin)
+        return Rows(items, np.zeros(len(items), np.int64), {}, groups, origin)
 
     def knows(self, table: Table) -> bool:
         """Tell whether the columns are those of a known format."""

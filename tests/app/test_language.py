@@ -99,6 +99,19 @@ def test_the_answers_alone_are_trained(folder, tmp_path, name):
     assert (labels != -100).sum() == len(labels) - 1
 
 
+def test_a_column_says_whose_rows_are(folder, tmp_path):
+    rows = [{"prompt": "what", "completion": "six" if i else " ", "user": "abc"[i % 3]}
+            for i in range(40)]  # fmt: skip
+    flat = {"data.partition": "natural", "data.partition-column": "user"}
+    task = make_task(config(folder, written(tmp_path, rows), **flat))
+    found = task.train_rows()
+    parts = shares(task, found, 3)
+    assert sum(map(len, parts)) == len(found)
+    assert [set(found.groups[part]) for part in parts] == [{"a"}, {"b"}, {"c"}]
+    assert found.origin.columns["client"] == "user"
+    assert found.origin.blank == 1
+
+
 def test_columns_can_be_named(folder, tmp_path):
     path = written(tmp_path, [{"q": "what is", "a": "six", "text": "four"}] * 12)
     rows = make_task(config(folder, path, **{"data.text-column": "q,a"})).train_rows()
