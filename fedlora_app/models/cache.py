@@ -1,0 +1,42 @@
+"""Models that are made once and kept on this machine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """Return the folder of a model in ``$FEDLORA_CACHE``, made if it is not there yet.
+
+    Several processes may ask at once: one makes it, the others wait. The folder appears by one
+    rename, when it is complete.
+
+    Parameters
+    ----------
+    name : str
+        Of the folder, with the version of what is in it.
+    make : callable
+        Fills the folder it is given, which it makes.
+
+    Raises
+    ------
+    OSError
+        If the cache (by default ``~/.cache/fedlora``) cannot be written.
+    """
+    cache = Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
+    folder = cache / name
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            new = cache / f"{name}.new"
+            shutil.rmtree(new, ignore_errors=True)
+            make(new)
+            new.rename(folder)
+    return folder
