@@ -55,8 +55,9 @@ def main(grid: Grid, context: Context) -> None:
     default = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
     began = time.perf_counter()
     path = Path(config.output or default).expanduser().absolute()
-    data = inspect(parts.task)
-    if CHECKED not in os.environ:  # ``flwr run`` comes without the door of run_simulation.py
+    checked = CHECKED in os.environ  # ``flwr run`` comes without the door of run_simulation.py
+    data = inspect(parts.task, looked=checked)
+    if not checked:
         log(INFO, "%s", data)
         log(INFO, "%s: %s", config.model.name, check_run(parts, path, data))
     test = HeldOut(parts.task, data.test, parts.validation_rows)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a node that lacks their packages has to be able to say so
     from fedlora_app.config.keys import RunConfig, Scalar
+    from fedlora_app.tasks import Rows
 
 PACKAGES = ("flwr", "flwr-datasets", "torch", "peft", "transformers")
 """What has to have the same version on every node, or clients would not compute the same."""
@@ -82,7 +83,9 @@ def check(
                 f"{gpus:g} GPUs ({has}); lower --cpus-per-client or --gpus-per-client, or add nodes"
             )
         answers = _ask(ray, used, config.to_flat(), timeout)
-    here, data, code = versions(), digest(config), code_digest()
+    from fedlora_app.tasks import make_task
+
+    here, data, code = versions(), digest(make_task(config).train_rows()), code_digest()
     problems = [
         f"{_name(node)}: {problem}"
         for node, answer in zip(used, answers, strict=True)
@@ -119,15 +122,16 @@ def examine(flat: Mapping[str, Scalar]) -> dict[str, Any]:
         found["problems"].append(_say(error))
         return found
     try:
-        found["data"] = digest(config)
+        task = make_task(config)
+        rows = task.train_rows()
+        found["data"] = digest(rows)
     except (ImportError, OSError, ValueError) as error:
         found["problems"].append(_say(error))
     try:
         if not found["data"]:  # what the model's head is to tell apart is not known
             locate(config.model.name)
         else:
-            task = make_task(config)
-            task.model(task.train_rows().about, seed=0, precision=config.train.precision)
+            task.model(rows.about, seed=0, precision=config.train.precision)
     except (ImportError, OSError, ValueError) as error:
         found["problems"].append(_say(error))
     return found
@@ -145,11 +149,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def digest(config: RunConfig) -> str:
+def digest(rows: Rows) -> str:
     """Return a digest of the training rows, which all nodes have to divide up alike."""
-    from fedlora_app.tasks import make_task
-
-    rows = make_task(config).train_rows()
     summary = hashlib.sha256(json.dumps(rows.about, sort_keys=True).encode())
     for item, target in zip(rows.items, rows.targets, strict=True):
         summary.update(f"{item!r}\0{target!r}\0".encode("utf-8", "surrogatepass"))

@@ -128,14 +128,14 @@ def main(question: str) -> int:
     ----------
     question : str
         JSON: ``config`` (flat), ``folder``, ``clients``, and ``resources``, the CPUs and GPUs of
-        a client, or null.
+        a client, or null. Who asks has inspected the rows already.
     """
     asked = json.loads(question)
     try:
         if asked["resources"] and (problems := resource_problems(*asked["resources"])):
             raise ConfigError(problems)
         parts = read_config(asked["config"])
-        data = inspect(parts.task, clients=asked["clients"])
+        data = inspect(parts.task, clients=asked["clients"], looked=True)
         print(data.shared_out, flush=True)
         line = check_run(parts, Path(asked["folder"]), data)
         print(f"{parts.config.model.name}: {line}", flush=True)

@@ -75,7 +75,7 @@ def clients_of(task: Task) -> int:
     return 1 if groups is None else len(np.unique(groups))
 
 
-def inspect(task: Task, *, clients: int | None = None) -> Report:
+def inspect(task: Task, *, clients: int | None = None, looked: bool = False) -> Report:
     """Load all training and test rows and share them out once, as a run will.
 
     Parameters
@@ -83,6 +83,8 @@ def inspect(task: Task, *, clients: int | None = None) -> Report:
     task : Task
     clients : int, optional
         Simulated clients that share the training rows (default: the rows are not shared out).
+    looked : bool (default: False)
+        Whether another process of this run has read every item already, which may take long.
 
     Raises
     ------
@@ -91,7 +93,7 @@ def inspect(task: Task, *, clients: int | None = None) -> Report:
         too few rows.
     """
     train, test = task.train_rows(), task.test_rows()
-    for rows in (train, test):
+    for rows in () if looked else (train, test):
         task.look_at(rows)
     if clients is None:
         return Report(task, train, test)
