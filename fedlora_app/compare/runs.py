@@ -5,9 +5,10 @@ has not run yet, in Flower's simulation, and prints one table per setting. A stu
 was interrupted goes on where it stopped: what has a ``summary.json`` is not run again. With cores
 for it, or ``--jobs``, runs go side by side.
 
-A study file holds ``clients``, ``seeds``, ``target`` (of the task's first score), and
-run-config keys: ``[config]`` for all runs, ``[settings.NAME]`` for each setting, ``[arms.NAME]``
-for each arm.
+A study file holds ``clients``, ``seeds``, ``target`` (of the task's first score), ``baseline``
+(the arm that others are compared with; default: the first), and run-config keys: ``[config]`` for
+all runs, ``[settings.NAME]`` for each setting, ``[arms.NAME]`` for each arm. ``clients`` may stand
+in a setting instead.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from fedlora_app.compare.retiming import retime_folder, training_of
 from fedlora_app.compare.study import Flat, Run, Study
-from fedlora_app.compare.study_plots import plot_ranks, plot_study
-from fedlora_app.compare.study_queue import StudyQueue, jobs_for
+from fedlora_app.compare.study_plots import plot_arms, plot_ranks, plot_study
+from fedlora_app.compare.study_queue import StudyQueue, jobs_for, listing
+from fedlora_app.compare.tables import tables
 from fedlora_app.config.keys import ConfigError
 from fedlora_app.launch.copies import Copies
 from fedlora_app.launch.ray_head import RayHead
@@ -52,16 +52,16 @@ def execute(study: Study, folder: Path, jobs: int = 1) -> int:
             link = SuperLink(simulation=True, copies=copies, ray_head=ray_head)
             links.append(open_now.enter_context(link))
         open_now.callback(queue.close)
-        working = [threads.submit(_work, queue, link, study.clients) for link in links]
+        working = [threads.submit(_work, queue, link) for link in links]
         for ended in wait(working, return_when=FIRST_EXCEPTION).done:
             ended.result()
     return queue.failed
 
 
-def _work(queue: StudyQueue, link: SuperLink, clients: int) -> None:
+def _work(queue: StudyQueue, link: SuperLink) -> None:
     """Run what the queue hands out on one SuperLink, one after the other."""
-    federation: Flat = {"num-supernodes": clients, "client-resources-num-cpus": 1}
     while (run := queue.next()) is not None:
+        federation: Flat = {"num-supernodes": run.clients, "client-resources-num-cpus": 1}
         run_id = link.run(PROJECT, run.config, federation)
         for _ in link.stream(run_id):
             pass
@@ -95,44 +95,6 @@ def reuse(study: Study, folder: Path, running: Collection[Path] = ()) -> None:
             print(f"{run.name}: timed again from {source.folder}", flush=True)
 
 
-def tables(study: Study, folder: Path) -> str:
-    """Return one Markdown table per setting: mean ± standard deviation over the seeds."""
-    lines: list[str] = []
-    for setting in study.settings:
-        lines += [f"**{setting}**", ""]
-        arms = {
-            arm: [
-                run.scores(study.target)
-                for run in study.runs(folder)
-                if run.done and (run.setting, run.arm) == (setting, arm)
-            ]
-            for arm in study.arms
-        }
-        # Not every arm has a plan: the columns are those of all arms.
-        head = list(dict.fromkeys(key for done in arms.values() for row in done for key in row))
-        if head:
-            lines += ["| arm | seeds | " + " | ".join(head) + " |", "|---" * (len(head) + 2) + "|"]
-        for arm, done in arms.items():
-            if done:
-                cells = [_cell([row[key] for row in done if key in row]) for key in head]
-                lines.append(f"| {arm} | {len(done)} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    """Return mean ± spread; where not every seed got there, how many did."""
-    if not values:
-        return "–"
-    x = np.array(values)
-    known = x[~np.isnan(x)]
-    if not len(known):
-        return "not reached"
-    digits = 3 if abs(known).max() < 2 else 1
-    cell = f"{known.mean():.{digits}f} ± {known.std():.{digits}f}"
-    return cell if len(known) == len(x) else f"{cell} ({len(known)} of {len(x)})"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
@@ -148,18 +110,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="runs side by side (default: as many as there are cores for all clients of each)",
     )
     parser.add_argument("--only-table", action="store_true", help="run nothing, print the tables")
+    parser.add_argument("--list", action="store_true", help="run nothing, say what is to do")
+    parser.add_argument("--against", metavar="ARM", help="the baseline (default: the study's)")
     args = parser.parse_args(argv)
     try:
-        study = Study.read(args.study)
+        study = Study.read(args.study, baseline=args.against)
     except (OSError, tomllib.TOMLDecodeError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
     folder = (args.output / study.name).expanduser().absolute()
+    jobs = args.jobs if args.jobs > 0 else jobs_for(study)
     failed = 0
     try:
+        if args.list:
+            print(listing(study, folder, jobs))
+            return 0
         if not args.only_table:
             with exit_on_signals():
-                failed = execute(study, folder, args.jobs if args.jobs > 0 else jobs_for(study))
+                failed = execute(study, folder, jobs)
         show(study, folder)
     except RecordsError as error:
         print(error, file=sys.stderr)
@@ -177,9 +145,9 @@ def show(study: Study, folder: Path) -> None:
     }
     for (setting, arm), run in explained.items():
         file = folder / f"ranks-{setting}-{arm}.png"
-        plot_ranks(run.folder, study.clients, file)
+        plot_ranks(run.folder, run.clients, file)
         print(file)
-    for file in plot_study(study, folder):
+    for file in [*plot_arms(study, folder), *plot_study(study, folder)]:
         print(file)
 
 

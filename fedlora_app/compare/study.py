@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import numpy as np
 from fedlora_app.config.keys import ConfigError, Scalar
 from fedlora_app.config.read import read_config
 from fedlora_app.flower import flatten_dict
-from fedlora_app.report.plots import megabytes
+from fedlora_app.report.plots import megabytes, points
 from fedlora_app.report.records import numbers, of_kind, plan_periods, read_json, read_records
 from fedlora_app.report.scores import first_of, scores_of
+from fedlora_app.tasks import Score
+from strategies.records import ClockRecord, Record
 
 Flat = dict[str, Scalar]
 
@@ -25,34 +28,48 @@ class Study:
     """What is compared: every arm in every setting with every seed."""
 
     name: str
-    clients: int
+    clients: dict[str, int]  # by setting
     seeds: list[int]
-    target: float
+    target: dict[str, float]  # by setting
     common: Flat
     settings: dict[str, Flat]
     arms: dict[str, Flat]
+    baseline: str  # the arm that others are compared with
 
     @classmethod
-    def read(cls, file: Path) -> Study:
+    def read(cls, file: Path, *, baseline: str | None = None) -> Study:
         """Read a study file and check every run's config.
+
+        Parameters
+        ----------
+        file : Path
+        baseline : str, optional
+            The arm that others are compared with (default: what the file says, else its first).
 
         Raises
         ------
         ConfigError
-            If a key is missing or a run could not start.
+            If a key is missing, there is no such arm, or a run could not start.
         """
         toml = tomllib.loads(file.read_text(encoding="utf-8"))
         missing = [k for k in ("clients", "seeds", "target", "settings", "arms") if k not in toml]
         if missing:
             raise ConfigError([f"{file}: expected the keys {', '.join(missing)}"])
+        settings, arms = toml["settings"], toml["arms"]
+        against = baseline or toml.get("baseline", next(iter(arms), ""))
+        if against not in arms:
+            raise ConfigError(
+                [f"{file}: baseline: expected one of the arms {', '.join(arms)}; got {against!r}"]
+            )
         study = cls(
             file.stem,
-            toml["clients"],
+            {name: keys.pop("clients", toml["clients"]) for name, keys in settings.items()},
             toml["seeds"],
-            toml["target"],
+            {name: keys.pop("target", toml["target"]) for name, keys in settings.items()},
             flatten_dict(toml.get("config", {})),
-            {name: flatten_dict(keys) for name, keys in toml["settings"].items()},
-            {name: flatten_dict(keys) for name, keys in toml["arms"].items()},
+            {name: flatten_dict(keys) for name, keys in settings.items()},
+            {name: flatten_dict(keys) for name, keys in arms.items()},
+            against,
         )
         for run in study.runs(Path()):
             read_config(run.config)
@@ -65,7 +82,8 @@ class Study:
         ):
             output = folder / setting / arm / f"seed-{seed}"
             config = {**self.common, **own, **keys, "seed": seed, "output": str(output)}
-            yield Run(setting, arm, seed, output, config)
+            clients, target = self.clients[setting], self.target[setting]
+            yield Run(setting, arm, seed, output, config, clients, target)
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,8 @@ class Run:
     seed: int
     folder: Path
     config: Flat
+    clients: int
+    target: float
 
     @property
     def name(self) -> str:
@@ -88,29 +108,67 @@ class Run:
         """Whether it ran to its end; the summary is the last thing a run writes."""
         return (self.folder / "summary.json").exists()
 
-    def scores(self, target: float) -> dict[str, float]:
-        """Return final scores by their label, and what it took to reach the target.
+    @cached_property
+    def records(self) -> list[Record]:
+        """What a finished run has told."""
+        return read_records(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def measured(self) -> tuple[Score, ...]:
+        """What a finished run is measured by, the first score first."""
+        return scores_of(self.records, read_json(self.folder / "config.json"))
+
+    @property
+    def score(self) -> Score:
+        """The first of these, by which runs are compared."""
+        return first_of(self.measured)
+
+    @property
+    def final(self) -> float | None:
+        """The first score of a finished run, on the whole test set; None where it has none."""
+        value = read_json(self.folder / "summary.json").get(self.score.name)
+        return value if isinstance(value, int | float) else None
+
+    def scores(self) -> dict[str, float]:
+        """Return final scores by their label, what the run cost, and what the target cost.
 
         The target is reached at the end of the first round whose first score on the server's test
-        rows is at least as good; there is no interpolation between rounds.
+        rows is at least as good; there is no interpolation between rounds. ``over rounds`` is the
+        mean of that score from the start to the end, straight between the rounds that have one: the
+        area under its curve. ``server s`` are the seconds of aggregation, ``TFLOP`` what the
+        clients computed in training, counted for a simulated clock.
         """
-        summary = read_json(self.folder / "summary.json")
-        records = read_records(self.folder / "metrics.jsonl")
+        summary, records = read_json(self.folder / "summary.json"), self.records
         rounds = of_kind(records, "round")
         ranks = [rank for r in rounds for rank in r["ranks"]]
         totals = megabytes(rounds)
-        measured = scores_of(records, read_json(self.folder / "config.json"))
-        first = first_of(measured)
+        first = self.score
         at = next((i for i, r in enumerate(rounds) for value in numbers([r], f"server_{first.name}")
-                   if first.reached(value, target)), None)  # fmt: skip
-        found = {s.label: summary.get(s.name) for s in measured or (first,)}
+                   if first.reached(value, self.target)), None)  # fmt: skip
+        found = {s.label: summary.get(s.name) for s in self.measured or (first,)}
+        curve = np.array(points(rounds, "round", f"server_{first.name}"))
+        if len(curve) > 1:
+            x, y = curve.T
+            area = np.average((y[1:] + y[:-1]) / 2, weights=np.diff(x))
+            found[f"{first.label} over rounds"] = float(area)
+        worst = f"{first.name}_worst"  # of a round, or of clients alone
+        seen = numbers(rounds, f"clients_{worst}")
+        found["worst client"] = seen[-1] if seen else summary.get(worst)
         scores: dict[str, float] = {
             **{label: value for label, value in found.items() if value is not None},
             "mean rank": float(np.mean(ranks)) if ranks else np.nan,
             "MB": totals[-1],
             "MB to target": np.nan if at is None else totals[at],
             "rounds to target": np.nan if at is None else rounds[at]["round"],
+            "server s": sum(numbers(rounds, "aggregate_seconds")),
         }
+        if counted := of_kind(records, "clock"):
+            work = _teraflops(records, counted[-1])
+            done = None if at is None else rounds[at]["round"]
+            scores["TFLOP"] = sum(work.values())
+            scores["TFLOP to target"] = (
+                np.nan if done is None else sum(f for n, f in work.items() if n <= done)
+            )
         if any(r.get("clock_total") for r in rounds):
             clock = [r.get("clock_total") or 0.0 for r in rounds]
             scores["seconds"] = max(clock)
@@ -120,3 +178,14 @@ class Run:
         if ratios:
             scores["real / planned"] = float(np.mean(ratios))
         return scores
+
+
+def _teraflops(records: Sequence[Record], work: ClockRecord) -> dict[int, float]:
+    """Return what clients computed in training, by round, whether or not it was used."""
+    found: dict[int, float] = {}
+    for r in of_kind(records, "client"):
+        if r["status"] in ("ok", "late"):
+            steps = r.get("steps") or work["steps"]
+            flops = steps * (work["base_flops"] + work["rank_flops"] * r["rank"])
+            found[r["round"]] = found.get(r["round"], 0.0) + flops / 1e12
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from fedlora_app.config.keys import RunConfig
 from fedlora_app.report.plots import from_zero, points, pyplot, save
 from fedlora_app.report.records import of_kind, plan_periods, read_json, read_records
-from fedlora_app.report.scores import file_name, first_of, scores_of
+from fedlora_app.report.scores import file_name
 from fedlora_app.tasks import Score, make_task
 
 if TYPE_CHECKING:
     from fedlora_app.compare.study import Study
 
 Points = Sequence[tuple[float, float]]
+Finals = dict[str, dict[str, dict[int, float]]]  # by setting, arm and seed
 Array = NDArray[np.float64]
 
 WIDE = 8.0  # the slowest arm takes so many times as long as the quickest: a logarithmic axis
@@ -40,25 +41,111 @@ def plot_study(study: Study, folder: Path) -> list[Path]:
         for run in study.runs(folder):
             if run.setting != setting or not run.done:
                 continue
-            records = read_records(run.folder / "metrics.jsonl")
-            own = first_of(scores_of(records, read_json(run.folder / "config.json")))
-            score = score or own
-            if own != score:  # runs of another task share no axis with the first
+            score = score or run.score
+            if run.score != score:  # runs of another task share no axis with the first
                 continue
-            curve = points(of_kind(records, "round"), "clock_total", f"server_{score.name}")
+            curve = points(of_kind(run.records, "round"), "clock_total", f"server_{score.name}")
             if any(seconds > 0 for seconds, _ in curve):
                 curves.setdefault(run.arm, []).append(curve)
-            for plan, real in plan_periods(records):
+            for plan, real in plan_periods(run.records):
                 error = float(np.std(real) / np.sqrt(len(real)))
                 if promised := plan["round_seconds"]:
                     periods.setdefault(run.arm, []).append((promised, float(np.mean(real)), error))
         if curves and score:
             files.append(folder / f"{file_name(score)}-over-time-{setting}.png")
-            _over_time(files[-1], setting, score, study.target, curves)
+            _over_time(files[-1], setting, score, study.target[setting], curves)
         if periods:
             files.append(folder / f"predicted-{setting}.png")
             _predicted(files[-1], setting, periods)
     return files
+
+
+def plot_arms(study: Study, folder: Path) -> list[Path]:
+    """Draw the final score of every arm in every setting: who is ahead of the baseline, and where.
+
+    Returns
+    -------
+    list of Path
+        One PNG for each score that runs are compared by, none where there are no runs.
+    """
+    found: dict[Score, Finals] = {}
+    for run in study.runs(folder):
+        if run.done and (final := run.final) is not None:
+            panels = found.setdefault(run.score, {})
+            panels.setdefault(run.setting, {}).setdefault(run.arm, {})[run.seed] = final
+    files = []
+    for score, panels in found.items():
+        files.append(folder / f"{file_name(score)}-of-arms.png")
+        _arms(files[-1], study, score, panels)
+    return files
+
+
+def _arms(file: Path, study: Study, score: Score, panels: Finals) -> None:
+    """Draw one panel a setting, one line an arm, best in the mean at the top, one dot a seed."""
+    sign = 1 if score.higher_is_better else -1
+    arms = sorted(
+        {arm for seeds in panels.values() for arm in seeds},
+        key=lambda arm: (_ahead(panels, arm, study.baseline, sign), arm == study.baseline),
+    )
+    plt = pyplot()
+    figure, row = plt.subplots(
+        1, len(panels), figsize=(2.2 + 2.8 * len(panels), 1.4 + 0.3 * len(arms)),
+        sharey=True, squeeze=False,
+    )  # fmt: skip
+    for axes, (setting, seeds) in zip(row[0], panels.items(), strict=True):
+        base = seeds.get(study.baseline, {})
+        if base:
+            axes.axvline(np.mean(list(base.values())), color="0.6", linewidth=1)
+        for y, arm in enumerate(arms):
+            own = seeds.get(arm, {})
+            if not own:
+                continue
+            ahead = _differences(seeds, arm, study.baseline, sign)
+            colour = "0.2" if arm == study.baseline else _colour(ahead)
+            values = list(own.values())
+            axes.plot(values, [y] * len(values), "o", color=colour, markersize=4, alpha=0.45,
+                      markeredgewidth=0)  # fmt: skip
+            axes.plot(np.mean(values), y, "|", color=colour, markersize=13, markeredgewidth=3)
+        axes.set_title(setting, fontsize=10)
+        axes.set_xlabel(score.label)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    # The same span in every panel: what is a hair in one must not look like a mile in another.
+    ends = [axes.get_xlim() for axes in row[0]]
+    span = max(right - left for left, right in ends)
+    for axes, (left, right) in zip(row[0], ends, strict=True):
+        end = (left + right + span) / 2
+        if score.top is not None and score.higher_is_better:
+            end = min(end, max(right, score.top))
+        axes.set_xlim(end - span, end)
+    row[0][0].set_yticks(range(len(arms)), arms)
+    row[0][0].set_ylim(-0.6, len(arms) - 0.4)
+    figure.suptitle(
+        f"dots: seeds, bars: means; against {study.baseline}:\nblue ahead in every seed, orange "
+        "behind in every seed, of more than one",
+        fontsize=9,
+    )
+    save(figure, file)
+
+
+def _ahead(panels: Finals, arm: str, baseline: str, sign: int) -> float:
+    """Return by how much an arm is better than the baseline, mean over the runs that both have."""
+    found = [d for seeds in panels.values() for d in _differences(seeds, arm, baseline, sign)]
+    return float(np.mean(found)) if found else -np.inf
+
+
+def _differences(
+    seeds: Mapping[str, Mapping[int, float]], arm: str, baseline: str, sign: int
+) -> list[float]:
+    own, base = seeds.get(arm, {}), seeds.get(baseline, {})
+    return [sign * (value - base[seed]) for seed, value in own.items() if seed in base]
+
+
+def _colour(ahead: Sequence[float]) -> str:
+    """Return grey where seeds disagree, or there is but one."""
+    if len(ahead) > 1 and min(ahead) > 0:
+        return "#0072b2"
+    return "#d55e00" if len(ahead) > 1 and max(ahead) < 0 else "0.55"
 
 
 def mean_curve(curves: Sequence[Points]) -> tuple[Array, Array]:

@@ -7,12 +7,14 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 from fedlora_app.compare.retiming import training_of
 from fedlora_app.compare.study import Flat, Run, Study
 from fedlora_app.launch.superlink import RunStatus
+from fedlora_app.report.records import read_json
 from strategies.durations import duration
 
 Reuse = Callable[[Collection[Path]], None]
@@ -32,7 +34,6 @@ class StudyQueue:
     """
 
     def __init__(self, study: Study, folder: Path, reuse: Reuse) -> None:
-        self.target = study.target
         self.waiting = [run for run in study.runs(folder) if not run.done]
         self.total = len(self.waiting)
         self.running: dict[Path, Flat | None] = {}
@@ -70,7 +71,7 @@ class StudyQueue:
             self.ran += 1
             if status.completed:
                 name = f"{run.name}: " if self.running else ""
-                scores = run.scores(self.target)
+                scores = run.scores()
                 print(f"  {name}" + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
                 sys.stdout.flush()
                 self._reuse(self.running)
@@ -98,4 +99,67 @@ def time_left(seconds: float, ran: int, waiting: int) -> str:
 
 def jobs_for(study: Study, cores: int | None = None) -> int:
     """Return how many runs fit side by side: each of its clients can keep a core busy."""
-    return max(1, (cores or os.cpu_count() or 1) // study.clients)
+    return max(1, (cores or os.cpu_count() or 1) // max(study.clients.values()))
+
+
+def listing(study: Study, folder: Path, jobs: int = 1) -> str:
+    """Return which seeds of each arm are done and to do, and how long that will take.
+
+    A run to do is taken to be as long as those of its arm and setting that are done, else of its
+    setting, else of all. Those that will be timed again from another take no time.
+    """
+    runs = list(study.runs(folder))
+    known = {run.folder: seconds for run in runs if (seconds := _seconds(run))}
+    trained = [training_of(run.config) for run in runs if run.done]
+    lines, left, unknown = [], 0.0, 0
+    width = [max(map(len, names)) for names in (study.settings, study.arms)]
+    for setting, arm in product(study.settings, study.arms):
+        own = [run for run in runs if (run.setting, run.arm) == (setting, arm)]
+        done = [run.seed for run in own if run.done]
+        to_do = [run for run in own if not run.done]
+        length = _usual(known, runs, setting, arm)
+        spared = 0
+        for run in to_do:
+            training = training_of(run.config)
+            if training is not None and training in trained:
+                spared += 1
+            else:
+                trained.append(training)  # it will be, before the next one like it
+        if length is None:
+            unknown += len(to_do) - spared
+        else:
+            left += length * (len(to_do) - spared)
+        lines.append(
+            f"{setting:<{width[0]}}  {arm:<{width[1]}}  done {_seeds(done)}"
+            f"  to do {_seeds([run.seed for run in to_do])}"
+            f"{f', each about {duration(length)}' if length and len(to_do) > spared else ''}"
+            f"{f', {spared} to time again' if spared else ''}"
+        )
+    count = sum(run.done for run in runs)
+    text = f"{count} of {len(runs)} runs are done; left: {duration(left / jobs)}"
+    if unknown:
+        text += f" and {unknown} runs of unknown length"
+    return "\n".join([*lines, "", text + (f", {jobs} side by side" if jobs > 1 else "")])
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return ",".join(map(str, seeds)) or "none"
+
+
+def _seconds(run: Run) -> float:
+    """Return how long a finished run took; 0 where that is not known, or it was timed again."""
+    summary = read_json(run.folder / "summary.json")
+    return 0.0 if "retimed_from" in summary else float(summary.get("seconds", 0.0))
+
+
+def _usual(
+    known: Mapping[Path, float], runs: Sequence[Run], setting: str, arm: str
+) -> float | None:
+    for like in (
+        [run for run in runs if (run.setting, run.arm) == (setting, arm)],
+        [run for run in runs if run.setting == setting],
+        runs,
+    ):
+        if seconds := [known[run.folder] for run in like if run.folder in known]:
+            return sum(seconds) / len(seconds)
+    return None

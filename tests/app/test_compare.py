@@ -1,5 +1,6 @@
 """Studies: tables, plots and timing again, on run folders written by hand."""
 
+import itertools
 import json
 import re
 import threading
@@ -9,16 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from fedlora_app.compare import runs as compare
+from fedlora_app.compare import study_plots
 from fedlora_app.compare.retiming import retime_folder, training_of, with_times
-from fedlora_app.compare.runs import execute, reuse, tables
+from fedlora_app.compare.runs import execute, reuse
+from fedlora_app.compare.significance import Paired, paired
 from fedlora_app.compare.study import Study
-from fedlora_app.compare.study_plots import mean_curve, plot_study
-from fedlora_app.compare.study_queue import jobs_for, time_left
-from fedlora_app.config.keys import RunConfig
+from fedlora_app.compare.study_plots import mean_curve, plot_arms, plot_study
+from fedlora_app.compare.study_queue import jobs_for, listing, time_left
+from fedlora_app.compare.tables import tables
+from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.launch.superlink import SuperLinkError
 from fedlora_app.report.records import of_kind, read_json, read_records
+from fedlora_app.tasks import LOSS
 from strategies.wallclock.clock import RoundTime
 
 STUDY = """
@@ -69,6 +75,7 @@ def write(run, accuracies, seconds, planned=None):
             "kind": "round", "round": n, "ranks": [4] if n else [], "accepted": 1, "rejected": 0,
             "train_loss": 1.0, "server_accuracy": accuracy, "clock_seconds": spent,
             "bytes_up": 10**6 if n else 0, "bytes_down": 10**6 if n else 0,
+            "aggregate_seconds": 0.25 if n else 0.0,
             "clock_total": total, "bottleneck": n % 3 if n else None,
             "planned_seconds": planned if n else None,
         })  # fmt: skip
@@ -87,13 +94,18 @@ def one(study, folder, setting, arm, seed=1):
 def test_what_it_took_to_reach_the_target(study, tmp_path):
     run = one(study, tmp_path, "lab", "planned")
     write(run, [0.1, 0.4, 0.5, 0.9], [0, 3, 5, 4], planned=2.0)
-    scores = run.scores(0.5)
+    scores = run.scores()
     assert scores["seconds to target"] == 8.0  # at the end of round 2
     assert scores["rounds to target"] == 2
     assert scores["MB to target"] == 4.0
     assert scores["seconds"] == 12.0
     assert scores["real / planned"] == pytest.approx(2.0)  # mean of 3, 5, 4 by 2
-    assert np.isnan(run.scores(0.95)["seconds to target"])
+    assert scores["accuracy over rounds"] == pytest.approx((0.25 + 0.45 + 0.7) / 3)
+    # 4 steps of 1e9 + 4·1e6 FLOPs a round, by one client
+    assert scores["TFLOP"] == pytest.approx(3 * 4 * 1.004e-3)
+    assert scores["TFLOP to target"] == pytest.approx(2 * 4 * 1.004e-3)
+    assert scores["server s"] == pytest.approx(0.75)
+    assert np.isnan(replace(run, target=0.95).scores()["seconds to target"])
 
 
 def test_a_table_has_the_columns_of_all_arms(study, tmp_path):
@@ -112,15 +124,104 @@ def test_a_table_has_the_columns_of_all_arms(study, tmp_path):
     assert cells["uniform"]["seconds"] == "9.0 ± 3.0"
     assert cells["uniform"]["real / planned"] == "–"
     assert cells["planned"]["seconds to target"] == "not reached"
-    assert cells["planned"]["real / planned"] == "0.500 ± 0.000"
-    assert "rural" in text
+    assert cells["planned"]["real / planned"] == "0.500"  # one seed has no spread
+    assert cells["planned"]["Δ"] == "-0.300"  # of the one seed that both have
+    assert cells["planned"]["ahead"] == "0 of 1"
+    assert "One pair says nothing" in text
+    assert "all settings" not in text
+    assert "**rural**\n\nNothing has run yet." in text
+
+
+def test_differences_of_the_same_seeds_are_tested(study, tmp_path):
+    ends = {"uniform": (0.5, 0.6), "planned": (0.6, 0.8)}
+    for setting, arm in itertools.product(study.settings, study.arms):
+        for seed, end in zip(study.seeds, ends[arm], strict=True):
+            write(one(study, tmp_path, setting, arm, seed), [0.1, 0.2, 0.3, end], [0, 1, 1, 1])
+    text = tables(study, tmp_path)
+    assert text.count("| +0.150 | 2 of 2 | 0.5 (0.2) |") == 2
+    assert "| planned | +0.150 | 4 of 4 | 0.12 (0.014) |" in text.partition("all settings")[2]
+    assert "no arm can be shown to differ" in text
+    other = replace(study, baseline="planned")
+    assert "| uniform | -0.150 | 0 of 4 | 0.12 (0.014) |" in tables(other, tmp_path)
+
+
+def test_sign_flips_are_counted_as_by_hand():
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 6):
+        d = rng.normal(0.3, 1.0, n)
+        flips = [abs(np.dot(s, d)) for s in itertools.product((1, -1), repeat=n)]
+        found = np.mean(np.array(flips) >= abs(d.sum()) - 1e-12)
+        assert Paired(d).exact_p == pytest.approx(found)
+        assert Paired(-d).exact_p == pytest.approx(found)
+        assert Paired(d).t_p == pytest.approx(stats.ttest_rel(d + 1, np.ones(n)).pvalue)
+    assert Paired([0.1]).exact_p is Paired([0.1]).t_p is None
+    assert Paired([0.1] * 20).exact_p is None
+    assert (Paired([0.0, 0.0]).t_p, Paired([0.1, 0.1]).t_p) == (1.0, 0.0)
+    assert Paired([0.1, 0.2, 0.3]).exact_p == 0.25  # the least that three can be
+    assert paired({1: 0.5}, {2: 0.4}, LOSS) is None
+    less = paired({1: 0.5, 2: 0.4, 3: 0.1}, {1: 0.6, 2: 0.4}, LOSS)
+    assert less is not None
+    assert (less.better, len(less.differences)) == (1, 2)  # lower is better, and a draw is not
+
+
+def test_a_baseline_must_be_an_arm(study, tmp_path):
+    file = tmp_path / "small.toml"
+    assert study.baseline == "uniform"
+    assert Study.read(file, baseline="planned").baseline == "planned"
+    file.write_text(STUDY.replace("target = 0.5", 'target = 0.5\nbaseline = "planned"'))
+    assert Study.read(file).baseline == "planned"
+    with pytest.raises(ConfigError, match="one of the arms uniform, planned; got 'best'"):
+        Study.read(file, baseline="best")
+
+
+def test_a_setting_may_have_its_own_clients_and_target(tmp_path):
+    file = tmp_path / "small.toml"
+    file.write_text(STUDY.replace("[settings.rural]", "[settings.rural]\nclients=30\ntarget=0.9"))
+    study = Study.read(file)
+    found = {run.setting: (run.clients, run.target) for run in study.runs(tmp_path)}
+    assert found == {"lab": (3, 0.5), "rural": (30, 0.9)}
+    assert jobs_for(study, 60) == 2
+
+
+def test_what_is_to_do_is_listed_and_nothing_starts(study, tmp_path, capsys):
+    write(one(study, tmp_path, "lab", "planned"), [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
+    write(one(study, tmp_path, "lab", "uniform"), [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
+    lines = listing(study, tmp_path).splitlines()
+    assert lines[0] == "lab    uniform  done 1  to do 2, each about 0:09"
+    assert lines[1] == "lab    planned  done 1  to do 2, each about 0:09"
+    assert lines[2] == "rural  uniform  done none  to do 1,2, 2 to time again"
+    assert lines[-1] == "2 of 8 runs are done; left: 0:36"
+    argv = [str(tmp_path / "small.toml"), "--output", str(tmp_path / "none"), "--list"]
+    assert compare.main(argv) == 0
+    assert "0 of 8 runs are done; left: 0:00 and 6 runs of unknown" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_figure_has_a_panel_a_setting(study, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(study_plots, "save", lambda figure, file: drawn.append((figure, file)))
+    assert plot_arms(study, tmp_path) == []
+    for setting, seed in itertools.product(study.settings, study.seeds):
+        write(one(study, tmp_path, setting, "uniform", seed), [0.1, 0.3], [0, 1])
+        write(one(study, tmp_path, setting, "planned", seed), [0.1, 0.3 + seed / 10], [0, 1])
+    plot_arms(study, tmp_path)
+    ((figure, file),) = drawn
+    assert file.name == "accuracy-of-arms.png"
+    assert [axes.get_title() for axes in figure.axes] == ["lab", "rural"]
+    first = figure.axes[0]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["uniform", "planned"]
+    dots = {tuple(line.get_xdata()) for line in first.lines}
+    assert {(0.3, 0.3), (0.4, 0.5)} <= dots
+    spans = [round(np.ptp(axes.get_xlim()), 9) for axes in figure.axes]
+    assert spans[0] == spans[1]
 
 
 def test_a_study_without_a_clock_has_its_old_table(study, tmp_path):
     run = one(study, tmp_path, "lab", "uniform")
     write(run, [0.1, 0.4, 0.5, 0.9], [0, 0, 0, 0])
-    assert list(run.scores(0.5)) == [
-        "accuracy", "macro-F1", "mean rank", "MB", "MB to target", "rounds to target"
+    assert list(run.scores()) == [
+        "accuracy", "macro-F1", "accuracy over rounds", "mean rank", "MB", "MB to target",
+        "rounds to target", "server s", "TFLOP", "TFLOP to target",
     ]  # fmt: skip
 
 
@@ -181,7 +282,7 @@ def test_a_folder_is_made_from_a_finished_one(study, tmp_path):
     assert summary["clock_seconds"] == 60
     assert summary["accuracy"] == 0.7
     assert target.done
-    assert target.scores(0.5)["seconds to target"] == 30
+    assert target.scores()["seconds to target"] == 30
     config = RunConfig.from_flat(read_json(target.folder / "config.json"))
     assert config.clock.profile == "rural"
     assert config.output == str(target.folder)
