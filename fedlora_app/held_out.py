@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
 
 from fedlora_app.evaluation import evaluate, per_sample_losses
-from fedlora_app.tasks import Inputs, Rows, Task
+from fedlora_app.tasks import Inputs, Rows, Sample, Task
 from strategies.client import load_adapter
 from strategies.lora import Adapter
 from strategies.messages import from_record
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 class HeldOut:
     """The server's held-out rows; ``validation`` are those that judge, and never test.
 
+    ``samples`` are those of the last evaluation.
+
     Parameters
     ----------
     task : Task
@@ -36,12 +39,14 @@ class HeldOut:
     def __init__(self, task: Task, rows: Rows, validation_rows: int = 0) -> None:
         config = task.config
         self.task, self.about = task, rows.about
-        self.all: Inputs = task.encode(rows)
+        self.rows, self.all = rows, task.encode(rows)
+        self.samples: Sequence[Sample] = ()
         self.validation: Inputs | None = None
         if validation_rows:
             order = stream(config.seed, "validation").permutation(len(self.all))
             self.validation = self.all.take(np.sort(order[:validation_rows]))
-            self.all = self.all.take(np.sort(order[validation_rows:]))
+            tested = np.sort(order[validation_rows:])
+            self.rows, self.all = rows.take(tested), self.all.take(tested)
         self.some = self.all
         if 0 < config.data.test_rows < len(self.all):
             rng = np.random.default_rng(config.seed)
@@ -58,13 +63,15 @@ class HeldOut:
         """
         config, cores = self.task.config, os.cpu_count() or 1
         with torch_threads(max(1, cores // 2) if beside else cores):
-            return evaluate(
+            scores = evaluate(
                 self.task,
                 model,
                 self.all if everything else self.some,
                 batch_size=config.evaluate.batch_size,
                 precision=config.train.precision,
             )
+            more, self.samples = self.task.try_out(model, self.rows)
+        return {**scores, **more}
 
     def validation_loss(self, model: PeftModel, adapter: Adapter) -> float:
         """Return the loss of a client's adapter on the validation rows."""

@@ -83,7 +83,9 @@ def main(grid: Grid, context: Context) -> None:
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         beside = strategy.evaluations_can_wait and server_round < config.rounds
-        return test.metrics(model, arrays, beside=beside)
+        metrics = test.metrics(model, arrays, beside=beside)
+        folder.keep(test.samples, server_round)
+        return metrics
 
     result = strategy.start(
         grid,

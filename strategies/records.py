@@ -37,6 +37,13 @@ class ClockRecord(TypedDict):
     at: NotRequired[float]
 
 
+class SamplesRecord(_Timed):
+    """What the model of a round made of some test rows, in words; the app's own."""
+
+    kind: Literal["samples"]
+    samples: list[dict[str, Any]]  # asked, wanted, given, score
+
+
 class RankRecord(_Timed):
     """Which client trains which rank, and why; told when that changes."""
 
@@ -162,6 +169,7 @@ class EndRecord(_Timed):
 Record: TypeAlias = (
     StartRecord
     | ClockRecord
+    | SamplesRecord
     | RankRecord
     | PilotsRecord
     | PlanRecord

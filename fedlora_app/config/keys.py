@@ -187,6 +187,18 @@ class EvaluateConfig:
         "rounding",
     )
     batch_size: int = option(64, "rows of an evaluation batch", low=1)
+    generate: int = option(
+        0,
+        "causal-lm: so many of the server's test rows are answered by the model itself, word by "
+        "word, and scored; 0: none",
+        low=0,
+    )
+    generate_tokens: int = option(128, "causal-lm: tokens of such an answer at most", low=1)
+    scorer: str = option(
+        "exact",
+        "causal-lm: what scores generated answers, ours or one of your own (see plugins)",
+        named_in="fedlora_app.tasks.scorers:SCORERS",
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from logging import INFO, WARNING
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +33,7 @@ from fedlora_app.report.records import (
     write_lines,
 )
 from fedlora_app.report.scores import first_of
-from fedlora_app.tasks import LOSS, TASKS, Score
+from fedlora_app.tasks import LOSS, Sample, Score, make_task
 from strategies.records import EndRecord, Record, RoundRecord
 
 if TYPE_CHECKING:
@@ -113,6 +114,12 @@ class RunFolder:
         self._write()
         self._note(record)
 
+    def keep(self, samples: Sequence[Sample], server_round: int) -> None:
+        """Append what the model of a round made of some rows; nothing without samples."""
+        if samples:
+            kept = [asdict(sample) for sample in samples]
+            self({"kind": "samples", "round": server_round, "samples": kept})
+
     def _write(self) -> None:
         """Append all lines that wait, or none of them."""
         if self._metrics is None:
@@ -160,7 +167,7 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
         adapter = self.path / "adapter"
-        task = TASKS[self.config.task]
+        task = make_task(self.config)
         save_adapter(model, adapter, self.config.model.name, self.about, task.peft_type)
         end: Fields = self._end or {}
         summary = {

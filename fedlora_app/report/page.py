@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedlora_app.config.keys import RunConfig
-from fedlora_app.report import clients_table, style
+from fedlora_app.report import clients_table, samples, style
 from fedlora_app.report.charts import bar_chart, line_chart
 from fedlora_app.report.html import bar_rows, data_size, number, seconds_text, spans, table
 from fedlora_app.report.plots import TOP, bottlenecks, megabytes, points
@@ -109,6 +109,7 @@ def page(run: RunFiles) -> str:
         _heading(run.scores): curves(run),
         "Time of the rounds": round_times(run),
         "Plans and pilots": plans(run),
+        "Samples": samples.section(run.records),
         "Clients": clients_table.section(run.records, run.scores),
         "Failures": failures(run.failures),
         "Configuration": configuration(run.config),

@@ -18,6 +18,7 @@ from strategies.records import (
     RankRecord,
     Record,
     RoundRecord,
+    SamplesRecord,
     StartRecord,
 )
 
@@ -118,6 +119,8 @@ def of_kind(records: Iterable[Record], kind: Literal["pilots"]) -> list[PilotsRe
 def of_kind(records: Iterable[Record], kind: Literal["ranks"]) -> list[RankRecord]: ...
 @overload
 def of_kind(records: Iterable[Record], kind: Literal["clock"]) -> list[ClockRecord]: ...
+@overload
+def of_kind(records: Iterable[Record], kind: Literal["samples"]) -> list[SamplesRecord]: ...
 @overload
 def of_kind(records: Iterable[Record], kind: Literal["start"]) -> list[StartRecord]: ...
 def of_kind(records: Iterable[Record], kind: str) -> list[Any]:

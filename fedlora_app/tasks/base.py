@@ -78,6 +78,24 @@ class Rows:
         return Rows(items, taken, self.about, groups, self.origin)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What a model made of one row, in words: for people, in the record and on the page.
+
+    Parameters
+    ----------
+    asked, wanted, given : str
+        What the model was given, what the data have as its answer, and what came.
+    score : float
+        How good that is.
+    """
+
+    asked: str
+    wanted: str
+    given: str
+    score: float
+
+
 class Inputs(Protocol):
     """Rows as the model takes them, in memory."""
 
@@ -105,8 +123,9 @@ class Task(ABC):
     """
 
     name: ClassVar[str] = ""
-    scores: ClassVar[tuple[Score, ...]] = ()
-    """Best first: the primary score is what ``checkpoint-best`` and ``stop-score`` look at."""
+    scores: tuple[Score, ...] = ()
+    """Of the class, or by its config of an object. Best first: the primary score is what
+    ``checkpoint-best`` and ``stop-score`` look at."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the task, for ``AutoPeftModel`` to find a model of transformers by."""
 
@@ -226,6 +245,14 @@ class Task(ABC):
     def summary(self, sums: Sums) -> dict[str, float]:
         """Return the scores by name from what ``judge`` gave for all rows."""
         return {name: float(total / weight) for name, (total, weight) in sums.items()}
+
+    def try_out(self, model: nn.Module, rows: Rows) -> tuple[Mapping[str, float], Sequence[Sample]]:
+        """Return what is only seen when the model is put to use on the server's test rows.
+
+        After every evaluation there: more of the scores, and samples for people. Which rows, and
+        how many, is for the task to say; the same each time.
+        """
+        return {}, ()
 
     def quality(self, scores: Mapping[str, float]) -> float:
         """Return how much a client of these scores counts for rules that weigh by quality (> 0)."""

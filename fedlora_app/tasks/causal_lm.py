@@ -22,10 +22,23 @@ from fedlora_app.data.conversations import (
 )
 from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
-from fedlora_app.tasks.base import About, Indices, Origin, Rows, Score, Sums, Task, register_task
+from fedlora_app.tasks.base import (
+    About,
+    Indices,
+    Origin,
+    Rows,
+    Sample,
+    Score,
+    Sums,
+    Task,
+    register_task,
+)
+from fedlora_app.tasks.generation import generation_problems, scorer_of, tried
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from fedlora_app.config.keys import RunConfig
 
 IGNORED = -100  # the label that models and losses leave out
 SHOWN = 400  # characters of the example
@@ -40,7 +53,15 @@ class CausalLM(Task):
     """
 
     name = "causal-lm"
-    scores = (Score("perplexity", "perplexity", higher_is_better=False, top=None, digits=2),)
+    scores: tuple[Score, ...] = (
+        Score("perplexity", "perplexity", higher_is_better=False, top=None, digits=2),
+    )
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.scorer = scorer_of(config)
+        if self.scorer is not None:
+            self.scores = (*self.scores, self.scorer.as_score)
 
     # ----- rows
 
@@ -185,7 +206,8 @@ class CausalLM(Task):
                 "none of the first rows has a token to train on: their answers are empty, or "
                 "data.max-length cuts them away; raise it"
             )
-        return found
+        first = rows.items[:50]
+        return found + generation_problems(self.config.evaluate, self.tokenizer, model, first)
 
     def fill(self) -> dict[str, int]:
         """Return the padding of ids, mask and labels."""
@@ -209,6 +231,12 @@ class CausalLM(Task):
         total, weight = sums["tokens"]
         loss = float(total / max(weight, 1.0))
         return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+
+    def try_out(self, model: nn.Module, rows: Rows) -> tuple[Mapping[str, float], Sequence[Sample]]:
+        """Return how good generated answers are, where ``evaluate.generate`` asks for some."""
+        if self.scorer is None:
+            return {}, ()
+        return tried(model, self.tokenizer, self.scorer, self.config, rows.items)
 
     def quality(self, scores: Mapping[str, float]) -> float:
         """Return the geometric mean of the probabilities of the trained tokens."""
