@@ -13,6 +13,7 @@ from strategies.guard import Guard
 from strategies.sampling import Outlook, Sampler
 from strategies.sampling.base import Array
 from strategies.wallclock.clock import Clock, RoundTime, Work
+from strategies.watch import Watch
 
 # A client that was long away counts at its return at most so many times: unbiased weights would be
 # as many as it missed, and one of them moves the model by all of these at once.
@@ -42,6 +43,7 @@ class Participation:
         self.clock = clock
         self.rule = rule
         self.guard = Guard()
+        self.watch = Watch()
         self.seconds = 0.0  # of all rounds so far
         self.population: Population | None = None
         self.weights: dict[int, float] = {}  # of this round, by client index
@@ -177,6 +179,7 @@ class Participation:
         return {
             "seconds": self.seconds,
             "guard": self.guard.state_dict(),
+            "watch": self.watch.state_dict(),
             "asked": {str(i): n for i, n in self._asked.items()},
             "answered": {str(i): n for i, n in self._answered.items()},
             "sampler": self.sampler.state_dict(),
@@ -187,6 +190,7 @@ class Participation:
         """Put back what ``state_dict`` returned."""
         self.seconds = state["seconds"]
         self.guard.load_state_dict(state.get("guard", {}))
+        self.watch.load_state_dict(state.get("watch", {}))
         self._asked = {int(i): n for i, n in state["asked"].items()}
         self._answered = {int(i): n for i, n in state["answered"].items()}
         self.sampler.load_state_dict(state["sampler"])

@@ -133,6 +133,14 @@ class ClientEvaluationRecord(_Timed):
     node: str
 
 
+class RoundWarning(TypedDict):
+    """What a person should look at though nothing failed: see ``strategies.watch``."""
+
+    about: Literal["unmoved", "loss", "lone"]
+    client: int
+    text: str
+
+
 class RoundRecord(_Timed):
     """A round that is over; round 0 is the initial model."""
 
@@ -156,6 +164,7 @@ class RoundRecord(_Timed):
     planned_seconds: float | None
     epsilon_local: NotRequired[float]
     epsilon_central: NotRequired[float]
+    warnings: NotRequired[list[RoundWarning]]  # only where there are any
 
 
 class EndRecord(_Timed):

@@ -15,7 +15,7 @@ from strategies.clients import Client
 from strategies.durations import duration
 from strategies.messages import SCALE_KEY, STEPS_KEY, TRAIN_SECONDS_KEY, Reply
 from strategies.packing import Parcel
-from strategies.records import ClientRecord, RoundRecord
+from strategies.records import ClientRecord, RoundRecord, RoundWarning
 from strategies.scores import LOSS, Score, shown, undeclared
 from strategies.wallclock.clock import RoundTime, Work
 
@@ -102,6 +102,7 @@ class Round:
     clock_total: float = 0.0
     planned_seconds: float | None = None
     privacy: dict[str, float] = field(default_factory=dict)
+    warnings: list[RoundWarning] = field(default_factory=list)
 
     @property
     def ranks_differ(self) -> bool:
@@ -183,6 +184,8 @@ class Round:
             "bottleneck": self.time.bottleneck if self.time else None,
             "planned_seconds": _rounded(self.planned_seconds),
         }
+        if self.warnings:
+            own["warnings"] = self.warnings
         scores = {f"server_{k}": v for k, v in self.evaluation.items()}
         scores |= {f"clients_{k}": v for k, v in self.clients_evaluation.items()}
         # Own once more: no metric of the clients can hide our fields.

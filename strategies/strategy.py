@@ -231,6 +231,9 @@ class FedLoRA(KeptRun):
             self.tell(cast(Record, record))
         planned = sampler.planned_seconds
         book = self.round = Round(server_round, len(clients), planned_seconds=planned)
+        if self.aggregation.mean_of_holders and packing.model.adapter.pairs:
+            book.warnings = self.participation.watch.ranks(clients, ranks)
+            self.participation.watch.say(book.warnings, server_round)
         self.tell({"kind": "round-start", "round": server_round, "clients": len(chosen)})
         model_round = self.progress.rounds + 1
         messages = self.orders.place(chosen, book, packing, config, model_round, self._rng)
@@ -345,5 +348,7 @@ class FedLoRA(KeptRun):
     def _present(self, grid: Grid, config: ConfigRecord, server_round: int) -> list[Client]:
         """Return who can take part; from round 2 on, nobody who joins late ends the run."""
         clients = self.census.take(grid, self.ranks, config, server_round)
+        for index in self.roster.handed_on:
+            self.participation.watch.forget(index)
         self.replies.hand_on()
         return clients if server_round == 1 else self.rank_book.served(clients, server_round)

@@ -51,6 +51,14 @@ class Trained:
             and any(bool(getattr(old, other).any()) for _, old in pairs)
         )
 
+    def unmoved_dense(self) -> bool:
+        """Return whether all that is no LoRA factor came back exactly as it was sent."""
+        return all(
+            torch.equal(new, self.sent.dense[key])
+            for key, new in self.adapter.dense.items()
+            if key in self.sent.dense
+        )
+
     def effective(self) -> Adapter:
         """Return the client's whole model as one adapter on the base."""
         return GlobalModel(self.adapter, self.merged).combined()

@@ -195,6 +195,7 @@ def warnings(run: RunFiles) -> str:
         notes.append(
             f"Too few good replies in round {spans(unchanged)}: the model stayed as it was."
         )
+    notes += _of_rounds(run.rounds)
     for record in run.records:
         when = f"Round {cast(Fields, record).get('round', '?')}"
         if record["kind"] == "ranks":
@@ -216,6 +217,16 @@ def warnings(run: RunFiles) -> str:
         notes.append(f"There is no record of round {spans(missing)}.")
     unique = list(dict.fromkeys(notes))
     return "".join(f"<p class=warning>{escape(note)}</p>" for note in unique)
+
+
+def _of_rounds(rounds: Iterable[RoundRecord]) -> list[str]:
+    """Return the warnings in the records of rounds, each with the rounds it is of."""
+    found: dict[tuple[str, int], tuple[list[int], str]] = {}
+    for r in rounds:
+        for warning in r.get("warnings") or ():
+            own, _ = found.get((warning["about"], warning["client"]), ([], ""))
+            found[warning["about"], warning["client"]] = [*own, r["round"]], warning["text"]
+    return [f"Round {spans(own)}: {text}" for own, text in found.values()]
 
 
 def curves(run: RunFiles) -> str:

@@ -271,7 +271,7 @@ class HolderMean(FactorAverage):
     them is far from that of the draw.
     """
 
-    default_ratio = True
+    default_ratio = mean_of_holders = True
 
     def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
         """Return the new factors of one module: the sums over the weight of the holders."""

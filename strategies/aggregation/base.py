@@ -123,6 +123,9 @@ class Aggregator(ABC, Generic[StateT]):
     sketches: ClassVar[bool] = False
     #: Whether fewer entries than its rank cost variance, as the larger scale of a sketch does.
     sketch_adds_variance: ClassVar[bool] = True
+    #: Whether an entry of the rank axis is a mean over those who hold it, however few, so that what
+    #: one client alone holds is as large as what all train.
+    mean_of_holders: ClassVar[bool] = False
     #: Whether all clients of one rank download the same.
     shares_downloads: ClassVar[bool] = True
     #: Whether, under independent sampling, the rule divides by the weight of the participants

@@ -128,7 +128,7 @@ class HolderProduct(Aggregator[RankOneState]):
     """
 
     supports_dora = False
-    default_ratio = True
+    default_ratio = mean_of_holders = True
 
     def init(self, current: Adapter) -> RankOneState:
         """Return an empty list of factors."""

@@ -16,7 +16,7 @@ from strategies.census import Census
 from strategies.claims import REASON_LENGTH, ReplyError, clean
 from strategies.clients import Client
 from strategies.lora import Adapter
-from strategies.messages import STEPS_KEY, Reply, check_size, content_bytes, reply_error
+from strategies.messages import Reply, check_size, content_bytes, reply_error
 from strategies.packing import Packing
 from strategies.participation import Participation
 from strategies.privacy import NoPrivacy, PrivateRun, clip_update
@@ -85,7 +85,6 @@ class Intake:
         self.clip_norm = clip_norm
         #: The good replies of this round, their numbers without their arrays.
         self.good: list[Reply] = []
-        self.unmoved: set[int] = set()  # indices of those who were told
         #: That of the round; None before the first.
         self.packing: Packing | None = None
         self._book = Round(0)
@@ -158,7 +157,7 @@ class Intake:
         trained = Trained(
             client, adapter, sent.adapter, reply.metrics, self._book.number, packing.model.merged
         )
-        self._say_unmoved(trained, packing)
+        self._watch(trained, packing)
         self._observe(trained)
         return Accepted(client, adapter)
 
@@ -211,18 +210,12 @@ class Intake:
             except ValueError as error:
                 log(WARNING, "round %s: %s: %s", self._book.number, trained.client.name, error)
 
-    def _say_unmoved(self, trained: Trained, packing: Packing) -> None:
-        """Warn once of a client whose training moves nothing of what it was to train."""
-        client = trained.client
-        if client.index in self.unmoved or trained.metrics.get(STEPS_KEY) == 0:
-            return
+    def _watch(self, trained: Trained, packing: Packing) -> None:
+        """Note what is odd about a good reply."""
         asked = "".join(f for f in packing.trained if f in packing.uploaded)
-        if still := trained.unmoved(asked):
-            self.unmoved.add(client.index)
-            log(WARNING, "round %s: %s: lora_%s came back exactly as it was sent: make the "
-                "optimiser after apply_adapter (receive_parameters), which makes new parameters; "
-                "or its steps are smaller than %s can tell", self._book.number, client.name,
-                " and lora_".join(still), packing.wire)  # fmt: skip
+        found = self.participation.watch.reply(trained, asked, packing.wire)
+        self._book.warnings += found
+        self.participation.watch.say(found, self._book.number)
 
     def _reject(self, assignment: Assignment, reason: str, nbytes: int = 0) -> Rejected:
         client = assignment.client

@@ -243,7 +243,7 @@ def test_nothing_that_lasts_grows_by_the_round():
             kept = [part.state_dict() for part in self.parts().values()]
             census = [self.census._tries, self.census._asked, self.census._doubted]
             book = [self.round.assignments.keys(), self.rank_book.ranks, self.rank_book.told]
-            book += [self.intake.unmoved, self.intake.good]
+            book += [self.participation.watch._said, self.intake.good]
             sizes.append(leaves([*kept, *census, *map(list, book)]))
 
     strategy = Weighed(aggregation="zero-padding", ranks=AutoRank(1, RANK), evaluate_fraction=1.0)
