@@ -114,7 +114,8 @@ class LoRAClient(NumPyClient):
         rows, held_out = self._rows(config)
         times = int(config.get(TIMES_KEY, 1))
         settings = self.config.train.in_round(int(config[MODEL_ROUND_KEY]), times=times)
-        done = train(model, rows, settings, config, seed=self.config.seed, rounds=times)
+        inputs = self.task.for_training(rows)
+        done = train(model, inputs, settings, config, seed=self.config.seed, rounds=times)
         metrics = {**done.metrics(), BITS_KEY: PRECISION_BITS[settings.precision]}
         if judged:
             scores = self._evaluate(model, held_out)

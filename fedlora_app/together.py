@@ -18,13 +18,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fedlora_app.config.keys import TrainConfig
-from fedlora_app.data.batches import training_batches
 from fedlora_app.tasks.base import Inputs, Task
-from fedlora_app.training import (
-    amount,
-    default_device,
-    rates,
-)
+from fedlora_app.training import amount, batches, default_device, rates
 from strategies.client.peft_model import adapter_parameters
 from strategies.dropout import QuickDropout, draw
 from strategies.lora import Adapter
@@ -166,8 +161,7 @@ class _Client:
         self.updates = Updates(trained, self.steps, **rates(job.config))
         seed = training_seed({}, job.seed)
         self.bits, rng = np.random.SFC64(seed), np.random.default_rng(seed)
-        rows = len(job.inputs)
-        self.batches = training_batches(rows, job.config.batch_size, total, rng)
+        self.batches = batches(job.config, job.inputs, total, rng)
         self.losses = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def load(self) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from fedlora_app.config.keys import TrainConfig
 from fedlora_app.data.batches import training_batches
-from fedlora_app.tasks.base import Inputs
+from fedlora_app.tasks.base import Indices, Inputs
 from strategies.dropout import QuickDropout
 from strategies.schedules import anew
 from strategies.training import TrainOutcome, train_loop, training_seed
@@ -63,15 +64,22 @@ def train(
     """
     total, steps = amount(config, len(inputs))
     device, own = default_device(), training_seed(message or {}, seed)
-    order = training_batches(len(inputs), config.batch_size, total, np.random.default_rng(own))
+    parts = min(config.accumulate, config.batch_size)
+    order = chain.from_iterable(
+        np.array_split(rows, min(parts, len(rows)))
+        for rows in batches(config, inputs, total, np.random.default_rng(own))
+    )
     model.to(device)
-    with _dropout(model, device, own):
+    again = config.gradient_checkpointing  # which must draw the same dropout twice, as torch's does
+    with nullcontext() if again else _dropout(model, device, own):
         return train_loop(
             model,
             map(inputs.batch, order),
             message,
             steps=steps,
+            accumulation=parts,
             precision=config.precision,
+            gradient_checkpointing=again,
             threads=config.threads,
             num_examples=len(inputs),
             seed=seed,
@@ -85,6 +93,14 @@ def amount(config: TrainConfig, rows: int) -> tuple[int, int]:
         raise ValueError("expected rows to train on, got none")
     total = config.steps * config.batch_size or math.ceil(config.epochs * rows)
     return total, math.ceil(total / config.batch_size)
+
+
+def batches(
+    config: TrainConfig, inputs: Inputs, total: int, rng: np.random.Generator
+) -> Iterator[Indices]:
+    """Return the rows of each step, ``total`` over all."""
+    sizes = inputs.sizes if config.group_by_length else None
+    return training_batches(len(inputs), config.batch_size, total, rng, sizes)
 
 
 def rates(config: TrainConfig, rounds: int = 1) -> dict[str, Any]:

@@ -135,6 +135,15 @@ def _clock(parts: Parts) -> Iterator[str]:
         yield f"clock.{key} is for simulated clocks; set clock.profile{instead}"
 
 
+def _accumulate(parts: Parts) -> Iterator[str]:
+    train = parts.config.train
+    if train.accumulate > train.batch_size:
+        yield (
+            f"train.accumulate: {train.batch_size} rows of a step (train.batch-size) cannot be "
+            f"{train.accumulate} parts; use at most {train.batch_size}, or more rows"
+        )
+
+
 def _privacy(parts: Parts) -> Iterator[str]:
     if parts.privacy is not None:  # what would void the guarantee of private updates
         share = parts.config.evaluate.clients
@@ -156,5 +165,6 @@ CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _coins,
     _rule_and_sampler,
     _clock,
+    _accumulate,
     _privacy,
 )

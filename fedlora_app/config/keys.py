@@ -87,6 +87,11 @@ class DataConfig:
         choices=("answers", "all"),
         on_resume="fatal",
     )
+    packing: bool = option(
+        False,
+        "causal-lm: rows of a step share sequences of up to max-length tokens, none sees another; "
+        "the same numbers with less padding",
+    )
     image_column: str = option(
         "auto", "column with the images, their paths or bytes (auto: image, img, file_name, …)"
     )
@@ -140,6 +145,17 @@ class TrainConfig:
     steps: int = option(10, "optimiser steps a round; 0: use epochs", low=0)
     epochs: float = option(1.0, "passes over the client's rows when steps = 0", above=0)
     batch_size: int = option(16, "rows of a step", low=1)
+    accumulate: int = option(
+        1,
+        "parts in which the rows of a step pass through the model: less memory, the same step",
+        low=1,
+    )
+    group_by_length: bool = option(
+        False, "batches of rows of like length: less padding, an order that is less random"
+    )
+    gradient_checkpointing: bool = option(
+        False, "compute activations again on the way back: less memory, about a third more time"
+    )
     learning_rate: float = option(3e-3, "AdamW learning rate of the LoRA weights", above=0)
     head_learning_rate: float = option(5e-3, "AdamW learning rate of the head", above=0)
     round_decay: float = option(

@@ -27,6 +27,7 @@ from fedlora_app.models.loading import trained_parts
 from fedlora_app.models.lora import add_lora
 from fedlora_app.resuming import check_resume
 from strategies.client import check_mergeable
+from strategies.surroundings import checkpointed
 
 
 def check_run(parts: Parts, folder: Path, data: Report) -> str:
@@ -72,6 +73,9 @@ def check_model(parts: Parts, data: Report) -> str:
     line: str = base.loaded.line()  # type: ignore[union-attr, operator]
     if problems := data.task.problems(base, data.train):
         raise ConfigError(problems)
+    if config.train.gradient_checkpointing:
+        with checkpointed(base):  # or an error says what cannot
+            pass
     if config.method == "head" and not trained_parts(base):
         raise ConfigError(
             [f"method = 'head': {config.model.name!r} has no head that could be trained alone"]

@@ -232,6 +232,10 @@ class Task(ABC):
         """
         return {}
 
+    def for_training(self, inputs: Inputs) -> Inputs:
+        """Return the same rows with batches as training takes them, for ``train``."""
+        return inputs
+
     # ----- how good it is --------------------------------------------------------------
 
     @abstractmethod

@@ -21,10 +21,11 @@ from fedlora_app.data.conversations import (
     turns_of,
 )
 from fedlora_app.data.tables import Table
-from fedlora_app.discretion import DataError
+from fedlora_app.discretion import LOG, DataError
 from fedlora_app.tasks.base import (
     About,
     Indices,
+    Inputs,
     Origin,
     Rows,
     Sample,
@@ -34,6 +35,7 @@ from fedlora_app.tasks.base import (
     register_task,
 )
 from fedlora_app.tasks.generation import generation_problems, scorer_of, tried
+from fedlora_app.tasks.packing import Packed, packing_problem
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -112,11 +114,14 @@ class CausalLM(Task):
         if not len(rows):
             return []
         text, spans = self._rendered(rows.items[0])
+        plain = rows.items[0][0][0] != TEXT and not self.tokenizer.chat_template
+        lines = ["  the model has no chat template: '### User:' and the like"] if plain else []
         for start, end in reversed(spans):
             text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
         if len(text) > SHOWN:
             text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
-        return ["  first, what is trained in ⟦⟧:", *("    " + line for line in text.splitlines())]
+        shown = ("    " + line for line in text.splitlines())
+        return [*lines, "  first, what is trained in ⟦⟧:", *shown]
 
     # ----- the model
 
@@ -126,6 +131,11 @@ class CausalLM(Task):
         from fedlora_app.models.loading import build_tokenizer
 
         return build_tokenizer(self.config.model)
+
+    @property
+    def _most(self) -> int:
+        """Tokens of a row, at most."""
+        return int(min(self.config.data.max_length, self.tokenizer.model_max_length))
 
     def _rendered(self, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
         """Return a row as the model reads it, and the parts that are trained."""
@@ -153,7 +163,7 @@ class CausalLM(Task):
         A row that is too long keeps the beginning of its first answer: the start of its prompt
         goes first.
         """
-        most = min(self.config.data.max_length, self.tokenizer.model_max_length)
+        most = self._most
         ids, labels = [], []
         for turns in rows.items:
             text, spans = self._rendered(turns)
@@ -169,6 +179,10 @@ class CausalLM(Task):
             kept = slice(cut, cut + most)
             ids.append(found[kept])
             labels.append(np.where(trained[kept], found[kept], IGNORED).astype(np.int32))
+        empty = [i for i, row in enumerate(labels) if not (row != IGNORED).any()]
+        if empty:  # they stay, so that rows keep their places, and have no loss and no gradient
+            LOG.warning("%s of %s rows have no token to train on and teach nothing, the first "
+                        "is row %s", len(empty), len(labels), empty[0])  # fmt: skip
         return Sequences(ids, labels, int(self.tokenizer.pad_token_id))
 
     def model(
@@ -200,6 +214,10 @@ class CausalLM(Task):
                 f"data.max-length: {wanted} tokens, but model.name = {name!r} has {most} "
                 f"positions; set data.max-length={most}"
             )
+        if self.config.data.packing and (problem := packing_problem(model)):
+            found.append(
+                f"data.packing: model.name = {name!r}: {problem}; set data.packing = false"
+            )
         some = self.encode(rows.take(range(min(50, len(rows)))))
         if not any((row != IGNORED).any() for row in some.labels):
             found.append(
@@ -208,6 +226,12 @@ class CausalLM(Task):
             )
         first = rows.items[:50]
         return found + generation_problems(self.config.evaluate, self.tokenizer, model, first)
+
+    def for_training(self, inputs: Inputs) -> Inputs:
+        """Return rows that share sequences, where ``data.packing`` says so."""
+        if not self.config.data.packing or not isinstance(inputs, Sequences):
+            return inputs
+        return Packed(inputs, self._most)
 
     def fill(self) -> dict[str, int]:
         """Return the padding of ids, mask and labels."""
