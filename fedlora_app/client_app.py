@@ -91,7 +91,7 @@ class LoRAClient(NumPyClient):
             told.pop("num-examples", None)
             return told
         if config.get(COUNT_KEY):
-            told["num-examples"] = len(self._rows(config)[0])
+            told["num-examples"] = self.task.size(self._rows(config)[0])
         if config.get(PROFILE_KEY):
 
             def measure() -> Profile:
@@ -124,7 +124,7 @@ class LoRAClient(NumPyClient):
             model,
             config,
             self.state,
-            num_examples=done.num_examples,
+            num_examples=self.task.size(rows),
             metrics=metrics,
             node=self.limits,
         )
@@ -137,7 +137,7 @@ class LoRAClient(NumPyClient):
         model = self._receive(parameters, config)
         _, rows = self._rows(config)
         scores = self._evaluate(model, rows)
-        return scores.pop("loss"), len(rows), dict(scores)
+        return scores.pop("loss"), self.task.size(rows), dict(scores)
 
     @staticmethod
     def _refuse(asked: bool, what: str) -> None:
@@ -169,7 +169,7 @@ class LoRAClient(NumPyClient):
             batch_size=c.evaluate.batch_size,
             precision=c.train.precision,
         )
-        return Profile(losses, strata, len(rows))
+        return Profile(losses, self.task.mix(rows, strata), self.task.size(rows))
 
     def _receive(self, parameters: NDArrays, config: Settings) -> PeftModel:
         """Put the received arrays into the resident model, and profile it if that is asked for."""

@@ -57,6 +57,16 @@ def _scores(parts: Parts) -> Iterator[str]:
         )
 
 
+def _units(parts: Parts) -> Iterator[str]:
+    """Refuse a unit that the task cannot count in."""
+    wanted, task = parts.config.weight_by, parts.task
+    if wanted not in task.units:
+        yield (
+            f"weight-by: expected {' or '.join(task.units)} for task = {task.name!r}, got "
+            f"{wanted!r}"
+        )
+
+
 def _resume(parts: Parts) -> Iterator[str]:
     config = parts.config
     if config.resume_from in ("latest", "best") and not config.output:
@@ -157,6 +167,7 @@ CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _rounded_merges,
     _dora,
     _scores,
+    _units,
     _resume,
     _natural,
     _unequal_ranks,

@@ -25,7 +25,13 @@ from fedlora_app.config.fields import (
     unknown_key,
     values_of,
 )
-from fedlora_app.config.round_keys import ClockConfig, PrivacyConfig, RanksConfig, SamplingConfig
+from fedlora_app.config.round_keys import (
+    ClockConfig,
+    EvaluateConfig,
+    PrivacyConfig,
+    RanksConfig,
+    SamplingConfig,
+)
 
 __all__ = ["ConfigError", "RunConfig", "Scalar", "markdown_table", "toml_section"]
 
@@ -95,7 +101,11 @@ class DataConfig:
     image_column: str = option(
         "auto", "column with the images, their paths or bytes (auto: image, img, file_name, …)"
     )
-    label_column: str = option("auto", "column with the label (auto: label, labels, category, …)")
+    label_column: str = option(
+        "auto",
+        "column with the label (auto: label, labels, category, …); causal-lm: with the category by "
+        "which rows are shared out, if there is one, or length for quarters of the rows by it",
+    )
     partition: str = option(
         "dirichlet",
         "how simulated clients differ: iid, dirichlet (labels), pathological, double-imbalance, "
@@ -189,35 +199,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """Evaluation on the server and on the clients."""
-
-    every: int = option(1, "evaluate after every Nth round (and the last)", low=1)
-    clients: float = option(
-        1.0, "share of the clients that evaluate on their own rows; 0: none", low=0, high=1
-    )
-    overlap: bool = option(
-        False,
-        "the server evaluates while clients train in the next round, where no stop-score, pilot or "
-        "sampler waits for it; for machines with cores to spare; results are the same but for "
-        "rounding",
-    )
-    batch_size: int = option(64, "rows of an evaluation batch", low=1)
-    generate: int = option(
-        0,
-        "causal-lm: so many of the server's test rows are answered by the model itself, word by "
-        "word, and scored; 0: none",
-        low=0,
-    )
-    generate_tokens: int = option(128, "causal-lm: tokens of such an answer at most", low=1)
-    scorer: str = option(
-        "exact",
-        "causal-lm: what scores generated answers, ours or one of your own (see plugins)",
-        named_in="fedlora_app.tasks.scorers:SCORERS",
-    )
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """Everything a run needs, each key valid by itself."""
 
@@ -259,6 +240,11 @@ class RunConfig:
         "float32",
         "how numbers travel: float32, float16, bfloat16 or int8 (with a step for each rank entry)",
         choices=("float32", "float16", "bfloat16", "int8"),
+    )
+    weight_by: str = option(
+        "rows",
+        "what clients of unequal size count by: rows, or of language models trained-tokens",
+        on_resume="fatal",
     )
     min_replies: int = option(1, "fewer good replies leave the model as it was", low=1)
     min_answering: float = option(

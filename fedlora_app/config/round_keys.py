@@ -1,4 +1,4 @@
-"""The keys of a round: who joins, at which rank, how long it takes, and how private it is."""
+"""The keys of a round: who joins, at which rank, how long it takes, how private and good it is."""
 
 from __future__ import annotations
 
@@ -226,3 +226,32 @@ class PrivacyConfig:
         1.0, "with noise: largest norm of a client's change", above=0, on_resume="fatal"
     )
     delta: float = option(1e-5, "with noise: delta of the guarantee", above=0, high=0.5)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation on the server and on the clients."""
+
+    every: int = option(1, "evaluate after every Nth round (and the last)", low=1)
+    clients: float = option(
+        1.0, "share of the clients that evaluate on their own rows; 0: none", low=0, high=1
+    )
+    overlap: bool = option(
+        False,
+        "the server evaluates while clients train in the next round, where no stop-score, pilot or "
+        "sampler waits for it; for machines with cores to spare; results are the same but for "
+        "rounding",
+    )
+    batch_size: int = option(64, "rows of an evaluation batch", low=1)
+    generate: int = option(
+        0,
+        "causal-lm: so many of the server's test rows are answered by the model itself, word by "
+        "word, and scored; 0: none",
+        low=0,
+    )
+    generate_tokens: int = option(128, "causal-lm: tokens of such an answer at most", low=1)
+    scorer: str = option(
+        "exact",
+        "causal-lm: what scores generated answers, ours or one of your own (see plugins)",
+        named_in="fedlora_app.tasks.scorers:SCORERS",
+    )

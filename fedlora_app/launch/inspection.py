@@ -113,8 +113,9 @@ def block(task: Task, split: str, rows: Rows) -> list[str]:
         f"  {len(rows)} rows{out}",
     ]
     if (strata := task.strata(rows)) is not None:
-        names = task.strata_names(rows.about)
+        names = list(task.strata_names(rows.about))
         counts = np.bincount(strata, minlength=len(names))
+        names += ["another"] * (len(counts) - len(names))  # that training does not have
         lines[-1] += ": " + _some([f"{n} {c}" for n, c in zip(names, counts, strict=True)])
     return [*lines, *task.show(rows), *(f"  note: {note}" for note in o.notes)]
 

@@ -16,12 +16,15 @@ from strategies.records import ClientRecord, Record
 SHADES = 5
 
 
-def section(records: Sequence[Record], scores: Sequence[Score]) -> str:
-    """Return the grid of participation and the table of clients; nothing without clients."""
+def section(records: Sequence[Record], scores: Sequence[Score], unit: str = "rows") -> str:
+    """Return the grid of participation and the table of clients; nothing without clients.
+
+    ``unit``: what the clients' sizes are counted in.
+    """
     done = of_kind(records, "client")
     if not done:
         return ""
-    return participation(done) + client_table(records, done, scores)
+    return participation(done) + client_table(records, done, scores, unit)
 
 
 def participation(done: Sequence[ClientRecord]) -> str:
@@ -54,7 +57,10 @@ def participation(done: Sequence[ClientRecord]) -> str:
 
 
 def client_table(
-    records: Sequence[Record], done: Sequence[ClientRecord], scores: Sequence[Score]
+    records: Sequence[Record],
+    done: Sequence[ClientRecord],
+    scores: Sequence[Score],
+    unit: str = "rows",
 ) -> str:
     """Return one line a client: participation, ranks, bytes, seconds, scores on its own rows."""
     own: dict[int, list[ClientRecord]] = defaultdict(list)
@@ -71,7 +77,7 @@ def client_table(
     columns: list[tuple[str, dict[int, Any]]] = [
         ("client", {c: c for c in clients}),
         ("node", {c: rs[-1].get("node") for c, rs in own.items()}),
-        ("rows", {c: _last(rs, "num-examples") for c, rs in own.items()}),
+        (unit.replace("-", " "), {c: _last(rs, "num-examples") for c, rs in own.items()}),
         ("asked", {c: len(rs) for c, rs in own.items()}),
         ("good", {c: _count(rs, "ok") for c, rs in own.items()}),
         ("late", {c: _count(rs, "late") or None for c, rs in own.items()}),

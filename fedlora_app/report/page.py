@@ -110,7 +110,9 @@ def page(run: RunFiles) -> str:
         "Time of the rounds": round_times(run),
         "Plans and pilots": plans(run),
         "Samples": samples.section(run.records),
-        "Clients": clients_table.section(run.records, run.scores),
+        "Clients": clients_table.section(
+            run.records, run.scores, str(run.config.get("weight-by", "rows"))
+        ),
         "Failures": failures(run.failures),
         "Configuration": configuration(run.config),
     }

@@ -126,6 +126,8 @@ class Task(ABC):
     scores: tuple[Score, ...] = ()
     """Of the class, or by its config of an object. Best first: the primary score is what
     ``checkpoint-best`` and ``stop-score`` look at."""
+    units: ClassVar[tuple[str, ...]] = ("rows",)
+    """What clients may be weighed by (``weight-by``), the default first; see ``size``."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the task, for ``AutoPeftModel`` to find a model of transformers by."""
 
@@ -192,6 +194,18 @@ class Task(ABC):
         """
         return None
 
+    def mix(self, inputs: Inputs, strata: NDArray[np.int64]) -> NDArray[Any]:
+        """Return of what AutoRank's two label measures are the mix, shape (m,), on one node.
+
+        Parameters
+        ----------
+        inputs : Inputs
+            The node's training rows.
+        strata : ndarray of int64
+            Their classes; empty where they have none.
+        """
+        return strata
+
     def strata_names(self, about: About) -> Sequence[str]:
         """Return the names of the classes of ``strata``."""
         return ()
@@ -224,6 +238,14 @@ class Task(ABC):
     def problems(self, model: nn.Module, rows: Rows) -> list[str]:
         """Return, one sentence each, how model and rows do not go together."""
         return []
+
+    def size(self, inputs: Inputs) -> int:
+        """Return how much some rows count beside those of other clients, in ``weight-by``'s unit.
+
+        Whatever a client says of its size is this, in every message: samplers and estimators
+        compare what it said before a round with what it says after.
+        """
+        return len(inputs)
 
     def fill(self) -> dict[str, int]:
         """Return with what rows are filled up to the same length, by tensor; empty: they have it.

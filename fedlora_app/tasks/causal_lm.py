@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_app.data.categories import KEY, Kinds, kinds_of
 from fedlora_app.data.columns import groups_of
 from fedlora_app.data.conversations import (
     TEXT,
@@ -24,7 +24,6 @@ from fedlora_app.data.tables import Table
 from fedlora_app.discretion import LOG, DataError
 from fedlora_app.tasks.base import (
     About,
-    Indices,
     Inputs,
     Origin,
     Rows,
@@ -36,13 +35,13 @@ from fedlora_app.tasks.base import (
 )
 from fedlora_app.tasks.generation import generation_problems, scorer_of, tried
 from fedlora_app.tasks.packing import Packed, packing_problem
+from fedlora_app.tasks.sequences import IGNORED, Sequences, trained_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fedlora_app.config.keys import RunConfig
 
-IGNORED = -100  # the label that models and losses leave out
 SHOWN = 400  # characters of the example
 
 
@@ -51,10 +50,11 @@ class CausalLM(Task):
     """The next token: of an assistant's answers, or of everything (``data.train-on``).
 
     The loss is in nats a trained token. AutoRank's profile takes a row's loss as the mean over its
-    trained tokens; rows have no classes, so its two label measures are the same for all.
+    trained tokens, and its two label measures are of categories, or else of trained tokens [D].
     """
 
     name = "causal-lm"
+    units = ("rows", "trained-tokens")
     scores: tuple[Score, ...] = (
         Score("perplexity", "perplexity", higher_is_better=False, top=None, digits=2),
     )
@@ -92,6 +92,16 @@ class CausalLM(Task):
                 path, f"expected rows with {what}", f"{count} without", "set data.text-column"
             )
         groups = groups_of(table, self.config.data, kept)
+        kinds = kinds_of(
+            table,
+            self.config.data.label_column,
+            kept,
+            [sum(len(text) for _, text in turns) for turns in items],
+            taken=tuple(columns.values()),
+            about=about,
+        )
+        if kinds is not None and kinds.column:
+            columns["category"] = kinds.column
         if groups is not None:
             columns["client"] = self.config.data.partition_column
         origin = Origin(
@@ -101,13 +111,26 @@ class CausalLM(Task):
             count - len(kept),
             (*table.notes, f"read as {kind.name}"),
         )
-        return Rows(items, np.zeros(len(items), np.int64), {}, groups, origin)
+        none = Kinds(np.zeros(len(items), np.int64), {})
+        return Rows(items, (kinds or none).ids, (kinds or none).about, groups, origin)
 
     def knows(self, table: Table) -> bool:
         """Tell whether the columns are those of a known format."""
         wanted = self.config.data.text_column
         names = [part.strip() for part in wanted.split(",")]
         return format_of(table) is not None if wanted == "auto" else {*names} <= {*table.columns}
+
+    def strata(self, rows: Rows) -> NDArray[np.int64] | None:
+        """Return the categories of the rows, by a column or by length, if they have any."""
+        return rows.targets if KEY in rows.about else None
+
+    def strata_names(self, about: About) -> Sequence[str]:
+        """Return the names of the categories."""
+        return tuple(about.get(KEY, ()))
+
+    def mix(self, inputs: Inputs, strata: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the categories of rows, or else all their trained tokens [D]."""
+        return strata if len(strata) else trained_tokens(inputs)
 
     def show(self, rows: Rows) -> list[str]:
         """Return the first row, what is trained between ⟦ and ⟧."""
@@ -233,6 +256,12 @@ class CausalLM(Task):
             return inputs
         return Packed(inputs, self._most)
 
+    def size(self, inputs: Inputs) -> int:
+        """Return the number of rows, or of the tokens in them that are trained."""
+        if self.config.weight_by == "rows":
+            return len(inputs)
+        return trained_tokens(inputs).size
+
     def fill(self) -> dict[str, int]:
         """Return the padding of ids, mask and labels."""
         pad = int(self.tokenizer.pad_token_id)
@@ -276,55 +305,3 @@ def _nats(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
     )
     return each.view(labels.shape), labels != IGNORED
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Token ids of n rows and what of them is trained; padded on the right, batch by batch.
-
-    Parameters
-    ----------
-    ids : list of n ndarrays of int32, shape (tokens,)
-    labels : list of n ndarrays of int32, shape (tokens,)
-        The same, ``-100`` where a token is read and not trained.
-    padding : int
-        The token that fills up.
-    """
-
-    ids: list[NDArray[np.int32]]
-    labels: list[NDArray[np.int32]]
-    padding: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """Tokens of each row."""
-        return np.array([len(row) for row in self.ids], dtype=np.int64)
-
-    def take(self, indices: Sequence[int] | Indices) -> Sequences:
-        """Return the rows at ``indices``, in that order."""
-        chosen = [int(i) for i in indices]
-        return Sequences(
-            [self.ids[i] for i in chosen], [self.labels[i] for i in chosen], self.padding
-        )
-
-    def batch(self, indices: Sequence[int] | Indices) -> dict[str, Tensor]:
-        """Return some rows, padded to the longest of them; int64 tensors."""
-        import torch
-
-        chosen = [int(i) for i in indices]
-        width = -(-max(len(self.ids[i]) for i in chosen) // 8) * 8
-        ids = np.full((len(chosen), width), self.padding, dtype=np.int64)
-        labels = np.full((len(chosen), width), IGNORED, dtype=np.int64)
-        mask = np.zeros((len(chosen), width), dtype=np.int64)
-        for row, i in enumerate(chosen):
-            length = len(self.ids[i])
-            ids[row, :length], labels[row, :length] = self.ids[i], self.labels[i]
-            mask[row, :length] = 1
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-            "labels": torch.from_numpy(labels),
-        }

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora_app.config.keys import EvaluateConfig, RunConfig
+from fedlora_app.config.keys import RunConfig
 from fedlora_app.config.plugins import load
+from fedlora_app.config.round_keys import EvaluateConfig
 from fedlora_app.data.conversations import ANSWERS, TEXT, Turns, plain_chat, templated_chat
 from fedlora_app.tasks.base import Sample
 from fedlora_app.tasks.scorers import SCORERS, Scorer

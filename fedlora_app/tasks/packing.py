@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_app.tasks.sequences import IGNORED, Sequences
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fedlora_app.tasks.base import Indices
-    from fedlora_app.tasks.causal_lm import Sequences
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,6 @@ class Packed:
     def batch(self, indices: Sequence[int] | Indices) -> dict[str, Tensor]:
         """Return some rows in as few sequences as they fit in; ``position_ids`` tell them apart."""
         import torch
-
-        from fedlora_app.tasks.causal_lm import IGNORED
 
         chosen = [int(i) for i in indices]
         bins = fit([len(self.rows.ids[i]) for i in chosen], self.most)

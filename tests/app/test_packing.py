@@ -12,8 +12,8 @@ from fedlora_app.launch.door import check_model
 from fedlora_app.launch.inspection import Report
 from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import Rows, make_task
-from fedlora_app.tasks.causal_lm import IGNORED, Sequences
 from fedlora_app.tasks.packing import Packed, fit, packing_problem
+from fedlora_app.tasks.sequences import IGNORED, Sequences
 from fedlora_app.training import train
 from strategies.client import adapter_state
 from tests.app.test_language import WORDS, config, folder, written  # noqa: F401
