@@ -31,6 +31,14 @@ def _rounded_merges(parts: Parts) -> Iterator[str]:
         )
 
 
+def _kept_base(parts: Parts) -> Iterator[str]:
+    if parts.rule.merges_base and parts.task.keeps_base and parts.config.method != "local":
+        yield (
+            f"aggregation = {parts.config.aggregation!r} merges into the frozen weights, and "
+            f"task = {parts.task.name!r} measures against them as they were; use another rule"
+        )
+
+
 def _dora(parts: Parts) -> Iterator[str]:
     config = parts.config
     if config.lora.dora and not parts.rule.supports_dora:
@@ -165,6 +173,7 @@ def _privacy(parts: Parts) -> Iterator[str]:
 
 CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _rounded_merges,
+    _kept_base,
     _dora,
     _scores,
     _units,

@@ -172,6 +172,11 @@ class TrainConfig:
         0.9, "both learning rates are multiplied by this after every round", above=0, high=1
     )
     weight_decay: float = option(0.0, "AdamW weight decay", low=0)
+    beta: float = option(
+        0.1,
+        "preference: how dear it is to move away from the frozen model (DPO's beta)",
+        above=0,
+    )
     schedule: str = option(
         "constant",
         "learning rate within a client's round: constant, linear or cosine down to 0",

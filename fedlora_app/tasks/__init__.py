@@ -18,6 +18,7 @@ from fedlora_app.tasks.base import (
 )
 from fedlora_app.tasks.causal_lm import CausalLM
 from fedlora_app.tasks.image_classification import ImageClassification
+from fedlora_app.tasks.preference import Preference
 from fedlora_app.tasks.text_classification import TextClassification
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Indices",
     "Inputs",
     "Origin",
+    "Preference",
     "Rows",
     "Sample",
     "Score",

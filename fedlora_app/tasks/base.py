@@ -128,6 +128,8 @@ class Task(ABC):
     ``checkpoint-best`` and ``stop-score`` look at."""
     units: ClassVar[tuple[str, ...]] = ("rows",)
     """What clients may be weighed by (``weight-by``), the default first; see ``size``."""
+    keeps_base: ClassVar[bool] = False
+    """Whether it needs the frozen weights as they were, so that no rule may merge into them."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the task, for ``AutoPeftModel`` to find a model of transformers by."""
 

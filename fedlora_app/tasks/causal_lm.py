@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from fedlora_app.data.categories import KEY, Kinds, kinds_of
 from fedlora_app.data.columns import groups_of
 from fedlora_app.data.conversations import (
     TEXT,
+    Fail,
     Turns,
     format_of,
     plain_chat,
@@ -54,7 +55,8 @@ class CausalLM(Task):
     """
 
     name = "causal-lm"
-    units = ("rows", "trained-tokens")
+    peft_type = "CAUSAL_LM"
+    units: ClassVar[tuple[str, ...]] = ("rows", "trained-tokens")
     scores: tuple[Score, ...] = (
         Score("perplexity", "perplexity", higher_is_better=False, top=None, digits=2),
     )
@@ -70,8 +72,24 @@ class CausalLM(Task):
     def rows(self, table: Table, about: About | None, place: str) -> Rows:
         """Read the conversations; leave out those with nothing to learn from, and count them."""
         kind, columns = taken_columns(table, self.config.data.text_column)
+        what = "a text" if kind.columns == (TEXT,) else "an answer"
+        return self._read(
+            table, about, place, columns, partial(turns_of, kind), what, f"read as {kind.name}"
+        )
+
+    def _read(
+        self,
+        table: Table,
+        about: About | None,
+        place: str,
+        columns: dict[str, str],
+        read: Callable[[Mapping[str, Any], Fail], Any],
+        what: str,
+        note: str,
+    ) -> Rows:
+        """Read the rows of some columns by role; ``read`` gives None where one lacks ``what``."""
         values = {role: table.columns[column][:] for role, column in columns.items()}
-        items: list[Turns] = []
+        items: list[Any] = []
         kept: list[int] = []
 
         def fail(row: int, kind: str, got: str = "", remedy: str = "") -> NoReturn:
@@ -81,13 +99,12 @@ class CausalLM(Task):
         count = len(next(iter(values.values()), ()))
         for row in range(count):
             one = {role: column[row] for role, column in values.items()}
-            turns = turns_of(kind, one, partial(fail, row))
-            if turns is not None:
-                items.append(turns)
+            item = read(one, partial(fail, row))
+            if item is not None:
+                items.append(item)
                 kept.append(row)
         if not items:
             path, _ = table.place(None)
-            what = "a text" if kind.columns == (TEXT,) else "an answer"
             raise DataError(
                 path, f"expected rows with {what}", f"{count} without", "set data.text-column"
             )
@@ -96,7 +113,7 @@ class CausalLM(Task):
             table,
             self.config.data.label_column,
             kept,
-            [sum(len(text) for _, text in turns) for turns in items],
+            [self._characters(item) for item in items],
             taken=tuple(columns.values()),
             about=about,
         )
@@ -109,10 +126,17 @@ class CausalLM(Task):
             columns,
             tuple(name for name in table.columns if name not in columns.values()),
             count - len(kept),
-            (*table.notes, f"read as {kind.name}"),
+            (*table.notes, note),
         )
         none = Kinds(np.zeros(len(items), np.int64), {})
         return Rows(items, (kinds or none).ids, (kinds or none).about, groups, origin)
+
+    def _characters(self, item: Any) -> int:
+        return sum(len(text) for _, text in item)
+
+    def conversations(self, rows: Rows) -> Sequence[Turns]:
+        """Return the turns of each row, with the answer that is wanted."""
+        return rows.items
 
     def knows(self, table: Table) -> bool:
         """Tell whether the columns are those of a known format."""
@@ -180,7 +204,7 @@ class CausalLM(Task):
                 text, spans[-1] = text + end, (spans[-1][0], len(text) + len(end))
         return text, [(0, len(text))] if self.config.data.train_on == "all" else spans
 
-    def encode(self, rows: Rows) -> Sequences:
+    def encode(self, rows: Rows) -> Any:
         """Return token ids and what of them is trained, at most ``data.max-length`` each.
 
         A row that is too long keeps the beginning of its first answer: the start of its prompt
@@ -247,7 +271,7 @@ class CausalLM(Task):
                 "none of the first rows has a token to train on: their answers are empty, or "
                 "data.max-length cuts them away; raise it"
             )
-        first = rows.items[:50]
+        first = self.conversations(rows)[:50]
         return found + generation_problems(self.config.evaluate, self.tokenizer, model, first)
 
     def for_training(self, inputs: Inputs) -> Inputs:
@@ -289,7 +313,7 @@ class CausalLM(Task):
         """Return how good generated answers are, where ``evaluate.generate`` asks for some."""
         if self.scorer is None:
             return {}, ()
-        return tried(model, self.tokenizer, self.scorer, self.config, rows.items)
+        return tried(model, self.tokenizer, self.scorer, self.config, self.conversations(rows))
 
     def quality(self, scores: Mapping[str, float]) -> float:
         """Return the geometric mean of the probabilities of the trained tokens."""
