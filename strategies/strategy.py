@@ -169,10 +169,11 @@ class FedLoRA(KeptRun):
         self.protocol = doors.protocol(client_api, *keys)
         self.privacy = privacy or NoPrivacy()
         self.outside = OutsideNoise(noised_outside)
-        counts = (participation.independent or sampler.needs_weights) and self.privacy.rows_known
+        wanted = participation.independent or sampler.needs_weights or self.ranks.needs_counts
         self.census = Census(
             self.protocol, min_nodes=min_available_nodes, least=min_replies, introduce=query,
-            counts=counts, told=self.privacy.settings(), timeout=query_timeout,
+            counts=wanted and self.privacy.rows_known, told=self.privacy.settings(),
+            timeout=query_timeout,
             profile_timeout=query_timeout if profile_timeout is None else profile_timeout,
         )  # fmt: skip
         super().__init__(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from fedlora_app.config.fields import each_of
 from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.config.round_keys import RanksConfig, SamplingConfig
 from fedlora_app.tasks import Task, make_task
@@ -197,7 +198,26 @@ def _autorank(config: RunConfig) -> dict[str, Any]:
         "profile_samples": r.profile_samples,
         "order": r.order,
         "seed": config.seed,
+        "criteria": tuple(name.strip() for name in r.criteria.split(",")),
+        "weights": each_of(r.weights, float) or None,
+        "holders": r.holders,
     }
+
+
+def _by_mean(config: RunConfig) -> dict[str, Any]:
+    least, most = _span(config.ranks, "min", "max")
+    mean = config.ranks.budget or config.ranks.rank
+    return {"mean": mean, "min_rank": least, "max_rank": most}
+
+
+def _random(config: RunConfig) -> dict[str, Any]:
+    return {**_by_mean(config), "seed": config.seed}
+
+
+def _feedback(config: RunConfig) -> dict[str, Any]:
+    r = config.ranks
+    more = {"measure": r.measure, "every": r.reassign_every or 1, "holders": r.holders or 0.3}
+    return {**_by_mean(config), **more}
 
 
 def _self_pruning(config: RunConfig) -> dict[str, Any]:
@@ -214,6 +234,9 @@ RANKS: dict[str, Arguments] = {
     "quality": _quality,
     "autorank": _autorank,
     "self-pruning": _self_pruning,
+    "staircase": _listed,
+    "random": _random,
+    "feedback": _feedback,
 }
 
 

@@ -115,12 +115,15 @@ def _judge_of_halves(parts: Parts) -> Iterator[str]:
 
 def _budget(parts: Parts) -> Iterator[str]:
     ranks = parts.config.ranks
-    if (ranks.budget or ranks.budget_mb) and not isinstance(parts.policy, AutoRank):
-        key = "ranks.budget" if ranks.budget else "ranks.budget-mb"
-        yield (
-            f"{key} is divided by scores, which ranks.policy = {ranks.policy!r} does not have; "
-            "use ranks.policy = 'autorank'"
-        )
+    for key, value, fits in (
+        ("ranks.budget", ranks.budget, parts.policy.divides_budget),
+        ("ranks.budget-mb", ranks.budget_mb, isinstance(parts.policy, AutoRank)),
+    ):
+        if value and not fits:
+            yield (
+                f"{key} is divided by scores, which ranks.policy = {ranks.policy!r} does not have; "
+                "use ranks.policy = 'autorank'"
+            )
 
 
 def _coins(parts: Parts) -> Iterator[str]:

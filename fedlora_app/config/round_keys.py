@@ -16,16 +16,20 @@ class RanksConfig:
         "cycle",
         "uniform (rank), list (one per client), cycle (list repeated), reported (node's max-rank), "
         "quality (low, the best high), autorank (by each client's data, min to max), "
-        "self-pruning (max, shrinking), or one of your own (see plugins)",
+        "self-pruning (max, shrinking), staircase (list, by number of rows), random, feedback (by "
+        "what the run shows), or one of your own (see plugins)",
         on_resume="fatal",
     )
     options: str = option("", "policy of your own: its options, as in 'low=2, high=16'")
     rank: int = option(8, "uniform: rank of every client", low=1)
-    list: str = option("4,8,16,32", "list and cycle: comma-separated ranks", each=int, low=1)
-    min: int = option(4, "autorank and self-pruning: smallest rank", low=1)
+    list: str = option(
+        "4,8,16,32", "list, cycle, staircase: comma-separated ranks", each=int, low=1
+    )
+    min: int = option(4, "autorank, self-pruning, random, feedback: smallest rank", low=1)
     max: int = option(
         32,
-        "reported, autorank, self-pruning: largest rank; also the rank of the global adapter",
+        "reported, autorank, self-pruning, random, feedback: largest rank; also the rank of the "
+        "global adapter",
         low=1,
     )
     fallback: int = option(
@@ -36,7 +40,8 @@ class RanksConfig:
     )
     budget: float = option(
         0.0,
-        "autorank: mean rank of the clients, divided in proportion to the scores; 0: none",
+        "autorank, feedback: mean rank of the clients, divided in proportion to scores; random: "
+        "by chance; 0: autorank none, others ranks.rank",
         low=0,
     )
     budget_mb: float = option(
@@ -46,7 +51,10 @@ class RanksConfig:
         low=0,
     )
     reassign_every: int = option(
-        0, "autorank: profile and assign again every N rounds; 0: never", low=0
+        0,
+        "autorank: profile and assign again every N rounds; 0: never; feedback: assign again, 0: "
+        "every round",
+        low=0,
     )
     profile_samples: int = option(
         2000, "autorank: rows of the profiling forward pass, a seeded choice; 0: all", low=0
@@ -60,6 +68,28 @@ class RanksConfig:
         "score",
         "autorank: score, or to compare with: reversed (lowest score, highest rank), random",
         choices=("score", "reversed", "random"),
+    )
+    criteria: str = option(
+        "loss-entropy,label-entropy,gini-simpson",
+        "autorank: what clients are scored by; volume (number of rows) may be added",
+    )
+    weights: str = option(
+        "",
+        "autorank: comma-separated weights of the criteria; empty: CRITIC's, as published",
+        each=float,
+        low=0,
+    )
+    holders: float = option(
+        0.0,
+        "autorank, feedback: share of the clients that hold every entry of the rank axis at least; "
+        "0: autorank as published, feedback 0.3",
+        low=0,
+        high=1,
+    )
+    measure: str = option(
+        "energy",
+        "feedback: energy (directions of a client's update) or loss (its training loss)",
+        choices=("energy", "loss"),
     )
     low: int = option(5, "quality: rank of everyone at first", low=1)
     high: int = option(20, "quality: rank of the best after their first round", low=1)

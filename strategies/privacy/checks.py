@@ -50,6 +50,12 @@ def refuse_private(
             f"the rank policy {ranks.name!r} asks clients for numbers on their rows, which leave "
             "without noise; use uniform, list, cycle or reported ranks"
         )
+    elif ranks.needs_counts or ranks.reads_loss:
+        what = "numbers of rows" if ranks.needs_counts else "training losses"
+        problems.append(
+            f"the rank policy {ranks.name!r} needs the clients' {what}, which stay with them; use "
+            "uniform, list, cycle or reported ranks"
+        )
     elif ranks.metrics:
         problems.append(
             f"the rank policy {ranks.name!r} asks clients for {', '.join(ranks.metrics)}, which "

@@ -8,6 +8,8 @@ from strategies.ranks.base import (
     ReportedRank,
     UniformRank,
 )
+from strategies.ranks.by_hand import RandomRank, StaircaseRank
+from strategies.ranks.feedback import FeedbackRank
 from strategies.ranks.pruning import SelfPruningRank
 from strategies.ranks.quality import QualityRank
 from strategies.ranks.registry import RANK_POLICIES, make_rank_policy, register
@@ -17,11 +19,14 @@ __all__ = [
     "RANK_POLICIES",
     "AutoRank",
     "Explanation",
+    "FeedbackRank",
     "ListRank",
     "QualityRank",
+    "RandomRank",
     "RankPolicy",
     "ReportedRank",
     "SelfPruningRank",
+    "StaircaseRank",
     "Trained",
     "UniformRank",
     "make_rank_policy",

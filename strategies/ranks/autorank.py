@@ -13,16 +13,22 @@ from strategies.clients import Client
 from strategies.listing import listed
 from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, checked_profile
 from strategies.ranks.base import Explanation, RankPolicy, Settings, at_least_one
-from strategies.ranks.mcda import (
-    critic_weights,
-    ranks_for_budget,
-    scores_to_ranks,
-    topsis_scores,
+from strategies.ranks.holders import (
+    caps_of,
+    divided,
+    number_of_holders,
+    pooled_scores,
+    whole_budget,
+    with_holders,
 )
+from strategies.ranks.mcda import critic_weights, scores_to_ranks, topsis_scores
 from strategies.seeding import stream
 from strategies.trained import Trained
 
 ORDERS = ("score", "reversed", "random")
+VOLUME = "volume"
+#: What a client can be scored by: the published three, and its number of rows [D].
+CRITERIA = (*METRICS, VOLUME)
 
 
 class AutoRank(RankPolicy):
@@ -71,6 +77,14 @@ class AutoRank(RankPolicy):
         dealt out at random. The authors compare with the reversed order [P].
     seed : int (default: 42)
         Of the random order.
+    criteria : Sequence[str] (default: the published three)
+        What clients are scored by, of ``CRITERIA``. ``volume`` is the number of rows, which the
+        paper does not look at [D]; a client that does not say it counts as the mean.
+    weights : Sequence[float], optional
+        Of the criteria, in their order, in place of CRITIC's.
+    holders : float (default: 0.0)
+        Share of the clients that hold every entry of the rank axis at least; the largest ranks are
+        level then (``strategies.ranks.holders``) [D]. As published an entry may have one.
 
     Raises
     ------
@@ -82,6 +96,7 @@ class AutoRank(RankPolicy):
     profiles = True
     profiles_everyone = True
     metrics = METRICS
+    divides_budget = True
 
     def __init__(
         self,
@@ -95,6 +110,9 @@ class AutoRank(RankPolicy):
         profile_samples: int = 0,
         order: str = "score",
         seed: int = 42,
+        criteria: Sequence[str] = METRICS,
+        weights: Sequence[float] | None = None,
+        holders: float = 0.0,
     ) -> None:
         self.min_rank = at_least_one("min_rank", min_rank)
         self._max_rank = max_rank
@@ -120,6 +138,24 @@ class AutoRank(RankPolicy):
                 raise ValueError(f"{what}: expected 0 or more, got {value!r}")
         if order not in ORDERS:
             raise ValueError(f"order: expected one of {', '.join(ORDERS)}; got {order!r}")
+        if not criteria or len(set(criteria)) < len(criteria) or set(criteria) - set(CRITERIA):
+            raise ValueError(
+                f"criteria: expected some of {', '.join(CRITERIA)}, each once; got "
+                f"{', '.join(criteria) or 'none'}"
+            )
+        if weights is not None and (
+            len(weights) != len(criteria)
+            or not all(math.isfinite(w) and w >= 0 for w in weights)
+            or not any(weights)
+        ):
+            raise ValueError(
+                f"weights: expected {len(criteria)} numbers ≥ 0, not all 0, one for each of "
+                f"{', '.join(criteria)}; got {list(weights)}"
+            )
+        if not 0 <= holders <= 1:
+            raise ValueError(f"holders: expected a share of the clients, 0 to 1, got {holders!r}")
+        self.criteria, self.holders = tuple(criteria), holders
+        self.weights = None if weights is None else np.array(weights, np.float64)
         self.budget = budget
         self.byte_budget = byte_budget
         self.reassign_every = reassign_every
@@ -131,6 +167,7 @@ class AutoRank(RankPolicy):
         # All by client index, for node ids differ from run to run.
         self._asked: set[int] = set()
         self._profiles: dict[int, tuple[float, float, float]] = {}
+        self._rows: dict[int, int] = {}  # as first known
         self._measured: dict[int, int] = {}  # the round of the profile; 0: before training
         self._ranks: dict[int, int] = {}
         self._stale = True  # someone got a first profile, or the costs changed
@@ -184,7 +221,7 @@ class AutoRank(RankPolicy):
     def forget(self, index: int) -> None:
         """Forget a profile, so that whoever has the place is asked."""
         self._asked.discard(index)
-        for known in (self._profiles, self._measured, self._ranks):
+        for known in (self._profiles, self._measured, self._ranks, self._rows):
             known.pop(index, None)  # type: ignore[attr-defined]
 
     def _keep(self, client: Client, answer: Mapping[str, Any], measured: int) -> None:
@@ -203,6 +240,9 @@ class AutoRank(RankPolicy):
         budgeted = self.budget is not None or self.byte_budget is not None
         moved = not present <= self._ranks.keys() or (budgeted and present != self._ranks.keys())
         if self._stale or due or moved:
+            for client in clients:
+                if client.num_examples:
+                    self._rows.setdefault(client.index, client.num_examples)
             self._assign(sorted(clients, key=lambda client: client.index))
         return [self._ranks[client.index] for client in clients]
 
@@ -211,8 +251,8 @@ class AutoRank(RankPolicy):
         scores: dict[int, float] = {}
         weights = np.zeros(0)
         if known:
-            x = np.array([self._profiles[index] for index in known])
-            weights = critic_weights(x)
+            x = self._measures(known)
+            weights = critic_weights(x) if self.weights is None else self.weights
             scores = dict(zip(known, self._ordered(topsis_scores(x, weights), known), strict=True))
         ranks = {client.index: _capped(self.fallback, client) for client in clients}
         profiled = [client for client in clients if client.index in scores]
@@ -223,7 +263,10 @@ class AutoRank(RankPolicy):
         total = self._total(clients, notes)
         if total is None:
             # Over all known clients, so that who is away for a round moves nobody's rank.
-            mapped = scores_to_ranks([scores[i] for i in known], self.min_rank, self.max_rank)
+            values = pooled_scores([scores[i] for i in known], self._holders(len(known)))
+            mapped = scores_to_ranks(values, self.min_rank, self.max_rank)
+            high = np.full(len(known), self.max_rank)
+            mapped = with_holders(mapped, values, self._holders(len(known)), high, self.min_rank)
             free = dict(zip(known, mapped.tolist(), strict=True))
             ranks = {**free, **ranks} | {c.index: _capped(free[c.index], c) for c in profiled}
         elif profiled:
@@ -241,7 +284,7 @@ class AutoRank(RankPolicy):
             profile = self._profiles.get(client.index, (None,) * len(METRICS))
             details[client.index] = dict(zip(METRICS, profile, strict=True))
             details[client.index]["score"] = scores.get(client.index)
-        shown = dict(zip(METRICS, weights.tolist(), strict=False))
+        shown = dict(zip(self.criteria, weights.tolist(), strict=False))
         self._explanation = Explanation(details, shown, notes)
 
     def _ordered(self, scores: NDArray[np.float64], known: Sequence[int]) -> list[float]:
@@ -258,13 +301,8 @@ class AutoRank(RankPolicy):
     def _total(self, clients: Sequence[Client], notes: list[str]) -> int | None:
         """Return the sum of ranks that the budget allows, or None without a budget."""
         if self.budget is not None:
-            exact = self.budget * len(clients)
-            total = math.floor(exact + 1e-9)
-            if abs(exact - total) > 1e-9:
-                notes.append(
-                    f"a mean rank of {self.budget:g} over {len(clients)} clients is {exact:g}; "
-                    f"ranks are whole, so {total} are divided"
-                )
+            total, note = whole_budget(self.budget, len(clients))
+            notes += [note] if note else []
             return total
         if self.byte_budget is None or self._cost is None:
             return None
@@ -283,21 +321,22 @@ class AutoRank(RankPolicy):
         self, clients: Sequence[Client], scores: Mapping[int, float], total: int, notes: list[str]
     ) -> NDArray[np.int64]:
         """Divide a sum of ranks by score; one that the limits do not allow, as near as can be."""
-        values = np.array([scores[client.index] for client in clients])
-        caps = np.array([_capped(self.max_rank, client) for client in clients])
-        low, high = int(np.minimum(self.min_rank, caps).sum()), int(caps.sum())
-        if total < low:
-            notes.append(
-                f"the budget leaves {total} ranks for {len(clients)} clients, but min_rank = "
-                f"{self.min_rank} needs {low}: every one gets its minimum"
-            )
-        elif total > high:
-            notes.append(
-                f"the budget has {total} ranks for {len(clients)} clients, but max_rank and their "
-                f"devices hold {high}: every one gets its maximum"
-            )
-        total = min(max(total, low), high)
-        return ranks_for_budget(values, total, self.min_rank, self.max_rank, caps)
+        ranks, note = divided(
+            [scores[client.index] for client in clients], total, self.min_rank, self.max_rank,
+            caps_of(clients, self.max_rank), self._holders(len(clients)),
+        )  # fmt: skip
+        notes += [note] if note else []
+        return ranks
+
+    def _holders(self, clients: int) -> int:
+        return number_of_holders(self.holders, clients)
+
+    def _measures(self, known: Sequence[int]) -> NDArray[np.float64]:
+        """Return one row a client, one column a criterion."""
+        mean = float(np.mean(list(self._rows.values()))) if self._rows else 1.0
+        rows = [[*self._profiles[index], self._rows.get(index, mean)] for index in known]
+        columns = [CRITERIA.index(name) for name in self.criteria]
+        return np.array(rows, np.float64)[:, columns]
 
     def explain(self) -> Explanation:
         """Return the clients' metrics and scores, the weights, and what a budget missed."""
@@ -314,6 +353,7 @@ class AutoRank(RankPolicy):
             "ranks": {str(k): v for k, v in sorted(self._ranks.items())},
             "stale": self._stale,
             "cost": self._cost,
+            "rows": {str(k): v for k, v in sorted(self._rows.items())},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -322,6 +362,7 @@ class AutoRank(RankPolicy):
         self._profiles = {int(k): (v[0], v[1], v[2]) for k, v in state["profiles"].items()}
         self._measured = {int(k): int(v) for k, v in state["measured"].items()}
         self._ranks = {int(k): int(v) for k, v in state["ranks"].items()}
+        self._rows = {int(k): int(v) for k, v in state.get("rows", {}).items()}
         self._stale = bool(state["stale"])
         self._cost = None if state["cost"] is None else (state["cost"][0], state["cost"][1])
 
@@ -334,6 +375,11 @@ class AutoRank(RankPolicy):
             parts.append(f"{self.byte_budget / 1e6:g} MB a round")
         if self.reassign_every:
             parts.append(f"again every {self.reassign_every} rounds")
+        if self.criteria != METRICS or self.weights is not None:
+            by = "" if self.weights is None else f" {self.weights.tolist()}"
+            parts.append(f"by {', '.join(self.criteria)}{by}")
+        if self.holders:
+            parts.append(f"every entry of {self.holders:.0%} of the clients")
         if self.order != "score":
             parts.append(f"order {self.order}")
         return f"{self.name} ({', '.join(parts)})"

@@ -51,6 +51,12 @@ class RankPolicy(ABC):
     #: Whether it asks everyone for a profile at the start, whoever they are, so that the server may
     #: ask both with one query.
     profiles_everyone: ClassVar[bool] = False
+    #: Whether it divides a budget of rank (``ranks.budget``) over the clients.
+    divides_budget: ClassVar[bool] = False
+    #: Whether it needs the clients' numbers of rows before they have trained.
+    needs_counts: bool = False
+    #: Whether it lives on the training losses that clients report.
+    reads_loss: bool = False
     #: Whether ``learn_cost`` is to be called before each round.
     counts_bytes: bool = False
     #: Metrics of a reply that are meant for the policy and not for averages over clients.

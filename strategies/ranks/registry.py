@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from strategies.naming import Registry
 from strategies.ranks.autorank import AutoRank
 from strategies.ranks.base import ListRank, RankPolicy, ReportedRank, UniformRank
+from strategies.ranks.by_hand import RandomRank, StaircaseRank
+from strategies.ranks.feedback import FeedbackRank
 from strategies.ranks.pruning import SelfPruningRank
 from strategies.ranks.quality import QualityRank
 
@@ -20,6 +22,9 @@ RANK_POLICIES: Registry[Callable[..., RankPolicy]] = Registry(
         "quality": QualityRank,
         "autorank": AutoRank,
         "self-pruning": SelfPruningRank,
+        "staircase": StaircaseRank,
+        "random": RandomRank,
+        "feedback": FeedbackRank,
     }
 )
 
