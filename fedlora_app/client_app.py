@@ -24,6 +24,7 @@ from fedlora_app.data.rows import train_validation_split
 from fedlora_app.discretion import LOG, SiteError, discreet
 from fedlora_app.evaluation import evaluate, per_sample_losses
 from fedlora_app.launch.inspection import NO_DATA, block, refuse_few
+from fedlora_app.models.bits import BITS
 from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import About, Inputs, Rows, Task, make_task
 from fedlora_app.training import train
@@ -116,7 +117,7 @@ class LoRAClient(NumPyClient):
         settings = self.config.train.in_round(int(config[MODEL_ROUND_KEY]), times=times)
         inputs = self.task.for_training(rows)
         done = train(model, inputs, settings, config, seed=self.config.seed, rounds=times)
-        metrics = {**done.metrics(), BITS_KEY: PRECISION_BITS[settings.precision]}
+        metrics = {**done.metrics(), BITS_KEY: self._bits}
         if judged:
             scores = self._evaluate(model, held_out)
             metrics |= {VALIDATION_LOSS: scores["loss"], "quality": self.task.quality(scores)}
@@ -138,6 +139,11 @@ class LoRAClient(NumPyClient):
         _, rows = self._rows(config)
         scores = self._evaluate(model, rows)
         return scores.pop("loss"), self.task.size(rows), dict(scores)
+
+    @property
+    def _bits(self) -> int:
+        kind = self.config.model.quantization
+        return BITS.get(kind, PRECISION_BITS[self.config.train.precision])
 
     @staticmethod
     def _refuse(asked: bool, what: str) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fedlora_app.config.keys import TrainConfig
 from fedlora_app.data.batches import training_batches
+from fedlora_app.models.bits import optimizer
 from fedlora_app.tasks.base import Indices, Inputs
 from strategies.dropout import QuickDropout
 from strategies.schedules import anew
@@ -104,10 +105,12 @@ def batches(
 
 
 def rates(config: TrainConfig, rounds: int = 1) -> dict[str, Any]:
-    """Return how fast is learned, as ``train_loop`` takes it."""
+    """Return by which optimiser and how fast is learned, as ``train_loop`` takes it."""
+    own = optimizer(config.optimizer, config.weight_decay)
     return {
         "learning_rate": {"lora_": config.learning_rate, "": config.head_learning_rate},
-        "weight_decay": config.weight_decay,
+        "weight_decay": 0.0 if own else config.weight_decay,
+        "optimizer": own,
         "schedule": anew(config.schedule, rounds, config.round_decay),
         "max_grad_norm": config.max_grad_norm,
     }

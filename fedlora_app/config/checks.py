@@ -156,6 +156,23 @@ def _clock(parts: Parts) -> Iterator[str]:
         yield f"clock.{key} is for simulated clocks; set clock.profile{instead}"
 
 
+def _quantization(parts: Parts) -> Iterator[str]:
+    config, kind = parts.config, parts.config.model.quantization
+    if kind == "none":
+        return
+    if not parts.task.quantizable:
+        yield (
+            f"model.quantization = {kind!r}: task = {config.task!r} trains weights in full, which "
+            "cannot be of few bits; leave it out"
+        )
+    if parts.rule.merges_base:
+        yield (
+            f"aggregation = {config.aggregation!r} merges into the frozen weights, and "
+            f"model.quantization = {kind!r} would round every merge to {kind.rstrip('bit')} bits; "
+            "use a rule that does not merge, or model.quantization = 'none'"
+        )
+
+
 def _accumulate(parts: Parts) -> Iterator[str]:
     train = parts.config.train
     if train.accumulate > train.batch_size:
@@ -188,6 +205,7 @@ CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _coins,
     _rule_and_sampler,
     _clock,
+    _quantization,
     _accumulate,
     _privacy,
 )

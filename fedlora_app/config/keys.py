@@ -52,6 +52,13 @@ class ModelConfig:
         choices=("auto", "mean-pool", "stock"),
         on_resume="fatal",
     )
+    quantization: str = option(
+        "none",
+        "causal-lm: bits of the frozen weights: none (as they are), 4bit (nf4, twice quantised) or "
+        "8bit; needs the extra [quantization]",
+        choices=("none", "4bit", "8bit"),
+        on_resume="fatal",
+    )
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,12 @@ class TrainConfig:
     steps: int = option(10, "optimiser steps a round; 0: use epochs", low=0)
     epochs: float = option(1.0, "passes over the client's rows when steps = 0", above=0)
     batch_size: int = option(16, "rows of a step", low=1)
+    optimizer: str = option(
+        "adamw",
+        "adamw, or with the extra [quantization]: adamw-8bit (states of 8 bits), paged-adamw and "
+        "paged-adamw-8bit (states wait in the CPU's memory while the GPU has none to spare)",
+        choices=("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"),
+    )
     accumulate: int = option(
         1,
         "parts in which the rows of a step pass through the model: less memory, the same step",

@@ -24,8 +24,9 @@ INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 def with_precision(config: RunConfig) -> RunConfig:
     """Return the config with ``train.precision = "auto"`` as what it becomes on this machine.
 
-    bfloat16 where the device multiplies it natively, else float32, and always float32 for rules
-    that merge into the frozen weights, since bfloat16 would round every merge. Each node
+    bfloat16 where the device multiplies it natively or the base has fewer bits, else float32, and
+    always float32 for rules that merge into the frozen weights, since bfloat16 would round every
+    merge. Each node
     chooses for itself: LoRA weights, optimiser and sums are float32 everywhere, so that
     updates from both kinds of machine can be averaged (this project's decision).
     """
@@ -33,7 +34,8 @@ def with_precision(config: RunConfig) -> RunConfig:
         return config
     rule = AGGREGATIONS.get(config.aggregation)  # a plug-in that this node lacks: who knows
     merges = getattr(rule, "merges_base", True)
-    found = "float32" if merges or not native_bfloat16() else "bfloat16"
+    few_bits = config.model.quantization != "none"
+    found = "bfloat16" if few_bits or (not merges and native_bfloat16()) else "float32"
     return replace(config, train=replace(config.train, precision=found))
 
 

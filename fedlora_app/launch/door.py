@@ -23,6 +23,7 @@ from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.config.read import read_config
 from fedlora_app.launch.folders import output_problems
 from fedlora_app.launch.inspection import Report, inspect
+from fedlora_app.models.bits import BITS, INSTALL, OPTIMIZERS, installed
 from fedlora_app.models.loading import trained_parts
 from fedlora_app.models.lora import add_lora
 from fedlora_app.resuming import check_resume
@@ -122,6 +123,12 @@ def _optional(config: RunConfig) -> list[str]:
         problems.append(
             "tensorboard: TensorBoard is not installed; run: pip install 'fedlora[tensorboard]'"
         )
+    wanted = (
+        ("model.quantization", config.model.quantization, BITS),
+        ("train.optimizer", config.train.optimizer, OPTIMIZERS),
+    )
+    if not installed():
+        problems += [f"{key} = {value!r}: {INSTALL}" for key, value, own in wanted if value in own]
     return problems
 
 

@@ -17,16 +17,18 @@ def build_language_model(
     Parameters
     ----------
     config : ModelConfig
-        Its ``name`` is a packaged model, a local folder or a Hugging Face id.
+        Its ``name`` is a packaged model, a local folder or a Hugging Face id; its
+        ``quantization`` says whether the linear layers have 4 or 8 bits.
     precision : {"float32", "bfloat16"}
-        Type of the weights (default: "float32").
+        Type of the weights, and of products with 4-bit ones (default: "float32").
     shapes_only : bool (default: False)
         Read no weights.
 
     Raises
     ------
     FileNotFoundError or ValueError
-        As of ``pretrained.load_pretrained``; also if a weight is in no file.
+        As of ``pretrained.load_pretrained``; also if a weight is in no file, or bitsandbytes is
+        needed and not installed.
     """
     found = load_pretrained(
         config.name,
@@ -34,6 +36,7 @@ def build_language_model(
         auto="AutoModelForCausalLM",
         dtype=DTYPES[precision],
         shapes_only=shapes_only,
+        quantization=config.quantization,
     )
     if found.fresh:
         raise ValueError(
@@ -41,5 +44,13 @@ def build_language_model(
             "which it cannot write; name a model that was trained to"
         )
     model: nn.Module = found.model
+    if config.quantization != "none" and not shapes_only:
+        from peft import prepare_model_for_kbit_training
+
+        for module in model.modules():  # on some CPUs evaluation would round the scales for good
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        # In float32: what keeps its digits (norms, embeddings). Checkpoints are the loop's.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model.loaded = found  # type: ignore[assignment]
     return model.eval()

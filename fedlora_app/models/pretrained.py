@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedlora_app.data import packaged
+from fedlora_app.models.bits import quantised_problem, quantization_config
 from fedlora_app.models.onnx_weights import read_bert
 
 POINTER = b"version https://git-lfs"  # what Git LFS leaves where it did not fetch a file
@@ -72,7 +74,13 @@ def locate(name: str) -> tuple[str, bool]:
 
 
 def load_pretrained(
-    name: str, num_labels: int, *, auto: str, dtype: Any, shapes_only: bool = False
+    name: str,
+    num_labels: int,
+    *,
+    auto: str,
+    dtype: Any,
+    shapes_only: bool = False,
+    quantization: str = "none",
 ) -> Loaded:
     """Return the model of this name, with its stock head or without one.
 
@@ -88,6 +96,8 @@ def load_pretrained(
     dtype : torch.dtype
     shapes_only : bool (default: False)
         Read no weights, only what there are; the model lies on torch's device "meta".
+    quantization : {"none", "4bit", "8bit"}
+        Bits of the weights of linear layers (default: "none", as they are).
 
     Raises
     ------
@@ -100,6 +110,15 @@ def load_pretrained(
 
     source, local = locate(name)
     settings = None if source.endswith(".onnx") else read_settings(name)
+    if problem := quantised_problem(settings, quantization):
+        raise ValueError(f"model.name = {name!r}: {problem}")
+    few_bits = quantization_config(quantization, dtype)
+    held_so = getattr(settings, "quantization_config", None) is not None
+    if held_so and shapes_only:  # packed tensors have shapes of their own
+        del settings.quantization_config
+        with torch.device("meta"):
+            whole = getattr(transformers, auto).from_config(settings, dtype=dtype)
+        return Loaded(whole, len(dict(whole.named_parameters())), (), (), 0)
     with loading(name, local):
         kind: Any
         if settings is None:
@@ -117,6 +136,8 @@ def load_pretrained(
             kind = getattr(transformers, auto)
             path, options = source, {"config": settings}
             options |= {"device_map": "meta"} if shapes_only else {}
+            if few_bits is not None and not held_so and not shapes_only:
+                options |= {"quantization_config": few_bits}
         settings.num_labels = num_labels
         model, info = kind.from_pretrained(
             path,

@@ -130,6 +130,8 @@ class Task(ABC):
     """What clients may be weighed by (``weight-by``), the default first; see ``size``."""
     keeps_base: ClassVar[bool] = False
     """Whether it needs the frozen weights as they were, so that no rule may merge into them."""
+    quantizable: ClassVar[bool] = False
+    """Whether ``model`` follows ``model.quantization``: a frozen base of 4 or 8 bits."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the task, for ``AutoPeftModel`` to find a model of transformers by."""
 

@@ -57,6 +57,7 @@ class CausalLM(Task):
     name = "causal-lm"
     peft_type = "CAUSAL_LM"
     units: ClassVar[tuple[str, ...]] = ("rows", "trained-tokens")
+    quantizable = True
     scores: tuple[Score, ...] = (
         Score("perplexity", "perplexity", higher_is_better=False, top=None, digits=2),
     )

@@ -193,13 +193,13 @@ def test_code_in_the_folder_is_neither_run_nor_asked_for(checkpoint, monkeypatch
     build_tokenizer(ModelConfig(name=str(folder)))  # tokenizer.json does without that code
 
 
-def test_a_missing_package_names_the_model(checkpoint, monkeypatch):
+def test_a_quantised_checkpoint_names_the_method(checkpoint, monkeypatch):
     folder = checkpoint("llama")
     settings = json.loads((folder / "config.json").read_text())
-    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(settings))
     for shapes_only in (False, True):
-        with pytest.raises(ValueError, match=r"llama': it needs a package .*bitsandbytes"):
+        with pytest.raises(ValueError, match=r"llama': its files are quantised by gptq"):
             build_model(
                 ModelConfig(name=str(folder)), num_labels=2, seed=0, shapes_only=shapes_only
             )
