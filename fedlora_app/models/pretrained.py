@@ -115,7 +115,7 @@ def load_pretrained(
     few_bits = quantization_config(quantization, dtype)
     held_so = getattr(settings, "quantization_config", None) is not None
     if held_so and shapes_only:  # packed tensors have shapes of their own
-        del settings.quantization_config
+        del settings.quantization_config  # type: ignore[union-attr]
         with torch.device("meta"):
             whole = getattr(transformers, auto).from_config(settings, dtype=dtype)
         return Loaded(whole, len(dict(whole.named_parameters())), (), (), 0)
