@@ -1,85 +1,90 @@
-"""The client: an ordinary ``@app.train()`` with PEFT and ``Trainer``; three lines are FedLoRA's."""
+"""A FlowerTune client with training of its own; lines marked FedLoRA are all that is new."""
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from flowertune_llm.data import Row, load_rows, load_split
-from flowertune_llm.model import build_model, build_tokenizer
-from strategies.client import apply_adapter, make_reply
+from strategies.client import apply_adapter, make_reply, register_identity
 from strategies.huggingface import train_with_trainer
 
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+IGNORED = -100  # label of tokens that are read and not trained
+
 app = ClientApp()
+register_identity(app)  # FedLoRA: says max-rank and partition-id of the node config
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the rank this device was sent on its own questions."""
+    """Train the rank this node was sent on its own instructions."""
     run = context.run_config
-    torch.set_num_threads(int(run["threads"]))
-    name, seed = str(run["model"]), int(run["seed"])
-    model = resident_model(name, seed)
-    config = apply_adapter(model, message, context)
-    done = train_with_trainer(
+    name = str(run["model"])
+    model = resident_model(name)
+    config = apply_adapter(model, message, context)  # FedLoRA: not set_peft_model_state_dict
+    done = train_with_trainer(  # FedLoRA: or your SFTTrainer, with a FedLoRACallback
         model,
         own_rows(context),
         config,
         args={
             "max_steps": int(run["steps"]),
             "per_device_train_batch_size": int(run["batch-size"]),
-            "gradient_accumulation_steps": int(run["accumulation"]),
             "learning_rate": float(run["learning-rate"]),
-            "lr_scheduler_type": "constant",
-            "bf16": run["precision"] == "bfloat16",
-            "fp16": run["precision"] == "float16",
-            "seed": seed,
+            "bf16": torch.cuda.is_available(),
         },
-        data_collator=DataCollatorForSeq2Seq(build_tokenizer(name)),  # pads labels too
+        data_collator=DataCollatorForSeq2Seq(tokenizer_of(name)),  # pads labels too
     )
-    return make_reply(
-        model,
-        message,
-        num_examples=done.num_examples,
-        metrics=done.metrics(),
-        context=context,
+    return make_reply(  # FedLoRA: not get_peft_model_state_dict
+        model, message, num_examples=done.num_examples, metrics=done.metrics(), context=context
     )
 
 
-@app.query()
-def introduce(message: Message, context: Context) -> Message:
-    """Say who this is and which rank the device can hold."""
-    known: dict[str, int] = {"max-rank": device_rank(context)}
-    if "partition-id" in context.node_config:  # a lasting order of clients, whatever their node id
-        known["partition-id"] = int(context.node_config["partition-id"])
-    content = RecordDict({"properties": ConfigRecord(known)})  # type: ignore[arg-type]
-    return Message(content, reply_to=message)
-
-
-def own_rows(context: Context) -> list[Row]:
-    """Return the rows of the node's own file, or of its share in a simulation."""
+def own_rows(context: Context) -> list[dict[str, Any]]:
+    """Return the rows of the node's own jsonl, or of its share of the run's in a simulation."""
     run, node = context.run_config, context.node_config
-    name, length = str(run["model"]), int(run["max-length"])
-    if "data-path" in node:
-        return load_rows(str(node["data-path"]), name, length)[1]
-    split = load_split(str(run["data"]), name, length, int(run["test-rows"]), int(run["seed"]))
-    return split.share(int(node["partition-id"]), int(node["num-partitions"]))
+    lines = Path(str(node.get("data-path", run["data"]))).read_text("utf-8").splitlines()
+    if "data-path" not in node:
+        lines = lines[int(node["partition-id"]) :: int(node["num-partitions"])]
+    tokenizer, rows = tokenizer_of(str(run["model"])), []
+    for line in lines:
+        row = json.loads(line)
+        start = tokenizer(PROMPT.format(**row)).input_ids
+        answer = tokenizer(row["response"] + tokenizer.eos_token, add_special_tokens=False)
+        ids = [*start, *answer.input_ids]
+        labels = [IGNORED] * len(start) + answer.input_ids
+        most = int(run["max-length"])
+        rows.append({"input_ids": ids[:most], "labels": labels[:most]})
+    return rows
 
 
-def device_rank(context: Context) -> int:
-    """Return ``max-rank`` of the node config; a simulated node's is by its partition."""
-    if "max-rank" in context.node_config:
-        return int(context.node_config["max-rank"])
-    ranks = [int(rank) for rank in str(context.run_config["device-ranks"]).split(",")]
-    return ranks[int(context.node_config["partition-id"]) % len(ranks)]
+def build_model(name: str, rank: int) -> PeftModel:
+    """Return a causal language model with LoRA modules on queries and values."""
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank,
+                        target_modules=["q_proj", "v_proj"])  # fmt: skip
+    return get_peft_model(base.to("cuda" if torch.cuda.is_available() else "cpu"), config)
 
 
 @lru_cache(maxsize=1)
-def resident_model(name: str, seed: int) -> PeftModel:
+def resident_model(name: str) -> PeftModel:
     """Return the process's one model: each message gives it its rank."""
-    return build_model(name, rank=1, scale=1.0, seed=seed)
+    return build_model(name, rank=1)
+
+
+@lru_cache(maxsize=1)
+def tokenizer_of(name: str) -> Any:
+    """Return the tokenizer of a model, with a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
