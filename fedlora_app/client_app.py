@@ -27,7 +27,7 @@ from fedlora_app.launch.inspection import NO_DATA, block, refuse_few
 from fedlora_app.models.bits import BITS
 from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import About, Inputs, Rows, Task, make_task
-from fedlora_app.training import train
+from fedlora_app.training import default_device, train
 from strategies.client import (
     IDENTITY_KEYS,
     adapter_state,
@@ -39,6 +39,7 @@ from strategies.client import (
     receive_parameters,
 )
 from strategies.lora import Adapter
+from strategies.memory import PhaseMemory
 from strategies.messages import COUNT_KEY, MODEL_ROUND_KEY, QUALITY_KEY
 from strategies.privacy.mechanism import CLIP_KEY, NOISE_KEY
 from strategies.profiling import PROFILE_KEY, SAMPLES_KEY, Profile, profile_rows
@@ -117,7 +118,8 @@ class LoRAClient(NumPyClient):
         settings = self.config.train.in_round(int(config[MODEL_ROUND_KEY]), times=times)
         inputs = self.task.for_training(rows)
         done = train(model, inputs, settings, config, seed=self.config.seed, rounds=times)
-        metrics = {**done.metrics(), BITS_KEY: self._bits}
+        loaded: dict[str, float] = model.fedlora_loaded
+        metrics = {**done.metrics(), BITS_KEY: self._bits, **loaded, **done.memory}
         if judged:
             scores = self._evaluate(model, held_out)
             metrics |= {VALIDATION_LOSS: scores["loss"], "quality": self.task.quality(scores)}
@@ -246,8 +248,12 @@ def _task(config: RunConfig) -> Task:
 @lru_cache(maxsize=1)
 def _resident_model(config: RunConfig, info: str) -> PeftModel:
     """Return the process's one model; every client resizes its LoRA modules in place."""
-    base = _task(config).model(_about(info), seed=config.seed, precision=config.train.precision)
+    memory, task = PhaseMemory(default_device()), _task(config)
+    with memory.phase("load"):
+        base = task.model(_about(info), seed=config.seed, precision=config.train.precision)
+        base.to(memory.device)
     made = add_lora(base, config.lora, rank=1, seed=config.seed)
+    made.fedlora_loaded = memory.peaks
     made.fedlora_start = {k: tensor.cpu().clone() for k, tensor in adapter_state(made).items()}
     return made
 

@@ -123,6 +123,10 @@ class ClientRecord(_Timed):
     upload_seconds: float | None
     reason: NotRequired[str]  # of a rejected one
     steps: NotRequired[float]  # as reported
+    memory_load_mb: NotRequired[float]  # peaks, as ``strategies.memory`` measures them
+    memory_forward_mb: NotRequired[float]
+    memory_backward_mb: NotRequired[float]
+    memory_optimizer_mb: NotRequired[float]
 
 
 class ClientEvaluationRecord(_Timed):

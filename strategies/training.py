@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from logging import WARNING
 from typing import Any
@@ -31,6 +31,7 @@ from strategies.losses import (
     predicts_next,
     sample_losses,
 )
+from strategies.memory import PhaseMemory
 from strategies.messages import CLIENT_KEY, ROUND_KEY, STEPS_KEY, TRAIN_SECONDS_KEY
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
 from strategies.schedules import Schedule
@@ -64,12 +65,16 @@ class TrainOutcome:
         Wall-clock time of the training alone: without loading, profiling and messages.
     num_examples : int
         Rows there were to train on, the client's weight in an average.
+    memory : Mapping[str, float]
+        ``memory_forward_mb`` and so on, as ``strategies.memory`` measures them; empty where nobody
+        did.
     """
 
     loss: float
     steps: int
     seconds: float
     num_examples: int
+    memory: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def metrics(self) -> dict[str, float]:
         """Return ``loss``, ``seconds`` and ``steps``, as ``make_reply(metrics=…)`` takes them."""
@@ -166,7 +171,7 @@ def train_loop(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # type: ignore[attr-defined]
     counted = _Rows(batches)
     total, empty = torch.zeros((), dtype=torch.float64, device=device), 0
-    start = time.perf_counter()
+    memory, start = PhaseMemory(device), time.perf_counter()
     with (
         torch_threads(threads),
         mode(model, training=True),
@@ -194,12 +199,18 @@ def train_loop(
                 if not weight:  # the mean over nothing would be NaN
                     empty += 1
                     continue
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                memory.batch(_size(batch))
+                with (
+                    memory.phase("forward"),
+                    torch.autocast(device.type, dtype, enabled=dtype is not None),
+                ):
                     loss = measured(model, on_device(batch, device))
                 loss = loss.float() * (weight / max(1, sum(weights)))
-                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                with memory.phase("backward"):
+                    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()  # read once at the end: each read would wait for a GPU
-            updates.step()
+            with memory.phase("optimizer"):
+                updates.step()
     done = updates.done
     if not done:
         raise ValueError(
@@ -211,7 +222,8 @@ def train_loop(
     if num_examples is None:
         dataset = getattr(batches, "dataset", None)
         num_examples = len(dataset) if hasattr(dataset, "__len__") else counted.most  # type: ignore[arg-type]
-    return TrainOutcome(float(total) / done, done, time.perf_counter() - start, num_examples)
+    seconds = time.perf_counter() - start
+    return TrainOutcome(float(total) / done, done, seconds, num_examples, memory.peaks)
 
 
 def training_seed(config: Mapping[str, Any], seed: int) -> int:
@@ -311,6 +323,10 @@ def _weight(model: nn.Module, batch: Batch, *, own_loss: bool) -> int:
     if labels.ndim > 1 and predicts_next(model):
         labels = labels[..., 1:]
     return int((labels != IGNORED).sum())
+
+
+def _size(batch: Batch) -> int:
+    return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
 
 
 def _row_count(batch: Batch) -> int:

@@ -14,6 +14,7 @@ from fedlora_app.tasks import LOSS, Score
 from strategies.records import ClientRecord, Record
 
 SHADES = 5
+MEMORY = tuple(f"memory_{phase}_mb" for phase in ("load", "forward", "backward", "optimizer"))
 
 
 def section(records: Sequence[Record], scores: Sequence[Score], unit: str = "rows") -> str:
@@ -89,6 +90,7 @@ def client_table(
         ("MB up", {c: _total(rs, "bytes_up") / 1e6 for c, rs in own.items()}),
         ("moved", {c: bar(n, most) for c, n in moved.items()}),
         ("compute s, mean", {c: _mean(rs, "compute_seconds") for c, rs in own.items()}),
+        ("peak MB", {c: _most(rs, MEMORY) for c, rs in own.items()}),
         ("upload s, mean", {c: _mean(rs, "upload_seconds") for c, rs in own.items()}),
         ("bottleneck", {c: slow.get(c) for c in own}),
         *(
@@ -113,6 +115,11 @@ def _count(records: Sequence[ClientRecord], status: str) -> int:
 def _mean(records: Sequence[ClientRecord], key: str) -> float | None:
     known = numbers(records, key)
     return float(sum(known) / len(known)) if known else None
+
+
+def _most(records: Sequence[ClientRecord], keys: Sequence[str]) -> float | None:
+    known = [value for key in keys for value in numbers(records, key)]
+    return max(known, default=None)
 
 
 def _last(records: Sequence[ClientRecord], key: str) -> int | None:
