@@ -7,6 +7,7 @@ after the other; only the adapter is swapped, at the rank the server sent.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from fedlora_app.discretion import LOG, SiteError, discreet
 from fedlora_app.evaluation import evaluate, per_sample_losses
 from fedlora_app.launch.inspection import NO_DATA, block, refuse_few
 from fedlora_app.models.bits import BITS
-from fedlora_app.models.lora import add_lora
+from fedlora_app.models.lora import add_lora, training_scale
 from fedlora_app.tasks import About, Inputs, Rows, Task, make_task
 from fedlora_app.training import default_device, train
 from strategies.client import (
@@ -37,6 +38,7 @@ from strategies.client import (
     profile,
     profile_wanted,
     receive_parameters,
+    trained_at,
 )
 from strategies.lora import Adapter
 from strategies.memory import PhaseMemory
@@ -117,7 +119,9 @@ class LoRAClient(NumPyClient):
         times = int(config.get(TIMES_KEY, 1))
         settings = self.config.train.in_round(int(config[MODEL_ROUND_KEY]), times=times)
         inputs = self.task.for_training(rows)
-        done = train(model, inputs, settings, config, seed=self.config.seed, rounds=times)
+        scale = training_scale(self.config.lora)
+        with trained_at(model, scale) if scale else nullcontext():
+            done = train(model, inputs, settings, config, seed=self.config.seed, rounds=times)
         loaded: dict[str, float] = model.fedlora_loaded
         metrics = {**done.metrics(), BITS_KEY: self._bits, **loaded, **done.memory}
         if judged:

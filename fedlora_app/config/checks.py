@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from fedlora_app.config.build import Parts
+from fedlora_app.models.lora import variant_problem
 from fedlora_app.tasks import LOSS, primary
 from strategies.participation import Participation
 from strategies.privacy import refuse_private
@@ -37,6 +38,11 @@ def _kept_base(parts: Parts) -> Iterator[str]:
             f"aggregation = {parts.config.aggregation!r} merges into the frozen weights, and "
             f"task = {parts.task.name!r} measures against them as they were; use another rule"
         )
+
+
+def _variant(parts: Parts) -> Iterator[str]:
+    if problem := variant_problem(parts.config.lora.variant):
+        yield problem
 
 
 def _dora(parts: Parts) -> Iterator[str]:
@@ -194,6 +200,7 @@ def _privacy(parts: Parts) -> Iterator[str]:
 CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _rounded_merges,
     _kept_base,
+    _variant,
     _dora,
     _scores,
     _units,

@@ -44,7 +44,13 @@ class LoraConfig:
     )
     target_modules: str = option(
         "auto",
-        "comma-separated module names, or auto (query and value projections)",
+        "comma-separated module names, auto (query and value projections) or all-linear (every "
+        "linear layer but the head)",
+        on_resume="fatal",
+    )
+    variant: str = option(
+        "lora",
+        "lora, or rslora: a client of rank r trains at scale / sqrt(r)",
         on_resume="fatal",
     )
     dropout: float = option(0.0, "dropout on the LoRA input", low=0, high=0.9, on_resume="fatal")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,38 @@ TARGETS = (
 )
 
 
+BASE = (
+    "takes its factors out of the frozen weights, and a client of a lower rank, who gets some of "
+    "them, would start from a damaged model"
+)
+OTHER = "has no pair of factors for each layer that rules could average"
+
+#: Variants of PEFT that are refused, and why.
+REFUSED = {
+    **dict.fromkeys(("pissa", "olora", "corda", "loftq", "lora-ga"), BASE),
+    **dict.fromkeys(("vera", "randlora", "loha", "lokr", "oft", "boft", "ia3", "fourierft"), OTHER),
+    "eva": "starts each client from its own data, so that clients' factors do not match",
+    "adalora": "changes ranks by itself; see ranks.policy = 'self-pruning'",
+    "dora": "is a key of its own; set lora.dora = true",
+}
+
+
+def variant_problem(variant: str) -> str:
+    """Return why ``lora.variant`` is none that can be averaged; empty: it is one."""
+    if variant in ("lora", "rslora"):
+        return ""
+    reason = REFUSED.get(variant.lower().replace("_", "-"))
+    got = f"{variant!r}, which {reason}" if reason else repr(variant)
+    return f"lora.variant: expected lora or rslora, got {got}"
+
+
+def training_scale(config: LoraConfig) -> Callable[[int], float] | None:
+    """Return the scale that a client trains at by its rank; None: the one that all share."""
+    if config.variant != "rslora":
+        return None
+    return lambda rank: config.scale / math.sqrt(rank)
+
+
 def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> PeftModel:
     """Put LoRA modules into ``model`` (in place) and make them and the head trainable.
 
@@ -39,7 +72,7 @@ def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> P
         From ``build_model``.
     config : LoraConfig
         Scale, target modules, dropout, DoRA. Targets ``auto`` are the query and value
-        projections.
+        projections, ``all-linear`` all linear layers but the head.
     rank : int
         Rank of every LoRA module; alpha is ``config.scale * rank``.
     seed : int
@@ -61,7 +94,7 @@ def add_lora(model: nn.Module, config: LoraConfig, *, rank: int, seed: int) -> P
         raise ValueError(f"rank: expected at least 1, got {rank}")
     heads = trained_parts(model)
     layers = _projections(model, heads)
-    targets = _targets(config.target_modules, set(layers))
+    targets = _targets(config.target_modules, layers, model)
     with untouched_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT reads
         peft_model = peft.get_peft_model(
@@ -107,10 +140,13 @@ def _projections(model: nn.Module, heads: list[str]) -> dict[str, nn.Module]:
     }
 
 
-def _targets(wanted: str, layers: set[str]) -> list[str]:
+def _targets(wanted: str, layers: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+    if wanted == "all-linear":
+        out = getattr(model, "get_output_embeddings", lambda: None)()  # a language model's head
+        return sorted(name for name, layer in layers.items() if layer is not out)
     if wanted == "auto":
         for names in TARGETS:
-            if layers.issuperset(names):
+            if layers.keys() >= set(names):
                 return list(names)
         problem = "cannot tell the query and value projections of this model"
     else:

@@ -28,6 +28,7 @@ from strategies.client.profiling import (
     register_identity,
     register_profile,
 )
+from strategies.client.rescaling import trained_at
 from strategies.profiling import Profile
 
 __all__ = [
@@ -55,5 +56,6 @@ __all__ = [
     "send",
     "send_parameters",
     "tail_penalty",
+    "trained_at",
     "training_metrics",
 ]

@@ -32,7 +32,7 @@ def merge_into_base(model: nn.Module, merged: Adapter, *, adapter_name: str = "d
     if merged.pairs:
         check_mergeable(model, adapter_name=adapter_name)
     _warn_of_saving(model, merged=bool(merged.pairs))
-    for name, layer in _lora_layers(model, adapter_name):
+    for name, layer in lora_layers(model, adapter_name):
         if name not in merged.pairs and not hasattr(layer, "fedlora_pristine"):
             continue  # whatever its base is: there is nothing to merge into it
         weight = layer.get_base_layer().weight
@@ -87,7 +87,7 @@ def check_mergeable(model: nn.Module, *, adapter_name: str = "default") -> None:
     owners: dict[int, list[str]] = {}
     for owner, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(owner)
-    for name, layer in _lora_layers(model, adapter_name):
+    for name, layer in lora_layers(model, adapter_name):
         base = layer.get_base_layer()
         weight = getattr(base, "weight", None)
         if not isinstance(weight, Tensor):
@@ -132,7 +132,7 @@ def load_adapter(model: nn.Module, adapter: Adapter, *, adapter_name: str = "def
         If the adapter names a module or tensor that the model does not have.
     """
     _refuse_changed_base(model, adapter_name)
-    layers = dict(_lora_layers(model, adapter_name))
+    layers = dict(lora_layers(model, adapter_name))
     parameters = dict(adapter_parameters(model, adapter_name, all_parameters=True))
     unknown = [m for m in adapter.pairs if m not in layers]
     unknown += [k for k in adapter.dense if k not in parameters]
@@ -251,7 +251,7 @@ def tail_penalty(model: nn.Module, gamma: float, *, adapter_name: str = "default
     HetLoRA's self-pruning adds it to the loss, times λ. See ``SelfPruningRank``.
     """
     total = torch.zeros(())
-    for _, layer in _lora_layers(model, adapter_name):
+    for _, layer in lora_layers(model, adapter_name):
         if adapter_name in layer.lora_A:
             A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         else:
@@ -261,7 +261,8 @@ def tail_penalty(model: nn.Module, gamma: float, *, adapter_name: str = "default
     return total
 
 
-def _lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
+def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the LoRA layers of a PEFT model that have this adapter, by name."""
     for name, module in model.named_modules():
         for factors in ("lora_A", "lora_embedding_A"):
             if adapter_name in getattr(module, factors, {}):
