@@ -1,7 +1,6 @@
 """Which layers get LoRA, which variants are averaged, and that both go through a run."""
 
 import pytest
-import torch
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
@@ -73,7 +72,7 @@ def test_rslora_changes_how_clients_train_and_nothing_else(
     b = [key for key in plain if "lora_B" in key]
     # The first step of AdamW moves B by the rate: at half the scale, half as far at the shared one.
     for key in b:
-        torch.testing.assert_close(other[key], plain[key] / 2, rtol=0.02, atol=1e-5)
+        assert float((other[key] - plain[key] / 2).norm()) < 0.02 * float(plain[key].norm())
     assert any(plain[key].any() for key in b)
     mixed = run("mixed", **{"lora.variant": "rslora"})  # ranks 2 and 4
     assert mixed.keys() == plain.keys()
