@@ -18,7 +18,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,18 +157,13 @@ def simulate(
 def main(argv: Sequence[str] | None = None, project: Path = PROJECT) -> int:
     """Run the command line ``argv`` for the app in ``project`` and return the exit code."""
     args = _parser().parse_args(argv)
-    try:
-        config, changes = read_arguments(project, args)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
     ours = project == PROJECT
-    with (
-        exit_on_signals(),
-        Copies() if ours else nullcontext() as copies,
-        RayHead() if ours and not args.ray_address else nullcontext() as ray_head,
-    ):
+    with exit_on_signals(), Copies() if ours else nullcontext() as copies, ExitStack() as later:
         try:
+            config, changes = read_arguments(project, args)
+            ray_head = None
+            if ours and not args.ray_address:
+                ray_head = later.enter_context(RayHead())
             if copies is not None:
                 check_start(config, args, Path(str(changes["output"])), copies)
                 if args.ray_address:

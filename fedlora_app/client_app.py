@@ -7,6 +7,7 @@ after the other; only the adapter is swapped, at the rank the server sent.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from fedlora_app.config.keys import RunConfig
 from fedlora_app.config.precision import with_precision
+from fedlora_app.data.kept import encoded, shares_of
 from fedlora_app.data.rows import train_validation_split
 from fedlora_app.discretion import LOG, SiteError, discreet
 from fedlora_app.evaluation import evaluate, per_sample_losses
@@ -274,15 +276,13 @@ def _train_rows(config: RunConfig, info: str) -> Rows:
 
 @lru_cache(maxsize=1)
 def _shares(shares: int, config: RunConfig, info: str) -> list[np.ndarray]:
-    from fedlora_app.data.partition import shares as share_out  # over a second, and only simulated
-
-    return share_out(_task(config), _train_rows(config, info), shares)
+    return shares_of(_task(config), _train_rows(config, info), shares)
 
 
 @lru_cache(maxsize=1024)
 def _partition_rows(share: int, shares: int, config: RunConfig, info: str) -> Held:
     indices = _shares(shares, config, info)[share]
-    return _held(_train_rows(config, info).take(indices), config)
+    return _held(_train_rows(config, info).take(indices), config, encode=encoded)
 
 
 @lru_cache(maxsize=1)
@@ -291,14 +291,14 @@ def _own_rows(path: str, config: RunConfig, info: str) -> Held:
     rows = task.own_rows(path, _about(info))
     refuse_few(rows, path)
     LOG.info("%s", "\n".join(block(task, "own rows", rows)))  # in this node's own log
-    return _held(rows, config)
+    return _held(rows, config, encode=Task.encode)
 
 
-def _held(rows: Rows, config: RunConfig) -> Held:
+def _held(rows: Rows, config: RunConfig, *, encode: Callable[[Task, Rows], Inputs]) -> Held:
     """Encode the rows and hold some out."""
     task, fraction = _task(config), config.data.validation_fraction
     kept, held_out = train_validation_split(range(len(rows)), fraction, config.seed)
-    inputs, strata = task.encode(rows), task.strata(rows)
+    inputs, strata = encode(task, rows), task.strata(rows)
     if strata is None:
         strata = np.zeros(0, np.int64)
     return inputs.take(kept), inputs.take(held_out), strata[kept] if len(strata) else strata

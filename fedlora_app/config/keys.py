@@ -116,8 +116,13 @@ class DataConfig:
     validation_fraction: float = option(
         0.1, "part of each client's rows kept for its own evaluation", above=0, high=0.5
     )
+    cache: bool = option(
+        True,
+        "keep simulated clients' encoded rows and shares in ~/.cache/fedlora for other runs",
+        on_resume="ignore",
+    )
     test_rows: int = option(
-        500, "rows of the server's test set used after each round (0: all; the end uses all)", low=0
+        300, "rows of the server's test set used after each round (0: all; the end uses all)", low=0
     )
 
 

@@ -262,9 +262,9 @@ class PrivacyConfig:
 class EvaluateConfig:
     """Evaluation on the server and on the clients."""
 
-    every: int = option(1, "evaluate after every Nth round (and the last)", low=1)
+    every: int = option(2, "evaluate after every Nth round (and the last)", low=1)
     clients: float = option(
-        1.0, "share of the clients that evaluate on their own rows; 0: none", low=0, high=1
+        0.2, "share of the clients that evaluate on their own rows; 0: none", low=0, high=1
     )
     overlap: bool = option(
         False,

@@ -6,6 +6,7 @@ An image is kept as it was found, a file or the bytes of one, until a client nee
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import warnings
 from collections.abc import Mapping
@@ -40,6 +41,14 @@ class Picture:
 
     source: Any
     place: str
+
+    def state(self) -> list[object]:
+        """Return what tells this image from any other, or from its file at another time."""
+        if isinstance(self.source, Path):
+            about = self.source.stat()
+            return [str(self.source), about.st_size, about.st_mtime_ns]
+        data = self.source if isinstance(self.source, bytes) else self.source.tobytes()
+        return [hashlib.sha256(data).hexdigest(), *getattr(self.source, "shape", ())]
 
     def open(self) -> Any:
         """Return the image of Pillow, turned as its camera was held.

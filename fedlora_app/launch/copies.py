@@ -44,10 +44,8 @@ MODELS = (
 )
 """What building a model imports, the packaged models' own modules among it."""
 
-PRELOAD = (*MODELS, "flwr_datasets.partitioner")
-"""What the check of a run imports, and a simulation and its workers too."""
-
 LATER = (
+    "flwr_datasets.partitioner",  # where no run before drew the same shares
     "flwr.superlink.main",
     "flwr.supercore.cli.flower_superexec",
     "flwr.cli.app",
@@ -82,10 +80,10 @@ class Copies:
     ----------
     preload, later : sequence of str
         Modules to import before the first copy is made, and while nobody asks for one
-        (default: ``PRELOAD`` and ``LATER``).
+        (default: ``MODELS`` and ``LATER``).
     """
 
-    def __init__(self, preload: Sequence[str] = PRELOAD, later: Sequence[str] = LATER) -> None:
+    def __init__(self, preload: Sequence[str] = MODELS, later: Sequence[str] = LATER) -> None:
         self._modules = (",".join(preload), ",".join(later))
         self._folder = Path(tempfile.mkdtemp(prefix="fedlora-", dir="/tmp"))  # a short path
         self._socket = str(self._folder / "copies")

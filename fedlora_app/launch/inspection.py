@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedlora_app.config.keys import RunConfig
+from fedlora_app.data.kept import shares_of
 from fedlora_app.discretion import DataError, SiteError
 from fedlora_app.tasks import About, Rows, Task, make_task
 
@@ -97,9 +98,7 @@ def inspect(task: Task, *, clients: int | None = None, looked: bool = False) -> 
         task.look_at(rows)
     if clients is None:
         return Report(task, train, test)
-    from fedlora_app.data.partition import shares  # takes over a second
-
-    return Report(task, train, test, [len(part) for part in shares(task, train, clients)])
+    return Report(task, train, test, [len(part) for part in shares_of(task, train, clients)])
 
 
 def block(task: Task, split: str, rows: Rows) -> list[str]:

@@ -1,4 +1,4 @@
-"""Models that are made once and kept on this machine."""
+"""What is made once and kept on this machine: where, and how models are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Return ``$FEDLORA_CACHE``, by default ``~/.cache/fedlora``; it may not be there yet."""
+    return Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
 
 
 def made_once(name: str, make: Callable[[Path], object]) -> Path:
@@ -27,7 +32,7 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
     OSError
         If the cache (by default ``~/.cache/fedlora``) cannot be written.
     """
-    cache = Path(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora").expanduser()
+    cache = cache_folder()
     folder = cache / name
     if folder.is_dir():
         return folder

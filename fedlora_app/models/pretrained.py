@@ -20,6 +20,7 @@ from fedlora_app.data import packaged
 from fedlora_app.models.bits import quantised_problem, quantization_config
 from fedlora_app.models.onnx_weights import read_bert
 
+ENCODERS = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json")
 POINTER = b"version https://git-lfs"  # what Git LFS leaves where it did not fetch a file
 OWN_CODE = (
     "it needs code of its own (auto_map), and code in a model's folder is never run here; name "
@@ -71,6 +72,24 @@ def locate(name: str) -> tuple[str, bool]:
             "correct the path or name a Hugging Face model id"
         )
     return name, False
+
+
+def encoder_state(name: str) -> list[object] | None:
+    """Return what tells the files of a tokenizer or image processor from those of another state.
+
+    A hub's model is told by its commit. None: they are not here yet.
+    """
+    source, local = locate(name)
+    if not local:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = (try_to_load_from_cache(source, file) for file in ENCODERS)
+        place = next((str(path) for path in found if isinstance(path, str)), None)
+        return [place] if place else None
+    folder = Path(source)
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    about = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [source, *([name, s.st_size, s.st_mtime_ns] for name, s in about)]
 
 
 def load_pretrained(

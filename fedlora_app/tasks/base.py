@@ -228,6 +228,19 @@ class Task(ABC):
     def encode(self, rows: Rows) -> Inputs:
         """Return rows as the model takes them."""
 
+    def fingerprint(self, rows: Rows) -> bytes | None:
+        """Return all that ``encode`` depends on beside the config: rows, and files it reads.
+
+        With it, encoded rows of a simulation are kept on this machine, where ``encode`` returns a
+        dataclass of arrays, tensors, numbers and lists of arrays, and ``restored`` makes it anew.
+        None: they are not kept.
+        """
+        return None
+
+    def restored(self, fields: Mapping[str, Any]) -> Inputs:
+        """Return what ``encode`` returned, from its fields."""
+        raise NotImplementedError(f"{self.name} has a fingerprint, and does not restore rows")
+
     @abstractmethod
     def model(
         self, about: About, *, seed: int, precision: str = "float32", shapes_only: bool = False

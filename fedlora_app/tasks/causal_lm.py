@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_app.data import packaged
 from fedlora_app.data.categories import KEY, Kinds, kinds_of
 from fedlora_app.data.columns import groups_of
 from fedlora_app.data.conversations import (
@@ -21,6 +22,7 @@ from fedlora_app.data.conversations import (
     templated_chat,
     turns_of,
 )
+from fedlora_app.data.kept import fingerprint
 from fedlora_app.data.tables import Table
 from fedlora_app.discretion import LOG, DataError
 from fedlora_app.tasks.base import (
@@ -232,6 +234,14 @@ class CausalLM(Task):
             LOG.warning("%s of %s rows have no token to train on and teach nothing, the first "
                         "is row %s", len(empty), len(labels), empty[0])  # fmt: skip
         return Sequences(ids, labels, int(self.tokenizer.pad_token_id))
+
+    def fingerprint(self, rows: Rows) -> bytes | None:
+        """Return the rows and the state of the tokenizer's files."""
+        return fingerprint(rows, packaged.tokenizer_name(self.config.model.name))
+
+    def restored(self, fields: Mapping[str, Any]) -> Sequences:
+        """Return token ids that ``encode`` returned before."""
+        return Sequences(**fields)
 
     def model(
         self, about: About, *, seed: int, precision: str = "float32", shapes_only: bool = False

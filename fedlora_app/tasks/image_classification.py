@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedlora_app.data import images
 from fedlora_app.data.columns import has_column, named_column
+from fedlora_app.data.kept import fingerprint
 from fedlora_app.data.labels import Fail
 from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
@@ -152,6 +153,14 @@ class ImageClassification(Classification):
             torch.from_numpy(stack), labels, float(factor),
             torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1),
         )  # fmt: skip
+
+    def fingerprint(self, rows: Rows) -> bytes | None:
+        """Return the pixels, or the state of their files, and of the image processor's."""
+        return fingerprint(rows, self.config.model.name)
+
+    def restored(self, fields: Mapping[str, Any]) -> Pixels:
+        """Return pixels that ``encode`` returned before."""
+        return Pixels(**fields)
 
     @cached_property
     def _channels(self) -> int:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedlora_app.data import packaged
 from fedlora_app.data.columns import has_texts, text_columns
+from fedlora_app.data.kept import fingerprint
 from fedlora_app.data.labels import Fail
 from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
@@ -108,6 +109,14 @@ class TextClassification(Classification):
     def encode(self, rows: Rows) -> Tokens:
         """Return token ids, at most ``data.max-length`` (and what the model takes) each."""
         return tokenize(rows, self.tokenizer, self.config.data.max_length)
+
+    def fingerprint(self, rows: Rows) -> bytes | None:
+        """Return the rows and the state of the tokenizer's files."""
+        return fingerprint(rows, packaged.tokenizer_name(self.config.model.name))
+
+    def restored(self, fields: Mapping[str, Any]) -> Tokens:
+        """Return token ids that ``encode`` returned before."""
+        return Tokens(**fields)
 
     def fill(self) -> dict[str, int]:
         """Return the padding token, behind a mask of zeros."""
