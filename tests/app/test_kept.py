@@ -57,10 +57,13 @@ def texts(*items):
 
 
 def same(a, b):
-    assert len(a.ids) == len(b.ids) and all(map(np.array_equal, a.ids, b.ids))
+    assert len(a.ids) == len(b.ids)
+    assert all(map(np.array_equal, a.ids, b.ids))
     assert all(x.dtype == y.dtype for x, y in zip(a.ids, b.ids, strict=True))
-    assert torch.equal(a.whole, b.whole) and a.whole.dtype == b.whole.dtype
-    assert np.array_equal(a.sizes, b.sizes) and (a.factor, a.padding) == (b.factor, b.padding)
+    assert torch.equal(a.whole, b.whole)
+    assert a.whole.dtype == b.whole.dtype
+    assert np.array_equal(a.sizes, b.sizes)
+    assert (a.factor, a.padding) == (b.factor, b.padding)
     assert a.types is b.types is None
 
 
@@ -92,14 +95,16 @@ def test_who_wants_no_copies_leaves_none(cache):
     task.state = None
     task.config = replace(task.config, data=replace(task.config.data, cache=True))
     encoded(task, rows)
-    assert task.asked == 2 and not cache.exists()
+    assert task.asked == 2
+    assert not cache.exists()
 
 
 def test_what_is_broken_or_cannot_be_written_is_computed(cache, monkeypatch):
     made = {"a": np.arange(3)}
     assert np.array_equal(kept(["k"], lambda: made)["a"], made["a"])
     (file,) = cache.iterdir()
-    assert file.stat().st_mode & 0o077 == 0 and cache.stat().st_mode & 0o077 == 0
+    assert file.stat().st_mode & 0o077 == 0
+    assert cache.stat().st_mode & 0o077 == 0
     file.write_bytes(file.read_bytes()[:-4])
     assert np.array_equal(kept(["k"], lambda: made)["a"], made["a"])
     assert np.array_equal(kept(["k"], lambda: {})["a"], made["a"])  # whole again
@@ -118,7 +123,8 @@ def test_the_oldest_make_room(cache, monkeypatch):
 def test_a_text_that_moved_between_rows_is_another(cache):
     task = Some(RunConfig())
     assert len(encoded(task, texts("a", "b")).ids) == 2
-    assert len(encoded(task, texts("ab")).ids) == 1 and task.asked == 2
+    assert len(encoded(task, texts("ab")).ids) == 1
+    assert task.asked == 2
 
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet", "double-imbalance", "natural"])
