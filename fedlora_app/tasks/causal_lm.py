@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from fedlora_app.config.keys import RunConfig
 
 SHOWN = 400  # characters of the example
+KINDS = 50  # orders of turns that are tried out at the door
 
 
 @register_task
@@ -159,6 +160,14 @@ class CausalLM(Task):
         """Return the categories of rows, or else all their trained tokens [D]."""
         return strata if len(strata) else trained_tokens(inputs)
 
+    def look_at(self, rows: Rows) -> None:
+        """Write out a row of each order of turns: a template may refuse a system's, or several."""
+        kinds: dict[tuple[str, ...], Turns] = {}
+        for turns in self.conversations(rows):
+            kinds.setdefault(tuple(role for role, _ in turns), turns)
+        for turns in list(kinds.values())[:KINDS]:
+            self._rendered(turns)
+
     def show(self, rows: Rows) -> list[str]:
         """Return the first row, what is trained between ⟦ and ⟧."""
         if not len(rows):
@@ -190,16 +199,23 @@ class CausalLM(Task):
     def _rendered(self, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
         """Return a row as the model reads it, and the parts that are trained."""
         end = self.tokenizer.eos_token or ""
+        spans: list[tuple[int, int]] = []
         if turns[0][0] == TEXT:
             text = turns[0][1] + end
             return text, [(0, len(text))]
         if self.tokenizer.chat_template:
             render = partial(self.tokenizer.apply_chat_template, tokenize=False)
             try:
-                text, spans = templated_chat(turns, render)
+                if self.config.data.train_on == "all":  # no answer has to be found
+                    text = str(render([{"role": role, "content": said} for role, said in turns]))
+                else:
+                    text, spans = templated_chat(turns, render)
             except Exception as error:  # it is a program of the model's, and may raise anything
+                roles = ", ".join(role for role, _ in turns[:4])
                 raise ValueError(
-                    f"model.name = {self.config.model.name!r}: {type(error).__name__}: {error}"
+                    f"model.name = {self.config.model.name!r}: its chat template fails on turns of "
+                    f"{roles}{', …' if len(turns) > 4 else ''}: {type(error).__name__}: {error}; "
+                    "take such rows out, or name a model whose template takes them"
                 ) from error
         else:
             text, spans = plain_chat(turns)

@@ -10,7 +10,8 @@ from flwr.app import Context, RecordDict
 from fedlora_app import client_app, server_app
 from fedlora_app.config.read import read_config
 from fedlora_app.data.partition import shares
-from fedlora_app.launch.inspection import inspect
+from fedlora_app.launch.door import check_model
+from fedlora_app.launch.inspection import Report, inspect
 from fedlora_app.report.page import RunFiles, page
 from fedlora_app.tasks import make_task
 from strategies.profiling import profile_metrics
@@ -146,3 +147,46 @@ def test_units_are_the_task_s(flat):
         read_config({**flat, "weight-by": "bytes"})
     with pytest.raises(ValueError, match="weight-by: expected rows for task = 'text-classific"):
         read_config({"weight-by": "trained-tokens"})
+
+
+def test_bad_rows_and_templates_are_told_at_the_door(folder, tmp_path):  # noqa: F811
+    said = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "four"}]
+    rows = [{"messages": said}] * 60
+
+    def looked(rows, **flat):
+        task = make_task(config(folder, written(tmp_path, rows), **flat))
+        return task, str(inspect(task))
+
+    with pytest.raises(ValueError, match="expected rows with an answer, got 30 without"):
+        looked([{"messages": said[:1]}] * 30)
+    task, block = looked([*rows, {"messages": said[:1]}, {"messages": []}, {"messages": None}])
+    assert "(3 left out: no messages)" in block
+    rows.append({"messages": [{"role": "system", "content": "be kind"}, *said]})
+    task, _ = looked(rows)  # the last row alone has a system turn
+    task.tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        + task.tokenizer.chat_template
+    )
+    with pytest.raises(ValueError, match=r"fails on turns of system, user, assistant: .*no system"):
+        inspect(task)
+    # A template that rewrites answers: nobody can tell what to train, unless it is everything.
+    shouting = (
+        "{{ messages | length }}{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}"
+    )
+    for trained, error in (("answers", "leaves out or changes an answer"), ("all", None)):
+        task, _ = looked(rows[:60], **{"data.train-on": trained})
+        task.tokenizer.chat_template = shouting
+        if error:
+            with pytest.raises(ValueError, match=error):
+                inspect(task)
+        else:
+            assert "⟦2TWO</s>FOUR</s>⟧" in str(inspect(task))
+
+
+def test_the_tokenizer_of_another_model_is_told_at_the_door(folder, tmp_path):  # noqa: F811
+    path = written(tmp_path, [{"text": "be kind again"}] * 30)
+    parts = read_config(config(folder, path).to_flat())
+    parts.task.tokenizer.add_tokens(["more", "words"])
+    rows = parts.task.train_rows()
+    with pytest.raises(ValueError, match="knows 20 tokens, and its embedding has 18 rows"):
+        check_model(parts, Report(parts.task, rows, rows))
