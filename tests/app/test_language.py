@@ -29,8 +29,11 @@ WORDS = ("two", "and", "is", "four", "three", "six", "what", "say", "it", "again
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama and a tokenizer of words, with a chat template."""
-    path = tmp_path_factory.mktemp("llama")
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def save_llama(path):
+    """Save a tiny Llama and a tokenizer of words, with a chat template."""
     marks = ["<pad>", "</s>", "<unk>", "<system>", "<user>", "<assistant>"]
     words = {word: i for i, word in enumerate([*marks, *WORDS])}
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

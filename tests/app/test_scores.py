@@ -1,7 +1,8 @@
-"""Readers know no task: recorded runs of two, one measured by something else altogether.
+"""Readers know no task: recorded runs of several, one measured by something of its own.
 
 ``runs/text-classification`` was recorded before a run said its scores and its version;
-``runs/perplexity`` is made from it by hand, of a task that is registered nowhere.
+``runs/perplexity`` is made from it by hand, of a task that is registered nowhere. The others
+are those of ``tests/integration/test_golden.py``, one for each further task.
 """
 
 import shutil
@@ -21,6 +22,7 @@ from fedlora_app.report.plots import plot_run
 from fedlora_app.report.records import RecordsError, of_kind, read_json, read_records
 from fedlora_app.report.scores import LOSSES, file_name, first_of, score_curves, scores_of
 from fedlora_app.tasks import LOSS, Score
+from fedlora_app.tasks.base import TASKS
 
 RUNS = Path(__file__).parent / "runs"
 CLASSES, WORDS = "text-classification", "perplexity"
@@ -37,6 +39,21 @@ def test_what_a_run_is_measured_by():
     first, second = RunFiles.read(RUNS / WORDS).scores
     assert (first.name, first.higher_is_better, first.top) == ("perplexity", False, None)
     assert second.label == "gain in bits"
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_every_task_has_a_recorded_run_that_readers_show(task, tmp_path):
+    run = RunFiles.read(RUNS / task)
+    names = [score.name for score in run.scores]
+    assert names == [score.name for score in TASKS[task].scores]
+    lines = table(run.rounds, run.summary, run.scores)
+    text = page(run)
+    for score in run.scores:
+        assert score.label in lines[0]
+        assert f"{score.label}, own rows</th>" in text
+        last = run.rounds[-1]
+        assert {f"server_{score.name}", f"clients_{score.name}"} <= last.keys() or task == CLASSES
+    assert f"{names[0]}.png" in plot_run(run.rounds, tmp_path, run.scores)
 
 
 def test_of_an_unknown_task_the_names_are_known():
