@@ -6,6 +6,7 @@ are those of ``tests/integration/test_golden.py``, one for each further task.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,13 +124,13 @@ def words_study(folder):
 
 def test_a_study_of_a_score_that_falls(tmp_path):
     study, run = words_study(tmp_path)
-    scores = run.scores(study.target)
+    scores = run.scores()
     assert scores["perplexity"] == read_json(run.folder / "summary.json")["perplexity"]
     assert scores["rounds to target"] == 1  # 47.4, the first at most 50
-    assert run.scores(1e9)["rounds to target"] == 0
-    assert not run.scores(2.0)["rounds to target"] <= 2  # never
+    assert replace(run, target=1e9).scores()["rounds to target"] == 0
+    assert not replace(run, target=2.0).scores()["rounds to target"] <= 2  # never
     text = tables(study, tmp_path / "words")
-    assert "| arm | seeds | perplexity | gain in bits | mean rank |" in text
+    assert "| arm | seeds | perplexity | gain in bits | perplexity over rounds | worst" in text
     assert [f.name for f in plot_study(study, tmp_path / "words")] == [
         "perplexity-over-time-here.png"
     ]

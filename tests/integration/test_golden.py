@@ -25,6 +25,7 @@ from tests.fakes import FakeGrid
 from tests.integration.conftest import records
 from tests.integration.test_options import BASE, NODES, Nodes
 
+TASKS = ("image-classification", "causal-lm", "preference")
 RECORDED = Path(__file__).parents[1] / "app" / "runs"
 SCORES = ("loss", "train_loss", "server_", "clients_")
 KEPT = ("config.json", "metrics.jsonl", "summary.json")
@@ -40,11 +41,16 @@ def shades(path: Path) -> None:
             Image.fromarray(noise).save(path / name / f"{i}.png")
 
 
-def answers(path: Path) -> None:
-    """Write questions whose answer is the same word again."""
+def answers(path: Path, task: str) -> None:
+    """Write questions whose answer, or the better of two, is the same word again."""
     rng = np.random.default_rng(5)
-    asked = rng.choice(WORDS, 60)
-    rows = [{"question": f"say {word} again", "answer": str(word)} for word in asked]
+    asked, other = rng.choice(WORDS, 60).tolist(), rng.choice(WORDS, 60).tolist()
+    rows = [{"question": f"say {word} again", "answer": word} for word in asked]
+    if task == "preference":
+        rows = [
+            {"prompt": f"say {word} again", "chosen": word, "rejected": wrong}
+            for word, wrong in zip(asked, other, strict=True)
+        ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -54,7 +60,7 @@ def made_again(task: str, folder: Path) -> Path:
         **BASE,
         "task": task,
         "train.steps": 4,
-        "train.learning-rate": 0.02,
+        "train.learning-rate": 0.2 if task == "preference" else 0.02,  # two answers differ little
         "data.max-length": 16,
         "model.name": "model",
         "output": "run",
@@ -67,7 +73,7 @@ def made_again(task: str, folder: Path) -> Path:
             save_model(Path("model"), "ViT")
         else:
             flat["data.name"] = "data.jsonl"
-            answers(Path("data.jsonl"))
+            answers(Path("data.jsonl"), task)
             save_llama(Path("model"))
         flat = RunConfig.from_flat(flat).to_flat()
         nodes = Nodes(flat)
@@ -78,7 +84,7 @@ def made_again(task: str, folder: Path) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("task", ["image-classification", "causal-lm"])
+@pytest.mark.parametrize("task", TASKS)
 def test_the_recorded_run_comes_out_again(task, tmp_path, monkeypatch):
     monkeypatch.setattr("fedlora_app.report.folder.plot_run", lambda *_: [])
     again, before = made_again(task, tmp_path / task), RECORDED / task
@@ -96,7 +102,7 @@ def test_the_recorded_run_comes_out_again(task, tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["image-classification", "causal-lm"]:
+    for name in sys.argv[1:] or TASKS:
         with tempfile.TemporaryDirectory() as place:
             made = made_again(name, Path(place) / name)
             (RECORDED / name).mkdir(exist_ok=True)
