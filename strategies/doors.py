@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from flwr.serverapp.strategy import Strategy
 
-from strategies.aggregation import Aggregator, make_aggregator
+from strategies.aggregation import ROBUST, Aggregator, Robust, make_aggregator
 from strategies.messages import MessageProtocol, NumPyProtocol, Protocol
 from strategies.privacy import PrivateRun
 from strategies.ranks import RankPolicy, make_rank_policy
@@ -180,6 +180,14 @@ def rule(value: Aggregator[Any] | str) -> Aggregator[Any]:
     """Return what ``aggregation`` means."""
     example = "aggregation='flexlora' or FlexLoRA() of strategies.aggregation"
     return _made("aggregation", value, Aggregator, make_aggregator, example)
+
+
+def robust(value: Robust | str) -> Robust | str:
+    """Return what ``robust`` means; "none" as it is."""
+    if value == "none":
+        return "none"
+    example = "robust='median' or TrimmedMean(liars=0.3) of strategies.aggregation"
+    return _made("robust", value, Robust, ROBUST.make, example)
 
 
 def policy(value: RankPolicy | str) -> RankPolicy:

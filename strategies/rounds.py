@@ -84,6 +84,8 @@ class Round:
     total_clients: int = 0
     assignments: dict[int, Assignment] = field(default_factory=dict)
     accepted: int = 0
+    #: Names of those whose updates were taken, in that order.
+    taken: list[str] = field(default_factory=list)
     rejected: int = 0
     late: int = 0
     last_reason: str = ""
@@ -122,6 +124,7 @@ class Round:
         assignment.status, assignment.reported = "ok", reply.metrics
         assignment.bytes_up = reply.nbytes
         self.accepted += 1
+        self.taken.append(assignment.client.name)
         self.bytes_up += reply.nbytes
         # Many apps call it by Hugging Face's name.
         loss = reply.metrics.get("loss", reply.metrics.get("train_loss"))

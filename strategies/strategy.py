@@ -20,7 +20,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 from strategies import doors
-from strategies.aggregation import Aggregator
+from strategies.aggregation import Aggregator, Robust
 from strategies.census import Census
 from strategies.clients import Client
 from strategies.flower import aggregate_metricrecords
@@ -55,6 +55,9 @@ class FedLoRA(KeptRun):
     ----------
     aggregation : Aggregator or str (default: "replication")
         How adapters of different rank become one; a rule or its registered name.
+    robust : Robust or str (default: "none")
+        What keeps liars among the clients from the result: "median", "trimmed-mean", "norm-filter"
+        or "krum". All clients then count the same, and all replies of a round are held at once.
     ranks : RankPolicy or str (default: "uniform")
         Which rank each client trains.
     sampling : Sampler or str (default: "fraction")
@@ -130,6 +133,7 @@ class FedLoRA(KeptRun):
         self,
         *,
         aggregation: Aggregator[Any] | str = "replication",
+        robust: Robust | str = "none",
         ranks: RankPolicy | str = "uniform",
         sampling: Sampler | str = "fraction",
         clock: Clock | None = None,
@@ -161,6 +165,7 @@ class FedLoRA(KeptRun):
         listeners: Iterable[Listener] = (),
     ) -> None:
         self.aggregation = doors.rule(aggregation)
+        self.aggregation.protect(doors.robust(robust))
         self.aggregation.run_seed = seed
         self.ranks = doors.policy(ranks)
         sampler = doors.sampler(sampling)
@@ -310,7 +315,8 @@ class FedLoRA(KeptRun):
     def summary(self) -> None:
         """Log the settings in effect as a small tree."""
         log(INFO, "%s", type(self).__name__)
-        log(INFO, "├── aggregation: %s", self.aggregation.name)
+        robust = f", {self.aggregation.robust.name}" if self.aggregation.robust else ""
+        log(INFO, "├── aggregation: %s%s", self.aggregation.name, robust)
         log(INFO, "├── ranks:       %s", self.ranks.summary())
         log(INFO, "├── sampling:    %s", self.participation.sampler.summary())
         log(INFO, "├── clock:       %s", self.participation.clock.summary())

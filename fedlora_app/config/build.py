@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from fedlora_app.config.fields import each_of
 from fedlora_app.config.keys import ConfigError, RunConfig
-from fedlora_app.config.round_keys import RanksConfig, SamplingConfig
+from fedlora_app.config.round_keys import RanksConfig, SamplingConfig, ServerConfig
 from fedlora_app.tasks import Task, make_task
 from fedlora_app.timing import Timing
-from strategies.aggregation import AGGREGATIONS, Aggregator
+from strategies.aggregation import AGGREGATIONS, ROBUST, Aggregator
 from strategies.lora import Adapter
 from strategies.naming import Registry
 from strategies.privacy import Privacy
@@ -87,7 +87,20 @@ def _rule(config: RunConfig) -> Aggregator[Any]:
     key = "aggregation-options"
     rule = _said(key, lambda: make(**config.aggregation_settings()))
     made: Aggregator[Any] = _of_kind(f"aggregation = {config.aggregation!r}", rule, Aggregator)
+    _protect(made, config.server)
     return made
+
+
+def _protect(rule: Aggregator[Any], server: ServerConfig) -> None:
+    """Have a rule protected as ``server.robust`` says."""
+    key = "server.robust"
+    if server.robust == "none":
+        if server.robust_options:
+            raise ConfigError([f"{key}-options are for {key}, which is 'none'; leave them out"])
+        return
+    make = _said(key, lambda: ROBUST.find(server.robust))
+    robust = _said(f"{key}-options", lambda: make(**server.robust_settings()))
+    _said(key, lambda: rule.protect(robust))
 
 
 def _task(config: RunConfig) -> Task:

@@ -32,6 +32,7 @@ from fedlora_app.config.round_keys import (
     PrivacyConfig,
     RanksConfig,
     SamplingConfig,
+    ServerConfig,
 )
 
 __all__ = [
@@ -221,6 +222,7 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     ranks: RanksConfig = field(default_factory=RanksConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     clock: ClockConfig = field(default_factory=ClockConfig)

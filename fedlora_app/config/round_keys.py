@@ -243,6 +243,27 @@ class ClockConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """What the server does beside the rule that combines the adapters."""
+
+    robust: str = option(
+        "none",
+        "what keeps liars among the clients from the result: none, or",
+        named_in="strategies.aggregation:ROBUST",
+        on_resume="fatal",
+    )
+    robust_options: str = option(
+        "",
+        "its options, as in 'liars=0.3' (trimmed-mean, krum) or 'factor=2' (norm-filter)",
+        on_resume="fatal",
+    )
+
+    def robust_settings(self) -> dict[str, Scalar]:
+        """Return ``robust-options`` as keyword arguments."""
+        return dict(key_values(self.robust_options))
+
+
+@dataclass(frozen=True)
 class PrivacyConfig:
     """Differential privacy of what clients send."""
 

@@ -14,6 +14,15 @@ from strategies.aggregation.folding import Fold
 from strategies.aggregation.partial import FFA, FedSA, FedSVD, RoLoRA
 from strategies.aggregation.population import Population
 from strategies.aggregation.product import FlexLoRA, Florist, RaFLoRA, RBLoRA
+from strategies.aggregation.robust import (
+    ROBUST,
+    Krum,
+    Median,
+    NormFilter,
+    Robust,
+    TrimmedMean,
+    make_robust,
+)
 from strategies.aggregation.sketching import FSLoRA
 from strategies.aggregation.stacking import FedEx, FedMomentum, FLoRA
 from strategies.aggregation.state import State
@@ -23,6 +32,7 @@ __all__ = [
     "AGGREGATIONS",
     "FFA",
     "RBLA",
+    "ROBUST",
     "AggregationResult",
     "Aggregator",
     "Download",
@@ -37,15 +47,21 @@ __all__ = [
     "Florist",
     "Fold",
     "HetLoRA",
+    "Krum",
+    "Median",
+    "NormFilter",
     "Population",
     "RBLoRA",
     "RaFLoRA",
     "Replication",
     "RoLoRA",
+    "Robust",
     "State",
     "Support",
+    "TrimmedMean",
     "Update",
     "ZeroPadding",
     "make_aggregator",
+    "make_robust",
     "register",
 ]

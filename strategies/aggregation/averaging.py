@@ -197,7 +197,7 @@ class FedIT(Aligning):
     """
 
     name = "fedit"
-    unbiased = linear = symmetric = mean_of_all = True
+    unbiased = linear = symmetric = mean_of_all = entrywise = True
     equal_ranks = True
 
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
@@ -226,7 +226,7 @@ class ZeroPadding(Aligning):
     """
 
     name = "zero-padding"
-    unbiased = linear = symmetric = mean_of_all = True
+    unbiased = linear = symmetric = mean_of_all = entrywise = True
 
 
 @register
@@ -240,7 +240,7 @@ class HetLoRA(ZeroPadding):
     """
 
     name = "hetlora"
-    symmetric = True
+    symmetric = entrywise = True
     sampling_refusal = (
         "it weighs clients by the norms of their updates, and those of clients that were not "
         "drawn are unknown; use zero-padding or rbla"
@@ -290,7 +290,7 @@ class RBLA(Aligning, HolderMean):
     """
 
     name = "rbla"
-    unbiased = linear = symmetric = True
+    unbiased = linear = symmetric = entrywise = True
 
 
 @register
@@ -323,7 +323,7 @@ class Replication(Aligning, HolderMean):
     """
 
     name = "replication"
-    unbiased = linear = symmetric = True
+    unbiased = linear = symmetric = entrywise = True
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from strategies.aggregation.population import Population
+from strategies.aggregation.robust import Robust, make_robust
 from strategies.aggregation.state import State
+from strategies.aggregation.update import Download as Download
+from strategies.aggregation.update import Update as Update
 from strategies.lora import Adapter, AdapterError
 from strategies.naming import Registry
 from strategies.promises import declares, those_that_declare
@@ -35,49 +38,6 @@ RuleT = TypeVar("RuleT", bound="Aggregator[Any]")
 
 
 @dataclass(frozen=True)
-class Download:
-    """What one client gets.
-
-    Parameters
-    ----------
-    adapter : Adapter
-        At the client's rank, with the scale it is to train with.
-    entries : Mapping[str, Tensor], optional
-        By module, which entries of the global rank axis these are, where they are not the
-        leading ones.
-    fixed : Adapter, optional
-        What the client holds beside it, merged into its frozen weights for this message.
-    """
-
-    adapter: Adapter
-    entries: Mapping[str, Tensor] | None = None
-    fixed: Adapter | None = None
-
-
-@dataclass(frozen=True)
-class Update:
-    """One client's contribution.
-
-    Parameters
-    ----------
-    adapter : Adapter
-        What the client trained.
-    weight : float
-        Its data weight, e.g. its number of examples; above 0, any common unit. Where the
-        round has a ``Population``, ``η a_n / q_n``.
-    quality : float, optional
-        How good its model is, e.g. validation accuracy; for rules that ask for it.
-    sent : Download, optional
-        What the client started from; for rules that work on what changed.
-    """
-
-    adapter: Adapter
-    weight: float
-    quality: float | None = None
-    sent: Download | None = None
-
-
-@dataclass(frozen=True)
 class AggregationResult:
     """What a round of aggregation produced.
 
@@ -87,10 +47,13 @@ class AggregationResult:
         The new global adapter.
     base_delta : Adapter, optional
         What must be merged into the frozen weights, for rules that do (flora, fedex).
+    left_out : Sequence[int]
+        Which updates are not in it, in the order they were added, counted from 0; see ``protect``.
     """
 
     adapter: Adapter
     base_delta: Adapter | None = None
+    left_out: Sequence[int] = ()
 
     def for_rank(self, rank: int) -> Adapter:
         """Return what a client of ``rank`` downloads; a module with less gives what it has."""
@@ -145,6 +108,11 @@ class Aggregator(ABC, Generic[StateT]):
     #: Promise that the result shows no order of the updates, and nothing that only one of them
     #: could have brought about: it does not tell who took part.
     symmetric: ClassVar[bool] = False
+    #: Promise that each number of the result is a weighted mean of those at the same place in the
+    #: updates, what one lacks counting as zero or as unchanged: a median may take its place.
+    entrywise: ClassVar[bool] = False
+    #: What keeps liars among the clients from the result; set by ``protect``.
+    robust: Robust | None = None
     #: Why clients cannot be sampled independently with this rule as it is set, whatever it
     #: promises; empty: nothing against it.
     sampling_refusal: str = ""
@@ -162,6 +130,42 @@ class Aggregator(ABC, Generic[StateT]):
             "inherits that; use a sampler without probabilities or one of "
             f"{those_that_declare(AGGREGATIONS, 'unbiased')}; if it divides its sums as "
             "State.over says, write unbiased = True into the class"
+        )
+
+    def protect(self, robust: Robust | str) -> None:
+        """Keep liars among the clients from the result; all updates then count the same.
+
+        Parameters
+        ----------
+        robust : Robust or str
+            Or its registered name; "none": nothing is done.
+
+        Raises
+        ------
+        ValueError
+            If it makes no sense with this rule, with what to use instead.
+        """
+        made = make_robust(robust)
+        if made is None:
+            return
+        if made.by_entry and not declares(self, "entrywise"):
+            raise ValueError(
+                f"robust = {made.name!r} takes the place of the mean of each number, and "
+                f"{self.name} does not make its result of such means; use robust = 'krum' or "
+                "'norm-filter', which leave out whole clients, or one of "
+                f"{those_that_declare(AGGREGATIONS, 'entrywise')}"
+            )
+        if not made.by_entry and (kept := set(self.trained()) - set(self.uploaded())):
+            raise ValueError(
+                f"robust = {made.name!r} compares what clients change in the model, and with "
+                f"{self.name} they keep {', '.join(sorted(kept))} to themselves; use robust = "
+                "'median' or 'trimmed-mean'"
+            )
+        self.robust = made
+        self.linear = self.mean_of_all = self.symmetric = self.unbiased = False  # type: ignore[misc]
+        self.sampling_refusal = (
+            f"robust = {made.name!r} is no mean, and nobody knows what it is on average over the "
+            "draws; use a sampler without probabilities, or robust = 'none'"
         )
 
     def trained(self) -> str:
@@ -225,7 +229,8 @@ class Aggregator(ABC, Generic[StateT]):
     def add(self, state: StateT, update: Update) -> None:
         """Fold one update into ``state``; the update is not needed afterwards.
 
-        Scales that differ from the global one are folded into ``B`` first.
+        Scales that differ from the global one are folded into ``B`` first. Under ``protect`` it is
+        kept, a copy of it, until ``finish``.
 
         Raises
         ------
@@ -247,6 +252,13 @@ class Aggregator(ABC, Generic[StateT]):
         folded = self.fold(state, update)
         if problems := folded.adapter.non_finite():  # after folding, which may overflow
             raise AdapterError(problems, "update")
+        if self.robust is None:
+            self._sum(state, folded, weight)
+        else:
+            state.waiting.append(replace(folded, adapter=_copy(folded.adapter), weight=1.0))
+
+    def _sum(self, state: StateT, folded: Update, weight: float) -> None:
+        """Add an update that is known to be good to the sums."""
         unit = state.unit or 2.0 ** math.frexp(weight)[1]
         self.add_pairs(state, folded, weight / unit)
         state.unit = unit
@@ -266,6 +278,12 @@ class Aggregator(ABC, Generic[StateT]):
 
         The state is used up: its sums become the result, without another copy.
         """
+        left_out: Sequence[int] = ()
+        if self.robust is not None and state.waiting:
+            believed, left_out = self.robust.sift(state.current, state.waiting)
+            state.waiting = []
+            for update in believed:
+                self._sum(state, update, 1.0)
         if state.count == 0:
             return AggregationResult(state.current)
         result = self.finish_pairs(state)
@@ -274,7 +292,7 @@ class Aggregator(ABC, Generic[StateT]):
             mass, share = state.over(state.dense_mass[key])
             mean = total.div_(mass)
             dense[key] = mean.add_(dense[key], alpha=share) if share else mean
-        return AggregationResult(Adapter(result.adapter.pairs, dense), result.base_delta)
+        return AggregationResult(Adapter(result.adapter.pairs, dense), result.base_delta, left_out)
 
     def aggregate(
         self,
@@ -305,6 +323,11 @@ class Aggregator(ABC, Generic[StateT]):
         for update in updates:
             self.add(state, update if isinstance(update, Update) else Update(*update))
         return self.finish(state)
+
+
+def _copy(adapter: Adapter) -> Adapter:
+    pairs = {m: replace(p, A=p.A.clone(), B=p.B.clone()) for m, p in adapter.pairs.items()}
+    return Adapter(pairs, {key: tensor.clone() for key, tensor in adapter.dense.items()})
 
 
 def add_into(sums: dict[str, Tensor], key: str, tensor: Tensor, weight: float) -> None:

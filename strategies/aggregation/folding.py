@@ -37,7 +37,7 @@ class Fold(Aggregator[TermState]):
     """
 
     name = "fold"
-    unbiased = True
+    unbiased = entrywise = True
     merges_base = True  # on the clients; the server merges nothing
     supports_dora = False
     shares_downloads = False

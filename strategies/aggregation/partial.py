@@ -66,7 +66,7 @@ class FFA(OneFactor):
     """
 
     name = "ffa"
-    unbiased = linear = symmetric = mean_of_all = True
+    unbiased = linear = symmetric = mean_of_all = entrywise = True
 
     def check(self, adapter: Adapter) -> None:
         """Refuse what ``Aggregator.check`` does, and modules whose A is zero."""
@@ -115,7 +115,7 @@ class RoLoRA(OneFactor):
     """
 
     name = "rolora"
-    unbiased = linear = symmetric = mean_of_all = True
+    unbiased = linear = symmetric = mean_of_all = entrywise = True
 
     def trained(self) -> str:
         """Return "B" in odd rounds and "A" in even ones."""
@@ -133,7 +133,7 @@ class FedSA(HolderMean):
     """
 
     name = "fedsa"
-    unbiased = linear = symmetric = True
+    unbiased = linear = symmetric = entrywise = True
     supports_dora = False
 
     def check(self, adapter: Adapter) -> None:

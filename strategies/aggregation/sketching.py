@@ -45,7 +45,7 @@ class FSLoRA(Aggregator[SketchState]):
     """
 
     name = "fslora"
-    unbiased = True
+    unbiased = entrywise = True
     supports_dora = False
     shares_downloads = False
     sketches = True

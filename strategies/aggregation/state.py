@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from strategies.aggregation.population import Population
+from strategies.aggregation.update import Update
 from strategies.lora import Adapter
 
 # A part of the weight this small is rounding of the weights themselves, below what a sum can show.
@@ -21,6 +22,7 @@ class State:
     ``unit`` is a power of two near the first weight. Dividing weights by it costs no
     precision and keeps sums far from overflow, whatever unit the weights come in. ``total`` is
     the weight of the updates. ``population`` says whom they stand for; None: for themselves.
+    ``waiting`` are updates that are yet to be compared with each other, see ``Aggregator.protect``.
     """
 
     current: Adapter
@@ -30,6 +32,7 @@ class State:
     dense: dict[str, Tensor] = field(default_factory=dict)
     dense_mass: dict[str, float] = field(default_factory=dict)
     population: Population | None = None
+    waiting: list[Update] = field(default_factory=list)
 
     def over(self, own: float | None = None) -> tuple[float, float]:
         """Return by what a sum is divided, and the part of the mean that the current adapter has.

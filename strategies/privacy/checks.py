@@ -45,6 +45,12 @@ def refuse_private(
             f"aggregation {aggregation.name!r} weighs by the quality that clients measure on their "
             'rows, which leaves without noise; use holder_weights = "data"'
         )
+    if aggregation.robust is not None:
+        problems.append(
+            f"robust = {aggregation.robust.name!r} looks for updates unlike the others, and each "
+            "has noise of its own, larger than what it says; use 'none': clipping already bounds "
+            "what one client can do"
+        )
     if ranks.profiles:
         problems.append(
             f"the rank policy {ranks.name!r} asks clients for numbers on their rows, which leave "

@@ -11,6 +11,7 @@ from typing import Any
 from flwr.common import log
 
 from strategies.aggregation import Aggregator
+from strategies.listing import listed
 from strategies.model import GlobalModel
 from strategies.privacy import NoPrivacy, PrivateRun
 from strategies.privacy.outside import OutsideNoise
@@ -69,6 +70,9 @@ class Conclusion:
         clock = time.perf_counter()
         try:
             result = self.rule.finish(state)
+            if result.left_out:
+                names = listed([book.taken[i] for i in result.left_out])
+                log(WARNING, "round %s: left out, as unlike the others: %s", book.number, names)
             answered = [assignment.client.index for assignment in book.answered()]
             adapter = self.privacy.finish(result.adapter, answered, self.rule.uploaded())
             book.privacy = self.privacy.spent()

@@ -56,6 +56,24 @@ def test_the_strategy_gets_the_very_parts_that_were_judged(tmp_path):
     assert changed.rule is parts.rule
 
 
+def test_robustness_is_one_line():
+    rule = read_config({"server.robust": "trimmed-mean", "server.robust-options": "liars=0.3"}).rule
+    assert (rule.robust.name, rule.robust.liars) == ("trimmed-mean", 0.3)
+    for wrong, said in (
+        ({"server.robust": "meddian"}, "server.robust: expected one of .* mean 'median'"),
+        ({"server.robust": "krum", "server.robust-options": "liars=1"}, "robust-options: liars"),
+        ({"server.robust-options": "liars=0.1"}, "which is 'none'"),
+        ({"server.robust": "median", "aggregation": "flora"}, "server.robust: robust = 'median'"),
+        ({"server.robust": "median", "sampling.policy": "weighted"}, "robust = 'median' is no"),
+        (
+            {"server.robust": "median", "privacy.noise-multiplier": 1.0, "evaluate.clients": 0.0},
+            "privacy.noise-multiplier: robust = 'median'",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_config(wrong)
+
+
 def test_every_policy_with_keys_of_its_own_is_made_from_them():
     for policy in RANKS:
         assert read_config({"ranks.policy": policy, "aggregation": "rbla"}).policy.max_rank > 1

@@ -216,6 +216,7 @@ SETTINGS = {
     "flora": {"aggregation": "flora"},
     "fedex": {"aggregation": "fedex"},
     "rolora": {"aggregation": "rolora"},
+    "median": {"robust": "median"},
     "planned": PLANNED,
 }
 

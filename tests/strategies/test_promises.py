@@ -34,6 +34,7 @@ PROMISES = {
     "unbiased": AGGREGATIONS.keys() - {"hetlora"},
     "linear": LINEAR,
     "symmetric": SYMMETRIC,
+    "entrywise": LINEAR | {"hetlora", "fslora", "fold"},
     "mean_of_all": {"fedit", "zero-padding", "ffa", "rolora"},
 }
 
