@@ -169,14 +169,17 @@ class CausalLM(Task):
             self._rendered(turns)
 
     def show(self, rows: Rows) -> list[str]:
-        """Return the first row, what is trained between ⟦ and ⟧."""
+        """Return the first row as its tokens say it, what is trained between ⟦ and ⟧."""
         if not len(rows):
             return []
-        text, spans = self._rendered(rows.items[0])
+        encoded: Sequences = CausalLM.encode(self, rows.take([0]))
+        ids, trained = encoded.ids[0], encoded.labels[0] != IGNORED
+        text = ""
+        for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(trained)) + 1):
+            said = self.tokenizer.decode(ids[part], clean_up_tokenization_spaces=False)
+            text += f"⟦{said}⟧" if trained[part].any() else said
         plain = rows.items[0][0][0] != TEXT and not self.tokenizer.chat_template
         lines = ["  the model has no chat template: '### User:' and the like"] if plain else []
-        for start, end in reversed(spans):
-            text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
         if len(text) > SHOWN:
             text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
         shown = ("    " + line for line in text.splitlines())

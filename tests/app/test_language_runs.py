@@ -180,7 +180,7 @@ def test_bad_rows_and_templates_are_told_at_the_door(folder, tmp_path):  # noqa:
             with pytest.raises(ValueError, match=error):
                 inspect(task)
         else:
-            assert "⟦2TWO</s>FOUR</s>⟧" in str(inspect(task))
+            assert "<unk>⟦</s> <unk> </s>⟧" in str(inspect(task))
 
 
 def test_the_tokenizer_of_another_model_is_told_at_the_door(folder, tmp_path):  # noqa: F811
@@ -190,3 +190,13 @@ def test_the_tokenizer_of_another_model_is_told_at_the_door(folder, tmp_path):  
     rows = parts.task.train_rows()
     with pytest.raises(ValueError, match="knows 20 tokens, and its embedding has 18 rows"):
         check_model(parts, Report(parts.task, rows, rows))
+
+
+def test_the_example_is_what_the_tokens_say_after_the_cut(folder, tmp_path):  # noqa: F811
+    row = {"prompt": "two and " * 9, "completion": "is four again"}
+    path = written(tmp_path, [row] * 12)
+    for most, shown in ((32, "<assistant>⟦is four again </s>⟧"), (4, "<assistant>⟦is four⟧")):
+        task = make_task(config(folder, path, **{"data.max-length": most}))
+        text = "\n".join(task.show(task.train_rows()))
+        assert text.endswith(shown)
+        assert text.count("two") == (9 if most == 32 else 0)
