@@ -150,7 +150,7 @@ def check_own_data(node: Mapping[str, Any], config: RunConfig | None = None) -> 
     if not task.knows(table):
         return (
             f"{path}: columns {_some(list(table.columns))}; {task.name} does not know which of "
-            "them to take, so the run has to name its columns (data.…-column)"
+            "them to take, so the run has to name its columns (data.…-column) or another task"
         )
     rows = task.own_rows(path, None)
     refuse_few(rows, path)
