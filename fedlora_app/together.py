@@ -189,6 +189,12 @@ def _joined(
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Return one batch with the same number of rows and the same length for each, and the rows."""
     sizes = [len(batch["labels"]) for batch in batches]
+    for batch, size in zip(batches, sizes, strict=True):
+        if odd := [name for name, tensor in batch.items() if len(tensor) != size]:
+            raise ValueError(
+                f"expected tensors of one row for each label, and {odd[0]!r} has "
+                f"{len(batch[odd[0]])} for {size}; train these clients one after the other"
+            )
 
     def widened(tensor: Tensor, width: int, value: int) -> Tensor:
         missing = width - tensor.shape[1]

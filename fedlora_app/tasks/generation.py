@@ -134,7 +134,8 @@ def end_tokens(tokenizer: Any, model: nn.Module) -> list[int]:
         render = partial(tokenizer.apply_chat_template, tokenize=False)
         text, spans = templated_chat((("user", "a"), (ANSWERS, "b")), render)
         start, end = spans[-1]
-        after = text[text.index("b", start) + 1 : end]
+        at = text.find("b", start, end)
+        after = text[at + 1 : end] if at >= 0 else ""  # a template may change the letter
         special = {
             *tokenizer.all_special_ids,
             *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),

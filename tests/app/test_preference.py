@@ -15,7 +15,10 @@ from fedlora_app.launch.inspection import Report, inspect
 from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import make_task
 from fedlora_app.tasks.preference import without_adapter
+from fedlora_app.together import Job, train_together
 from fedlora_app.training import train
+from strategies.client import adapter_state
+from strategies.lora import Adapter
 from tests.app.test_language import config, folder, written  # noqa: F401
 from tests.app.test_language_runs import ran
 from tests.integration.conftest import records
@@ -218,3 +221,13 @@ def test_the_door(folder, tmp_path):  # noqa: F811
             checked(aggregation=rule)
     task = made(folder, path, **{"data.partition": "natural", "data.partition-column": "user"})
     assert "2 clients with" in str(inspect(task, clients=2))
+
+
+def test_pairs_are_not_trained_together_for_rows_would_be_mixed_up(folder, tmp_path):  # noqa: F811
+    task = made(folder, written(tmp_path, some_rows()))
+    model, _ = moved(task)
+    inputs, settings = task.encode(task.train_rows()), TrainConfig(steps=1, precision="float32")
+    state = {name: p.detach() for name, p in adapter_state(model).items()}
+    job = Job(Adapter.from_state_dict(state, 2.0), inputs, settings, 0)
+    with pytest.raises(ValueError, match="'input_ids' has 32 for 16; train these clients one"):
+        train_together(task, model, [job])
