@@ -31,9 +31,11 @@ from fedlora_app.models.bits import BITS
 from fedlora_app.models.lora import add_lora, training_scale
 from fedlora_app.tasks import About, Inputs, Rows, Task, make_task
 from fedlora_app.training import default_device, train
+from strategies.capacity import CAPACITY_KEY
 from strategies.client import (
     IDENTITY_KEYS,
     adapter_state,
+    capacity,
     fit_reply,
     load_adapter,
     merge_into_base,
@@ -94,6 +96,7 @@ class LoRAClient(NumPyClient):
         told: Settings = {key: self.node[key] for key in IDENTITY_KEYS if key in self.node}
         if self.private:
             self._refuse(bool(config.get(PROFILE_KEY)), "a profile of its rows")
+            self._refuse(bool(config.get(CAPACITY_KEY)), "the time of a step on its rows")
             told.pop("num-examples", None)
             return told
         if config.get(COUNT_KEY):
@@ -107,6 +110,8 @@ class LoRAClient(NumPyClient):
                 return self._losses(model, config)
 
             told.update(profile(self.state, measure))
+        device = default_device()
+        told.update(capacity(self.state, config, lambda: self._step(config, device), device=device))
         return told
 
     def fit(
@@ -184,6 +189,16 @@ class LoRAClient(NumPyClient):
             precision=c.train.precision,
         )
         return Profile(losses, self.task.mix(rows, strata), self.task.size(rows))
+
+    def _step(self, config: Settings, device: torch.device) -> Callable[[], None]:
+        """Return a training step at rank 1 on a batch of this node's largest rows."""
+        from fedlora_app.timing import training_step  # with the clocks, which no other query needs
+
+        model = self._model(config)
+        merge_into_base(model, Adapter({}))
+        load_adapter(model, _start(model))
+        inputs = self.task.for_training(self._rows(config)[0])
+        return training_step(model.to(device), inputs, self.config, 1)
 
     def _receive(self, parameters: NDArrays, config: Settings) -> PeftModel:
         """Put the received arrays into the resident model, and profile it if that is asked for."""

@@ -31,12 +31,14 @@ from fedlora_app.report.folder import RunFolder
 from fedlora_app.report.tensorboard import TensorBoardListener
 from fedlora_app.resuming import make_saver, resumed_here
 from fedlora_app.tasks import About, Score, primary
+from fedlora_app.timing import rank_cost
 from strategies import FedLoRA
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
 from strategies.messages import to_record
 from strategies.privacy import PrivateRun
 from strategies.promises import declares
+from strategies.ranks import CapacityRank
 from strategies.saving import Saver
 from strategies.wallclock import SimulatedClock
 
@@ -152,6 +154,9 @@ def make_strategy(
     config = parts.config
     if test.validation is not None:
         parts.judge_by(partial(test.validation_loss, model))
+    if isinstance(parts.policy, CapacityRank):
+        largest = parts.policy.max_rank
+        parts.policy.cost = rank_cost(model, test.all, config, max_rank=largest)
     settings: dict[str, Any] = {
         "aggregation": parts.rule,
         "ranks": parts.policy,

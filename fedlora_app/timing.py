@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedlora_app.config.keys import RunConfig
+from strategies.capacity import RankCost
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
 from strategies.losses import autocast_type, on_device
@@ -21,6 +22,7 @@ from strategies.wallclock import (
     SimulatedClock,
     devices_from_csv,
     rank_flops,
+    rank_memory,
 )
 
 if TYPE_CHECKING:
@@ -100,6 +102,21 @@ class Timing:
             change_factor=c.change_factor,
             seed=self.config.seed,
         )
+
+
+def rank_cost(model: PeftModel, inputs: Inputs, config: RunConfig, *, max_rank: int) -> RankCost:
+    """Return what a rank costs a node in a round, counted on the model with its largest rows.
+
+    See ``Timing.clock_on`` for the parameters.
+    """
+
+    def step_at(rank: int) -> Callable[[], None]:
+        return training_step(model, inputs, config, rank)
+
+    ranks = (1, max(2, max_rank))
+    base, per_rank = rank_flops(step_at, *ranks)
+    steps = float(config.train.steps or 1)
+    return RankCost(base, per_rank, steps, *rank_memory(step_at, model, *ranks))
 
 
 def training_step(

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.common import log
 from flwr.serverapp import Grid
 
+from strategies.capacity import ECHO_KEY, ELAPSED_KEY
 from strategies.claims import clean
 from strategies.clients import Client, Roster, whole
 from strategies.guard import OTHERS_FACTOR, believed_counts
@@ -254,14 +255,25 @@ class Census:
         answers: dict[int, Answer] = {}
         silent = set(node_ids)
         failed: list[str] = []
-        for message in exchange(grid, messages, timeout, window=BATCH, batch=BATCH):
+        began, took = time.monotonic(), dict[int, float]()
+
+        def arrived(message: Message, just_now: bool) -> None:
+            if just_now:  # else nobody looked for a while
+                took[message.metadata.src_node_id] = time.monotonic() - began
+
+        for message in exchange(
+            grid, messages, timeout, on_arrival=arrived, window=BATCH, batch=BATCH
+        ):
             node_id = message.metadata.src_node_id
             silent.discard(node_id)
             if reason := reply_error(message):
                 failed.append(f"node {node_id} did not answer a query: {reason}")
                 continue
             try:
-                answers[node_id] = self.protocol.read_query(message.content)
+                answer = self.protocol.read_query(message.content)
+                if ECHO_KEY in config:  # whatever it says of that itself
+                    answer = {**answer, ELAPSED_KEY: took.get(node_id)}
+                answers[node_id] = answer
             except (ValueError, KeyError, TypeError) as error:
                 said = clean(str(error))
                 failed.append(f"node {node_id} answered a query with what cannot be read: {said}")

@@ -19,7 +19,7 @@ from strategies.aggregation import AGGREGATIONS, ROBUST, Aggregator
 from strategies.lora import Adapter
 from strategies.naming import Registry
 from strategies.privacy import Privacy
-from strategies.ranks import RANK_POLICIES, QualityRank, RankPolicy
+from strategies.ranks import RANK_POLICIES, CapacityRank, QualityRank, RankPolicy
 from strategies.sampling import SAMPLERS, Sampler
 
 T = TypeVar("T")
@@ -45,13 +45,13 @@ class Parts:
     @property
     def validation_rows(self) -> int:
         """How many rows of the server's test set judge the clients, and test nothing."""
-        judged_here = isinstance(self.policy, QualityRank) and self.policy.judges
+        judged_here = isinstance(self.policy.core, QualityRank) and self.policy.judges
         return self.config.ranks.validation_rows if judged_here else 0
 
     def judge_by(self, score_fn: Callable[[Adapter], float]) -> None:
         """Have the server judge clients by the loss on its validation rows, now that it can."""
-        if isinstance(self.policy, QualityRank):
-            self.policy.score_fn = score_fn
+        if isinstance(self.policy.core, QualityRank):
+            self.policy.core.score_fn = score_fn
 
 
 def make_parts(config: RunConfig) -> Parts:
@@ -67,7 +67,7 @@ def make_parts(config: RunConfig) -> Parts:
     p = config.privacy
     for part, make in (
         ("rule", lambda: _rule(config)),
-        ("policy", lambda: _by_policy("ranks", config, RANKS, RANK_POLICIES, RankPolicy)),
+        ("policy", lambda: _policy(config)),
         ("sampler", lambda: _by_policy("sampling", config, SAMPLING, SAMPLERS, Sampler)),
         ("clock", lambda: _said("clock.profile", lambda: Timing(config))),
         ("privacy", lambda: Privacy(p.clip, p.noise_multiplier) if p.noise_multiplier else None),
@@ -107,6 +107,20 @@ def _task(config: RunConfig) -> Task:
     task = _said("task", lambda: make_task(config))
     made: Task = _of_kind(f"task = {config.task!r}", task, Task)
     return made
+
+
+def _policy(config: RunConfig) -> RankPolicy:
+    """Return the rank policy, within what nodes can train if that is wanted."""
+    made: RankPolicy = _by_policy("ranks", config, RANKS, RANK_POLICIES, RankPolicy)
+    if not config.ranks.capacity or isinstance(made, CapacityRank):
+        return made
+    fallback = min(config.ranks.fallback_rank(), made.max_rank)
+    limits = {**_limits(config), "fallback": fallback}
+    return _said("ranks.capacity", lambda: CapacityRank(within=made, **limits))
+
+
+def _limits(config: RunConfig) -> dict[str, Any]:
+    return {"memory_share": config.ranks.memory_share, "seconds": config.ranks.seconds}
 
 
 def _by_policy(
@@ -223,6 +237,11 @@ def _by_mean(config: RunConfig) -> dict[str, Any]:
     return {"mean": mean, "min_rank": least, "max_rank": most}
 
 
+def _capacity(config: RunConfig) -> dict[str, Any]:
+    fallback, most = _span(config.ranks, "fallback" if config.ranks.fallback else "min", "max")
+    return {"max_rank": most, "fallback": fallback, **_limits(config)}
+
+
 def _random(config: RunConfig) -> dict[str, Any]:
     return {**_by_mean(config), "seed": config.seed}
 
@@ -250,6 +269,7 @@ RANKS: dict[str, Arguments] = {
     "staircase": _listed,
     "random": _random,
     "feedback": _feedback,
+    "capacity": _capacity,
 }
 
 

@@ -99,7 +99,7 @@ def _natural(parts: Parts) -> Iterator[str]:
 def _unequal_ranks(parts: Parts) -> Iterator[str]:
     config = parts.config
     if parts.rule.equal_ranks and parts.policy.may_differ and config.method == "lora":
-        key = "list" if isinstance(parts.policy, ListRank) else "policy"
+        key = "list" if isinstance(parts.policy.core, ListRank) else "policy"
         yield (
             f"aggregation = {config.aggregation!r} averages equal ranks only, and ranks.{key} = "
             f"{getattr(config.ranks, key)!r} lets clients differ; use ranks.policy = 'uniform' or "
@@ -122,8 +122,8 @@ def _judge_of_halves(parts: Parts) -> Iterator[str]:
 def _budget(parts: Parts) -> Iterator[str]:
     ranks = parts.config.ranks
     for key, value, fits in (
-        ("ranks.budget", ranks.budget, parts.policy.divides_budget),
-        ("ranks.budget-mb", ranks.budget_mb, isinstance(parts.policy, AutoRank)),
+        ("ranks.budget", ranks.budget, parts.policy.core.divides_budget),
+        ("ranks.budget-mb", ranks.budget_mb, isinstance(parts.policy.core, AutoRank)),
     ):
         if value and not fits:
             yield (

@@ -17,7 +17,8 @@ class RanksConfig:
         "uniform (rank), list (one per client), cycle (list repeated), reported (node's max-rank), "
         "quality (low, the best high), autorank (by each client's data, min to max), "
         "self-pruning (max, shrinking), staircase (list, by number of rows), random, feedback (by "
-        "what the run shows), or one of your own (see plugins)",
+        "what the run shows), capacity (as much as each node can train), or one of your own "
+        "(see plugins)",
         on_resume="fatal",
     )
     options: str = option("", "policy of your own: its options, as in 'low=2, high=16'")
@@ -90,6 +91,18 @@ class RanksConfig:
         "energy",
         "feedback: energy (directions of a client's update) or loss (its training loss)",
         choices=("energy", "loss"),
+    )
+    capacity: bool = option(
+        False, "whatever the policy: no client gets more than it can train, by what it measures"
+    )
+    memory_share: float = option(
+        0.5,
+        "capacity: share of a node's free memory that training may take",
+        above=0,
+        high=1,
+    )
+    seconds: float = option(
+        0.0, "capacity: seconds a round of a node may take, training and link; 0: any", low=0
     )
     low: int = option(5, "quality: rank of everyone at first", low=1)
     high: int = option(20, "quality: rank of the best after their first round", low=1)

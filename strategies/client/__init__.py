@@ -5,7 +5,7 @@ A Message API app needs ``apply_adapter`` and ``make_reply``; a ``NumPyClient`` 
 scale, wire type, what is trained, kept and sent back, and what is merged into the base;
 both are thin over ``receive`` and ``send``, for those who pack messages themselves.
 The rank policies that ask more of a client have a helper each: ``register_profile`` and
-``profile`` (autorank), ``tail_penalty`` (self-pruning).
+``profile`` (autorank), ``capacity`` (capacity), ``tail_penalty`` (self-pruning).
 """
 
 from strategies.client.exchange import KEPT_KEY, RankLimitError, check_limit, receive, send
@@ -18,6 +18,7 @@ from strategies.client.peft_model import (
     merge_into_base,
     tail_penalty,
 )
+from strategies.client.probing import MEASURED_KEY, capacity
 from strategies.client.profiling import (
     IDENTITY_KEYS,
     PROFILED_KEY,
@@ -34,6 +35,7 @@ from strategies.profiling import Profile
 __all__ = [
     "IDENTITY_KEYS",
     "KEPT_KEY",
+    "MEASURED_KEY",
     "PROFILED_KEY",
     "LossesAndLabels",
     "Measure",
@@ -41,6 +43,7 @@ __all__ = [
     "RankLimitError",
     "adapter_state",
     "apply_adapter",
+    "capacity",
     "check_limit",
     "check_mergeable",
     "fit_reply",

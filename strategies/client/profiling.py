@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import ArrayLike
 
+from strategies.capacity import CAPACITY_KEY
 from strategies.privacy.mechanism import NOISE_KEY
 from strategies.profiling import METRICS, PROFILE_KEY, SAMPLES_KEY, Profile, profile_metrics
 
@@ -20,6 +21,7 @@ IDENTITY_KEYS = ("partition-id", "max-rank", "num-examples")
 
 LossesAndLabels = Profile | tuple[ArrayLike, ArrayLike]
 Measure = Callable[..., LossesAndLabels]
+CapacityOf = Callable[[Context, Mapping[str, Any]], Mapping[str, Any]]
 
 
 def profile(
@@ -57,7 +59,12 @@ def profile(
     return dict(state.metric_records[PROFILED_KEY])  # type: ignore[arg-type]
 
 
-def register_profile(app: ClientApp, measure: Callable[..., LossesAndLabels]) -> None:
+def register_profile(
+    app: ClientApp,
+    measure: Callable[..., LossesAndLabels],
+    *,
+    capacity_of: CapacityOf | None = None,
+) -> None:
     """Let a Message API app answer the server's queries, profiling included.
 
     ``register_profile(app, my_losses_and_labels)`` registers the app's ``@app.query()``
@@ -75,6 +82,8 @@ def register_profile(app: ClientApp, measure: Callable[..., LossesAndLabels]) ->
         run starts from it, and the labels. Called once a node and run. If it has a parameter
         ``limit``, it gets in it how many rows the server wants to go through the model
         (``AutoRank(profile_samples=…)``); 0: all.
+    capacity_of : callable, optional
+        As in ``register_identity``.
 
     Raises
     ------
@@ -94,10 +103,10 @@ def register_profile(app: ClientApp, measure: Callable[..., LossesAndLabels]) ->
             return profile(context.state, lambda: measure(context, limit=limit))
         return profile(context.state, lambda: measure(context))
 
-    _answer_queries(app, profiled_here)
+    _answer_queries(app, profiled_here, capacity_of)
 
 
-def register_identity(app: ClientApp) -> None:
+def register_identity(app: ClientApp, *, capacity_of: CapacityOf | None = None) -> None:
     """Let a Message API app answer who it is: ``partition-id`` and ``max-rank`` of its node config.
 
     With it the server gives each node the rank it can hold, and the same seed gives the same
@@ -108,8 +117,11 @@ def register_identity(app: ClientApp) -> None:
     ----------
     app : ClientApp
         Without a query handler of its own.
+    capacity_of : callable, optional
+        ``capacity_of(context, config)`` returns what ``strategies.client.capacity(context.state,
+        config, …)`` does; for ``CapacityRank``, which gives others its ``fallback``.
     """
-    _answer_queries(app, None)
+    _answer_queries(app, None, capacity_of)
 
 
 def _takes_one(measure: Callable[..., Any]) -> bool:
@@ -134,7 +146,9 @@ def _takes_limit(measure: Callable[..., Any]) -> bool:
 
 
 def _answer_queries(
-    app: ClientApp, profile_of: Callable[[Context, int], dict[str, float | int]] | None
+    app: ClientApp,
+    profile_of: Callable[[Context, int], dict[str, float | int]] | None,
+    capacity_of: CapacityOf | None,
 ) -> None:
     @app.query()
     def answer(message: Message, context: Context) -> Message:
@@ -145,6 +159,10 @@ def _answer_queries(
         if private:
             known.pop("num-examples", None)
         content = RecordDict({"properties": ConfigRecord(known)})  # type: ignore[arg-type]
+        wanted = next((config for config in asked if config.get(CAPACITY_KEY)), None)
+        if wanted is not None and capacity_of is not None and not private:
+            known |= dict(capacity_of(context, wanted))
+            content["properties"] = ConfigRecord(known)  # type: ignore[arg-type]
         if any(config.get(PROFILE_KEY) for config in asked):
             if private:
                 raise ValueError(

@@ -9,6 +9,7 @@ from strategies.ranks.base import (
     UniformRank,
 )
 from strategies.ranks.by_hand import RandomRank, StaircaseRank
+from strategies.ranks.capacity import CapacityRank
 from strategies.ranks.feedback import FeedbackRank
 from strategies.ranks.pruning import SelfPruningRank
 from strategies.ranks.quality import QualityRank
@@ -18,6 +19,7 @@ from strategies.trained import Trained
 __all__ = [
     "RANK_POLICIES",
     "AutoRank",
+    "CapacityRank",
     "Explanation",
     "FeedbackRank",
     "ListRank",

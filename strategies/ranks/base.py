@@ -143,6 +143,11 @@ class RankPolicy(ABC):
         """Put back what ``state_dict`` returned."""
 
     @property
+    def core(self) -> RankPolicy:
+        """The policy that decides, where this one only sets limits to it."""
+        return self
+
+    @property
     def may_differ(self) -> bool:
         """Whether clients may get different ranks, device limits aside."""
         return True

@@ -9,6 +9,7 @@ from strategies.naming import Registry
 from strategies.ranks.autorank import AutoRank
 from strategies.ranks.base import ListRank, RankPolicy, ReportedRank, UniformRank
 from strategies.ranks.by_hand import RandomRank, StaircaseRank
+from strategies.ranks.capacity import CapacityRank
 from strategies.ranks.feedback import FeedbackRank
 from strategies.ranks.pruning import SelfPruningRank
 from strategies.ranks.quality import QualityRank
@@ -25,6 +26,7 @@ RANK_POLICIES: Registry[Callable[..., RankPolicy]] = Registry(
         "staircase": StaircaseRank,
         "random": RandomRank,
         "feedback": FeedbackRank,
+        "capacity": CapacityRank,
     }
 )
 

@@ -25,6 +25,7 @@ from strategies.wallclock.convergence import (
 )
 from strategies.wallclock.flops import rank_flops, training_flops
 from strategies.wallclock.measured import MeasuredClock
+from strategies.wallclock.memory import rank_memory, saved_bytes
 from strategies.wallclock.objective import ClientProfiles
 from strategies.wallclock.planner import Plan, plan
 from strategies.wallclock.registry import CLOCKS, make_clock
@@ -53,10 +54,12 @@ __all__ = [
     "make_clock",
     "plan",
     "rank_flops",
+    "rank_memory",
     "retime",
     "rounds_to_target",
     "sample_devices",
     "sampling_variance",
+    "saved_bytes",
     "simulate_round_time",
     "spectral_efficiency",
     "statistical_q",

@@ -12,9 +12,10 @@ from fedlora_app import client_app, server_app
 from fedlora_app.config.keys import RunConfig
 from strategies import FedLoRA, claims, guard, messages, participation
 from strategies.aggregation import Replication
-from strategies.client import apply_adapter, make_reply, register_profile
+from strategies.capacity import DEVICE_FREE_BYTES, ECHO_KEY, RankCost
+from strategies.client import apply_adapter, capacity, make_reply, probing, register_profile
 from strategies.privacy import Privacy, PrivateRun
-from strategies.ranks import AutoRank, QualityRank, UniformRank
+from strategies.ranks import AutoRank, CapacityRank, QualityRank, UniformRank
 from tests.app.test_discretion import ask
 from tests.app.test_models import folders  # noqa: F401
 from tests.fakes import FakeGrid
@@ -86,7 +87,11 @@ def numpy_run(files, folder, monkeypatch, **option):  # noqa: F811
 
 def message_app():
     app = ClientApp()
-    register_profile(app, lambda context: (data(context.node_id)[0].abs().sum(1), [0, 1, 1]))
+    register_profile(
+        app,
+        lambda context: (data(context.node_id)[0].abs().sum(1), [0, 1, 1]),
+        capacity_of=lambda context, config: capacity(context.state, config, lambda: int),
+    )
 
     @app.train()
     def fit(message, context):
@@ -132,10 +137,20 @@ def joined(runs):
     return {section: set().union(*(run.left[section] for run in runs)) for section in SECTIONS}
 
 
+@pytest.fixture(autouse=True)
+def with_an_accelerator(monkeypatch):
+    """Have a node say what one with an accelerator says."""
+    real = probing.probe
+    monkeypatch.setattr(
+        probing, "probe", lambda *a, **k: {**real(*a, **k), DEVICE_FREE_BYTES: 1e12}
+    )
+
+
 def test_the_app_sends_what_the_page_says_and_nothing_else(files, tmp_path, monkeypatch):  # noqa: F811
     options = [
         {"ranks.policy": "autorank", "ranks.reassign-every": 1},
         {"ranks.policy": "quality"},
+        {"ranks.policy": "capacity", "evaluate.clients": 0.0},
         {"sampling.policy": "weighted", "wire-dtype": "int8"},
     ]
     runs = [
@@ -147,7 +162,8 @@ def test_the_app_sends_what_the_page_says_and_nothing_else(files, tmp_path, monk
     for _, content in (pair for run in runs for pair in run.contents):
         for name, record in content.config_records.items():
             if not name.endswith(".status"):
-                assert not any(isinstance(value, str | bytes) for value in record.values())
+                texts = {key for key, value in record.items() if isinstance(value, str | bytes)}
+                assert texts <= {ECHO_KEY}  # the server's own, back
             elif "message" in record:
                 assert record["message"] in ("Success", "")
 
@@ -156,6 +172,7 @@ def test_a_message_api_app_sends_what_the_page_says_and_nothing_else():
     runs = [
         message_run(ranks=AutoRank(2, 4, reassign_every=1), evaluate_fraction=1.0),
         message_run(ranks=QualityRank(2, 4)),
+        message_run(ranks=CapacityRank(4, cost=RankCost(1e6, 1e3, 5, 1e3, 1e3))),
         message_run(aggregation=Replication(holder_weights="quality"), ranks=UniformRank(4)),
     ]
     for section, found in joined(runs).items():
