@@ -23,7 +23,7 @@ DEVICE_FREE_BYTES = "device-free-bytes"
 STEP_SECONDS = "step-seconds"
 PROBE_RANK = "probe-rank"
 PROBE_SECONDS = "probe-seconds"
-FIELDS = (FREE_BYTES, DEVICE_FREE_BYTES, STEP_SECONDS, PROBE_RANK, PROBE_SECONDS)
+PROCESS_SECONDS = "process-seconds"
 
 # No machine has a pebibyte free, and no step takes a day. What is outside was not measured.
 _LIMITS = {
@@ -32,6 +32,7 @@ _LIMITS = {
     STEP_SECONDS: (1e-9, 86400.0),
     PROBE_RANK: (1.0, 65536.0),
     PROBE_SECONDS: (0.0, 86400.0),
+    PROCESS_SECONDS: (0.0, 1e9),
 }
 
 
@@ -116,8 +117,11 @@ def checked_capacity(answer: Mapping[str, Any], echo: str = "") -> Capacity:
     link = None
     elapsed = answer.get(ELAPSED_KEY)
     if echo and answer.get(ECHO_KEY) == echo and isinstance(elapsed, float):
-        # What it says it was busy is not on the way; no less is left than a thousandth.
-        moving = max(elapsed - found[PROBE_SECONDS], elapsed / 1000)
+        # Not on the way is the probe, and the start of a process that was made for this answer. No
+        # less is left than a thousandth, whatever it says.
+        age = found[PROCESS_SECONDS]
+        busy = max(found[PROBE_SECONDS], age if age < elapsed else 0.0)
+        moving = max(elapsed - busy, elapsed / 1000)
         link = 2 * len(echo) / moving if moving > 0 else None
     return Capacity(
         found[FREE_BYTES],

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import psutil
 import torch
 from flwr.app import MetricRecord, RecordDict
 
@@ -16,6 +17,7 @@ from strategies.capacity import (
     FREE_BYTES,
     PROBE_RANK,
     PROBE_SECONDS,
+    PROCESS_SECONDS,
     STEP_SECONDS,
 )
 
@@ -60,6 +62,7 @@ def capacity(
         state[MEASURED_KEY] = MetricRecord(dict(probe(make_step(), rank=rank, device=device)))
     found: dict[str, Any] = dict(state.metric_records[MEASURED_KEY])
     found[PROBE_SECONDS] = time.perf_counter() - began
+    found[PROCESS_SECONDS] = max(0.0, time.time() - psutil.Process().create_time())
     if ECHO_KEY in config:
         found[ECHO_KEY] = config[ECHO_KEY]
     return found
@@ -72,8 +75,6 @@ def probe(
 
     See ``capacity`` for the parameters.
     """
-    import psutil
-
     device = torch.device(device)
     cuda = device.type == "cuda"
     step()  # the first one also allocates, and compiles on some devices

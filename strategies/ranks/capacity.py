@@ -36,7 +36,7 @@ class CapacityRank(RankPolicy):
     ``min_rank`` by its own numbers gets that. Published nowhere [D].
 
     The link's time includes what Flower takes to hand on a message, and in a simulation the wait
-    for a core, so it is a lower bound of its speed.
+    for a core, so what is measured is a lower bound of its speed: it matters under ``seconds``.
 
     Parameters
     ----------

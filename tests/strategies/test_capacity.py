@@ -18,6 +18,7 @@ from strategies.capacity import (
     FREE_BYTES,
     PROBE_RANK,
     PROBE_SECONDS,
+    PROCESS_SECONDS,
     STEP_SECONDS,
     Capacity,
     RankCost,
@@ -41,7 +42,8 @@ COST = RankCost(
 
 
 def answer(free=1e9, seconds=0.01, **more):
-    return {FREE_BYTES: free, STEP_SECONDS: seconds, PROBE_RANK: 1, PROBE_SECONDS: 0.1, **more}
+    measured = {FREE_BYTES: free, STEP_SECONDS: seconds, PROBE_RANK: 1}
+    return {**measured, PROBE_SECONDS: 0.1, PROCESS_SECONDS: 1e3, **more}
 
 
 def fits(rank, known, share, seconds):
@@ -107,6 +109,8 @@ def test_the_link_is_timed_by_what_comes_back():
     assert checked_capacity({**answer(), **timed}, echo).link == pytest.approx(2000 / 0.5)
     for other in ({ECHO_KEY: "y" * 1000}, {ECHO_KEY: 1}, {ELAPSED_KEY: None}):
         assert checked_capacity({**answer(), **timed, **other}, echo).link is None
+    young = {**answer(), **timed, PROCESS_SECONDS: 0.4}  # and so the process began for this
+    assert checked_capacity(young, echo).link == pytest.approx(2000 / 0.2)
     # Who says it was busy for longer than it took gains a bounded amount.
     busy = {**answer(), **timed, PROBE_SECONDS: 1e4}
     assert checked_capacity(busy, echo).link == pytest.approx(2000 / 0.0006)
