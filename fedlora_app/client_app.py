@@ -7,10 +7,10 @@ after the other; only the adapter is swapped, at the rank the server sent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from numpy.typing import NDArray
 
-from fedlora_app.config.keys import RunConfig
+from fedlora_app.config.keys import RunConfig, TrainConfig
 from fedlora_app.config.precision import with_precision
 from fedlora_app.data.kept import encoded, shares_of
 from fedlora_app.data.rows import train_validation_split
@@ -46,10 +46,12 @@ from strategies.client import (
 )
 from strategies.lora import Adapter
 from strategies.memory import PhaseMemory
-from strategies.messages import COUNT_KEY, MODEL_ROUND_KEY, QUALITY_KEY
+from strategies.messages import CLIENT_KEY, COUNT_KEY, MODEL_ROUND_KEY, QUALITY_KEY, ROUND_KEY
 from strategies.privacy.mechanism import CLIP_KEY, NOISE_KEY
 from strategies.profiling import PROFILE_KEY, SAMPLES_KEY, Profile, profile_rows
+from strategies.ranks.pruning import PENALTY_KEY
 from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
+from strategies.training import TrainOutcome
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import, which a query does not need
@@ -128,7 +130,9 @@ class LoRAClient(NumPyClient):
         inputs = self.task.for_training(rows)
         scale = training_scale(self.config.lora)
         with trained_at(model, scale) if scale else nullcontext():
-            done = train(model, inputs, settings, config, seed=self.config.seed, rounds=times)
+            done = self._train_with_others(model, inputs, settings, config) or train(
+                model, inputs, settings, config, seed=self.config.seed, rounds=times
+            )
         loaded: dict[str, float] = model.fedlora_loaded
         metrics = {**done.metrics(), BITS_KEY: self._bits, **loaded, **done.memory}
         if judged:
@@ -142,6 +146,31 @@ class LoRAClient(NumPyClient):
             metrics=metrics,
             node=self.limits,
         )
+
+    def _train_with_others(
+        self, model: PeftModel, inputs: Inputs, settings: TrainConfig, message: Settings
+    ) -> TrainOutcome | None:
+        """Train in one batch with clients of other processes, if that is asked for and possible."""
+        most = self.config.simulate.clients_per_process
+        plain = not message.get(PENALTY_KEY) and int(message.get(TIMES_KEY, 1)) == 1
+        if most < 2 or not plain or "partition-id" not in self.node:
+            return None
+        from fedlora_app.rendezvous import of_this_run
+        from fedlora_app.together import Job, train_with_others
+
+        meeting, config, info = of_this_run(most), self.config, _info(message)
+        if meeting is None:
+            return None
+
+        def elsewhere(place: Any, told: Mapping[str, Any]) -> tuple[Inputs, TrainConfig]:
+            rows = _partition_rows(*place, config, info)[0]
+            return self.task.for_training(rows), config.train.in_round(told[MODEL_ROUND_KEY])
+
+        told = {key: message[key] for key in (ROUND_KEY, CLIENT_KEY, MODEL_ROUND_KEY)}
+        adapter = Adapter.from_state_dict(adapter_state(model), self.config.lora.scale)
+        job = Job(adapter, inputs, settings, config.seed, told)
+        place = [int(self.node[key]) for key in ("partition-id", "num-partitions")]
+        return train_with_others(meeting, self.task, model, job, place, elsewhere)
 
     def evaluate(
         self, parameters: NDArrays, config: Settings

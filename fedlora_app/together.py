@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fedlora_app.config.keys import TrainConfig
+from fedlora_app.rendezvous import Order, Rendezvous
 from fedlora_app.tasks.base import Inputs, Task
 from fedlora_app.training import amount, batches, default_device, rates
 from strategies.client.peft_model import adapter_parameters
@@ -42,13 +44,67 @@ class Job:
     config : TrainConfig
         Precision and threads are those of all jobs that are trained together.
     seed : int
-        As in ``train``, which has no message here.
+    message : Mapping[str, Any] (default: none)
+        Both as in ``train``.
     """
 
     adapter: Adapter
     inputs: Inputs
     config: TrainConfig
     seed: int
+    message: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train_with_others(
+    meeting: Rendezvous,
+    task: Task,
+    model: nn.Module,
+    job: Job,
+    place: Any,
+    elsewhere: Callable[[Any, Mapping[str, Any]], tuple[Inputs, TrainConfig]],
+) -> TrainOutcome | None:
+    """Train a job in one batch with those of other processes, in place; None: not possible.
+
+    Parameters
+    ----------
+    meeting : Rendezvous
+    task : Task
+    model : nn.Module
+        Which the job's adapter is loaded in.
+    job : Job
+    place : what JSON can say
+        Says to another process which rows are trained on.
+    elsewhere : callable
+        Returns the rows of such a place, and how they are trained on, from a job's message.
+    """
+    named = dict(adapter_parameters(model, "default", all_parameters=False))
+    scale = next((pair.scale for pair in job.adapter.pairs.values()), 1.0)
+
+    def work(orders: Sequence[Order]) -> list[Order]:
+        jobs = []
+        for order in orders:
+            state = {key: torch.from_numpy(value) for key, value in order.arrays.items()}
+            message = order.about["message"]
+            inputs, config = elsewhere(order.about["place"], message)
+            jobs.append(
+                Job(Adapter.from_state_dict(state, scale), inputs, config, job.seed, message)
+            )
+        found = train_together(task, model, jobs)
+        model.to("cpu")  # another process may lead next, with its own copy of the base
+        return [Order(_numbers(adapter), asdict(done)) for done, adapter in found]
+
+    own = Order(_numbers(job.adapter), {"message": dict(job.message), "place": place})
+    found = meeting.done(own, work)
+    if found is None:
+        return None
+    with torch.no_grad():
+        for key, value in found.arrays.items():
+            named[key].copy_(torch.from_numpy(value))
+    return TrainOutcome(**found.about)
+
+
+def _numbers(adapter: Adapter) -> dict[str, NDArray[Any]]:
+    return {key: value.detach().cpu().numpy() for key, value in adapter.to_state_dict().items()}
 
 
 def train_together(
@@ -100,7 +156,7 @@ def train_together(
             ):
                 logits = model(**on_device(batch, device)).logits.float()
             losses = [
-                task.losses(own[:size], on_device(client.batch, device)).mean()
+                task.training_loss(_cut(own[:size], client.batch), on_device(client.batch, device))
                 for client, own, size in zip(
                     going, logits.view(len(going), -1, *logits.shape[1:]), sizes, strict=True
                 )
@@ -159,7 +215,7 @@ class _Client:
         total, self.steps = amount(job.config, len(job.inputs))
         trained = {key: weight for key, weight in self.weights.items() if weight.requires_grad}
         self.updates = Updates(trained, self.steps, **rates(job.config))
-        seed = training_seed({}, job.seed)
+        seed = training_seed(job.message, job.seed)
         self.bits, rng = np.random.SFC64(seed), np.random.default_rng(seed)
         self.batches = batches(job.config, job.inputs, total, rng)
         self.losses = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -182,6 +238,11 @@ class _Client:
         state = {key: weight.detach() for key, weight in self.weights.items()}
         scale = next((pair.scale for pair in self.job.adapter.pairs.values()), 1.0)
         return done, Adapter.from_state_dict(state, scale, check_finite=False)
+
+
+def _cut(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Leave out what only fills up, where there are logits of every token."""
+    return logits[:, : batch["labels"].shape[1]] if batch["labels"].dim() > 1 else logits
 
 
 def _joined(

@@ -162,6 +162,27 @@ def _clock(parts: Parts) -> Iterator[str]:
         yield f"clock.{key} is for simulated clocks; set clock.profile{instead}"
 
 
+def _together(parts: Parts) -> Iterator[str]:
+    """Refuse what clients that share a batch cannot do."""
+    config, train = parts.config, parts.config.train
+    if config.simulate.clients_per_process < 2:
+        return
+    for key, hinders in (
+        (f"task = {config.task!r}", not parts.task.one_pass),
+        ("data.packing", config.data.packing),
+        ("train.accumulate", train.accumulate > 1),
+        ("train.gradient-checkpointing", train.gradient_checkpointing),
+        (f"train.optimizer = {train.optimizer!r}", train.optimizer != "adamw"),
+        (f"lora.variant = {config.lora.variant!r}", config.lora.variant != "lora"),
+        ("lora.dora", config.lora.dora),
+    ):
+        if hinders:
+            yield (
+                "simulate.clients-per-process: clients cannot train in one batch with "
+                f"{key}; leave one of them out"
+            )
+
+
 def _quantization(parts: Parts) -> Iterator[str]:
     config, kind = parts.config, parts.config.model.quantization
     if kind == "none":
@@ -212,6 +233,7 @@ CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _coins,
     _rule_and_sampler,
     _clock,
+    _together,
     _quantization,
     _accumulate,
     _privacy,

@@ -33,6 +33,7 @@ from fedlora_app.config.round_keys import (
     RanksConfig,
     SamplingConfig,
     ServerConfig,
+    SimulateConfig,
 )
 
 __all__ = [
@@ -228,6 +229,7 @@ class RunConfig:
     clock: ClockConfig = field(default_factory=ClockConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    simulate: SimulateConfig = field(default_factory=SimulateConfig)
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> RunConfig:

@@ -293,6 +293,19 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class SimulateConfig:
+    """How clients share a machine in a simulation."""
+
+    clients_per_process: int = option(
+        1,
+        "so many clients of a round, of as many processes, train in one batch of one of them; for "
+        "clients that share a GPU (--gpus-per-client); the same results within rounding",
+        low=1,
+        on_resume="ignore",
+    )
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Evaluation on the server and on the clients."""
 

@@ -132,6 +132,8 @@ class Task(ABC):
     """Whether it needs the frozen weights as they were, so that no rule may merge into them."""
     quantizable: ClassVar[bool] = False
     """Whether ``model`` follows ``model.quantization``: a frozen base of 4 or 8 bits."""
+    one_pass: ClassVar[bool] = True
+    """Whether a step is one forward pass over its batch, which several clients can share."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the task, for ``AutoPeftModel`` to find a model of transformers by."""
 
@@ -280,6 +282,10 @@ class Task(ABC):
     @abstractmethod
     def losses(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of each row of a batch, shape (rows,)."""
+
+    def training_loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of a batch, as ``model(**batch).loss`` is, where clients share one."""
+        return self.losses(logits, batch).mean()
 
     def judge(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
         """Return what adds up over batches to the scores; ``[sum, weight]`` each by default."""

@@ -328,6 +328,11 @@ class CausalLM(Task):
         nats, trained = _nats(logits, batch)
         return nats.sum(1) / trained.sum(1).clamp(min=1)
 
+    def training_loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean over all trained tokens of the batch."""
+        nats, trained = _nats(logits, batch)
+        return nats.sum() / trained.sum().clamp(min=1)
+
     def judge(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
         """Return the nats of all trained tokens, and how many there are."""
         nats, trained = _nats(logits, batch)

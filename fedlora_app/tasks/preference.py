@@ -44,6 +44,7 @@ class Preference(CausalLM):
     name = "preference"
     units = ("rows",)
     keeps_base = True
+    one_pass = False
     scores = (
         Score("preferred", "preferred answers", short="preferred"),
         Score("margin", "margin in nats", top=None, short="margin"),

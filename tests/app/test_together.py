@@ -14,6 +14,8 @@ from fedlora_app.config import keys as run_config
 from fedlora_app.config.keys import LoraConfig
 from fedlora_app.models.loading import MeanPoolClassifier
 from fedlora_app.models.lora import add_lora
+from fedlora_app.tasks.causal_lm import CausalLM
+from fedlora_app.tasks.sequences import IGNORED, Sequences
 from fedlora_app.together import Job, train_together
 from fedlora_app.training import train
 from strategies.client import adapter_state, load_adapter
@@ -89,9 +91,9 @@ def one_after_the_other(model, jobs):
         yield result, Adapter.from_state_dict(state, 2.0)
 
 
-def compare(model, made, rtol=1e-4):
+def compare(model, made, rtol=1e-4, task=TASK):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    found = train_together(TASK, model, made)
+    found = train_together(task, model, made)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     for job, (ours, adapter), (alone, expected) in zip(
         made, found, one_after_the_other(model, made), strict=True
@@ -110,6 +112,30 @@ def compare(model, made, rtol=1e-4):
 def test_together_is_one_after_the_other(make):
     model = make()
     compare(model, jobs(model, TrainConfig(steps=3, batch_size=4)))
+
+
+class Words(CausalLM):
+    """The next token, with a padding token and no tokenizer."""
+
+    def fill(self):
+        return {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+
+
+def test_language_models_count_trained_tokens():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZE, num_hidden_layers=2, num_attention_heads=2)
+    model = add_lora(transformers.LlamaForCausalLM(config), LoraConfig(), rank=3, seed=0)
+
+    def sequences(seed):
+        rng = np.random.default_rng(seed)
+        ids = [rng.integers(1, 50, size=n).astype(np.int32) for n in rng.integers(4, 20, size=9)]
+        trained = [np.arange(len(row)) >= rng.integers(1, len(row)) for row in ids]
+        labels = [np.where(t, row, IGNORED) for t, row in zip(trained, ids, strict=True)]
+        return Sequences(ids, labels, 0)
+
+    made = jobs(model, TrainConfig(steps=3, batch_size=4))
+    made = [replace(job, inputs=sequences(n)) for n, job in enumerate(made)]
+    compare(model, made, task=Words(run_config.RunConfig()))
 
 
 class Pictures:
