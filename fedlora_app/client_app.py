@@ -335,7 +335,7 @@ def _own_rows(path: str, config: RunConfig, info: str) -> Held:
     rows = task.own_rows(path, _about(info))
     refuse_few(rows, path)
     LOG.info("%s", "\n".join(block(task, "own rows", rows)))  # in this node's own log
-    return _held(rows, config, encode=Task.encode)
+    return _held(rows, config, encode=lambda own, mine: own.encode(mine))
 
 
 def _held(rows: Rows, config: RunConfig, *, encode: Callable[[Task, Rows], Inputs]) -> Held:
