@@ -61,6 +61,18 @@ QUIET = {
 }
 
 
+#: What trainers set on modules and leave there: a forward method that is wrapped once more by each
+#: of them (TRL's returns no logits), and checkpoints.
+CHANGED = (
+    "forward",
+    "_original_forward",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_require_grads_hook",
+    "_require_grads_hooks",
+)
+
+
 class FedLoRACallback(TrainerCallback):  # type: ignore[misc]
     """Let any ``Trainer`` do what a training message asks, and report it.
 
@@ -182,7 +194,7 @@ def train_with_trainer(
         Let the Trainer save checkpoints as ``args`` say. Otherwise it saves none, and makes
         no output folder, whatever they say.
     trainer_class : type (default: Trainer)
-        A subclass of it.
+        A subclass of it, such as TRL's ``SFTTrainer``; ``args`` are then an ``SFTConfig``.
     **trainer_options
         Further arguments of the class, such as ``data_collator`` or ``processing_class``.
 
@@ -217,7 +229,8 @@ def train_with_trainer(
         if quiet and settings.disable_tqdm:
             trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return reporter.outcome()
+    # A trainer may make other rows of them, as TRL's does when it packs.
+    return replace(reporter.outcome(), num_examples=len(train_dataset))
 
 
 def dataset_losses_and_labels(
@@ -256,7 +269,10 @@ def dataset_losses_and_labels(
 @contextmanager
 def _borrowed(model: nn.Module) -> Iterator[None]:
     """Put back what a Trainer changes beside the weights: it takes process and model as its own."""
-    training, own = model.training, dict(model.__dict__)
+    training = model.training
+    before = [(m, {k: m.__dict__[k] for k in CHANGED if k in m.__dict__}, m._forward_hooks.copy())
+              for m in model.modules()]  # fmt: skip
+    types = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 (the Trainer seeds it)
@@ -268,11 +284,13 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
-            for name in ("forward", "_original_forward"):  # wrapped once more by each Trainer
-                if name in own:
-                    model.__dict__[name] = own[name]
-                else:
-                    model.__dict__.pop(name, None)
+            for module, own, hooks in before:
+                for name in CHANGED:
+                    module.__dict__.pop(name, None)
+                module.__dict__.update(own)
+                module._forward_hooks = hooks
+            for parameter, dtype in types:  # TRL makes adapters on a quantised base bfloat16
+                parameter.data = parameter.data.to(dtype)
             if use_cache is not None:
                 config.use_cache = use_cache
             if precision is None:  # transformers 4 sets it for good

@@ -104,7 +104,10 @@ def losses_and_labels(
         mean: Tensor = losses.sum(1) / kept.view(len(labels), -1).sum(1).clamp(min=1)
         return mean
 
-    losses = sample_losses(model, _labelled(batches), each, precision=precision)
+    # Given labels, some forward methods return no logits (TRL's).
+    losses = sample_losses(
+        model, _labelled(batches), each, precision=precision, withhold={"labels"}
+    )
     return Profile(losses, torch.cat(found).numpy(), len(losses))
 
 

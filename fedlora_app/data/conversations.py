@@ -6,6 +6,7 @@ role ``text``. Needs no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -177,6 +178,39 @@ def plain_chat(turns: Turns) -> tuple[str, list[tuple[int, int]]]:
             spans.append((start, len(text)))
         text += "\n\n"
     return text.rstrip("\n") if spans and spans[-1][1] == len(text) - 2 else text, spans
+
+
+def marks_answers(template: str) -> bool:
+    """Return whether a chat template itself says what the assistant writes."""
+    return re.search(r"\{%-?\s*generation\b", template) is not None
+
+
+def marked_chat(
+    turns: Sequence[tuple[str, str]], tokenizer: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return a conversation by a template that marks answers itself, and where they are.
+
+    Parameters
+    ----------
+    turns : sequence of (role, text)
+    tokenizer : transformers.PreTrainedTokenizerFast
+        With the template.
+    """
+    messages = [{"role": role, "content": text} for role, text in turns]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    read = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    places = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    spans: list[tuple[int, int]] = []
+    before = 0
+    for marked, (start, end) in zip(read["assistant_masks"], places["offset_mapping"], strict=True):
+        if marked and before:
+            spans[-1] = (spans[-1][0], end)
+        elif marked:
+            spans.append((start, end))
+        before = marked
+    return whole, spans
 
 
 def templated_chat(

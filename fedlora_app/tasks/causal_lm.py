@@ -17,6 +17,8 @@ from fedlora_app.data.conversations import (
     Fail,
     Turns,
     format_of,
+    marked_chat,
+    marks_answers,
     plain_chat,
     taken_columns,
     templated_chat,
@@ -185,6 +187,14 @@ class CausalLM(Task):
         shown = ("    " + line for line in text.splitlines())
         return [*lines, "  first, what is trained in ⟦⟧:", *shown]
 
+    def look_at(self, rows: Rows) -> None:
+        """Raise ValueError if the template fails on one of the orders of roles that there are."""
+        seen = set()
+        for turns in self.conversations(rows):
+            if (roles := tuple(role for role, _ in turns)) not in seen:
+                seen.add(roles)
+                self._rendered(turns)
+
     # ----- the model
 
     @cached_property
@@ -211,6 +221,8 @@ class CausalLM(Task):
             try:
                 if self.config.data.train_on == "all":  # no answer has to be found
                     text = str(render([{"role": role, "content": said} for role, said in turns]))
+                elif marks_answers(self.tokenizer.chat_template):
+                    text, spans = marked_chat(turns, self.tokenizer)
                 else:
                     text, spans = templated_chat(turns, render)
             except Exception as error:  # it is a program of the model's, and may raise anything
