@@ -187,14 +187,6 @@ class CausalLM(Task):
         shown = ("    " + line for line in text.splitlines())
         return [*lines, "  first, what is trained in ⟦⟧:", *shown]
 
-    def look_at(self, rows: Rows) -> None:
-        """Raise ValueError if the template fails on one of the orders of roles that there are."""
-        seen = set()
-        for turns in self.conversations(rows):
-            if (roles := tuple(role for role, _ in turns)) not in seen:
-                seen.add(roles)
-                self._rendered(turns)
-
     # ----- the model
 
     @cached_property

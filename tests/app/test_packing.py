@@ -202,7 +202,7 @@ def test_without_a_template_or_a_trained_token_it_is_said(folder, tmp_path, capl
     task.tokenizer.chat_template = None
     shown = task.show(task.train_rows())
     assert any("no chat template" in line for line in shown)
-    assert any("⟦six</s>⟧" in line for line in shown)
+    assert "⟦six</s>⟧" in "".join(shown).replace(" ", "")
     task = make_task(config(folder, written(tmp_path, [{"text": "two and"}] * 11, "t.jsonl")))
     task.tokenizer.eos_token = None
     empty = Rows([(("text", "two"),), (("text", "two and"),)], np.zeros(2, np.int64))
