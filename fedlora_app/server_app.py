@@ -196,7 +196,8 @@ def make_strategy(
                 "steps": clock.steps,
             }
         )
-    return FedLoRA(sampling=parts.sampler, clock=clock, **settings)
+    optimizer = parts.optimizer or "none"
+    return FedLoRA(sampling=parts.sampler, clock=clock, server_optimizer=optimizer, **settings)
 
 
 def make_privacy(parts: Parts, path: Path, saver: Saver | None) -> PrivateRun | None:

@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import Strategy
 
 from strategies.aggregation import ROBUST, Aggregator, Robust, make_aggregator
 from strategies.messages import MessageProtocol, NumPyProtocol, Protocol
+from strategies.optimizers import OPTIMIZERS, ServerOptimizer
 from strategies.privacy import PrivateRun
 from strategies.ranks import RankPolicy, make_rank_policy
 from strategies.sampling import Sampler, make_sampler
@@ -188,6 +189,14 @@ def robust(value: Robust | str) -> Robust | str:
         return "none"
     example = "robust='median' or TrimmedMean(liars=0.3) of strategies.aggregation"
     return _made("robust", value, Robust, ROBUST.make, example)
+
+
+def optimizer(value: ServerOptimizer | str) -> ServerOptimizer | None:
+    """Return what ``server_optimizer`` means; None for "none"."""
+    if value == "none":
+        return None
+    example = "server_optimizer='adam' or Adam(learning_rate=0.02) of strategies.optimizers"
+    return _made("server_optimizer", value, ServerOptimizer, OPTIMIZERS.make, example)
 
 
 def policy(value: RankPolicy | str) -> RankPolicy:

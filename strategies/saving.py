@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from logging import INFO, WARNING
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flwr.app import MetricRecord
 from flwr.common import log
 from flwr.serverapp.strategy import Result
+from torch import Tensor
 
 from strategies.checkpoint import Checkpoint, Checkpoints, compare_fingerprints
+from strategies.checkpoint.format import ASIDE, MOMENTS
 from strategies.messages import from_record, to_record
 from strategies.progress import Progress
 
-ASIDE = "aside."
 _HISTORY = (
     "train_metrics_clientapp",
     "evaluate_metrics_clientapp",
@@ -31,6 +32,13 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned."""
+
+
+@runtime_checkable
+class HasMoments(Protocol):
+    """What has tensors to save as well."""
+
+    moments: dict[str, Tensor]
 
 
 class Saver:
@@ -109,9 +117,8 @@ class Saver:
             self.checkpoints.claim()
             return 0
         saved, self.resumed = self.resumed, None  # its arrays are not needed a second time
-        own = {k: t for k, t in saved.arrays.items() if not k.startswith(ASIDE)}
-        aside = {k.removeprefix(ASIDE): t for k, t in saved.arrays.items() if k not in own}
-        result.arrays = to_record(own)
+        aside = saved.named(ASIDE)
+        result.arrays = to_record(saved.model)
         progress.aside = to_record(aside) if aside else None
         progress.rounds, progress.aside_rounds = saved.state["progress"]
         if differ := parts.keys() ^ (saved.state.keys() - {"progress", "history"}):
@@ -121,6 +128,8 @@ class Saver:
             )
         for name, part in parts.items():
             part.load_state_dict(saved.state[name])
+            if isinstance(part, HasMoments):
+                part.moments = saved.named(MOMENTS)
         for name in _HISTORY:
             history: dict[int, MetricRecord] = getattr(result, name)
             for server_round, metrics in saved.state["history"][name].items():
@@ -167,6 +176,9 @@ class Saver:
         arrays = from_record(result.arrays)
         if progress.aside is not None:
             arrays |= {ASIDE + k: t for k, t in from_record(progress.aside).items()}
+        for part in parts.values():  # whose tensors are new in every round, never changed in place
+            if isinstance(part, HasMoments):
+                arrays |= {MOMENTS + k: t for k, t in part.moments.items()}
         state: dict[str, Any] = {name: deepcopy(p.state_dict()) for name, p in parts.items()}
         state["progress"] = [progress.rounds, progress.aside_rounds]
 

@@ -26,6 +26,7 @@ from strategies.clients import Client
 from strategies.flower import aggregate_metricrecords
 from strategies.loop import Listener
 from strategies.lora import Adapter
+from strategies.optimizers import ServerOptimizer, refuse_optimizer
 from strategies.participation import Participation
 from strategies.privacy import NoPrivacy, PrivateRun
 from strategies.privacy.outside import OutsideNoise, short_in_this_round, short_of_noise
@@ -58,6 +59,9 @@ class FedLoRA(KeptRun):
     robust : Robust or str (default: "none")
         What keeps liars among the clients from the result: "median", "trimmed-mean", "norm-filter"
         or "krum". All clients then count the same, and all replies of a round are held at once.
+    server_optimizer : ServerOptimizer or str (default: "none")
+        Takes what a round has changed for a gradient: "momentum", "adagrad", "adam" or "yogi"; for
+        rules that average entries.
     ranks : RankPolicy or str (default: "uniform")
         Which rank each client trains.
     sampling : Sampler or str (default: "fraction")
@@ -134,6 +138,7 @@ class FedLoRA(KeptRun):
         *,
         aggregation: Aggregator[Any] | str = "replication",
         robust: Robust | str = "none",
+        server_optimizer: ServerOptimizer | str = "none",
         ranks: RankPolicy | str = "uniform",
         sampling: Sampler | str = "fraction",
         clock: Clock | None = None,
@@ -199,7 +204,10 @@ class FedLoRA(KeptRun):
             self.replies, participation, self.census, self.ranks, self.privacy, self.outside,
             clip_norm,
         )  # fmt: skip
-        self.conclusion = Conclusion(self.aggregation, self.privacy, self.outside, min_replies)
+        self.optimizer = doors.optimizer(server_optimizer)
+        self.conclusion = Conclusion(
+            self.aggregation, self.privacy, self.outside, min_replies, self.optimizer
+        )
         self.evaluation = ClientEvaluation(evaluate_fraction, self.replies)
         self._restarted: ArrayRecord | None = None  # where this round's pilot started anew
 
@@ -329,6 +337,10 @@ class FedLoRA(KeptRun):
         adapter = self.models.of(arrays).adapter
         self.aggregation.check(adapter)
         self.participation.check()
+        if refused := refuse_optimizer(
+            self.optimizer, self.aggregation, self.participation.sampler
+        ):
+            raise ValueError("; ".join(refused))
         self.privacy.check(
             self.aggregation, self.ranks, self.participation.sampler,
             evaluate_fraction=self.evaluation.share, server_clips=self.clip_norm > 0,
@@ -339,7 +351,8 @@ class FedLoRA(KeptRun):
     def parts(self) -> dict[str, Stateful]:
         """Return what has a state that must last."""
         lasting = {"ranks": self.ranks, "participation": self.participation, "roster": self.roster}
-        return {**lasting, **self.privacy.parts()}
+        own = {} if self.optimizer is None else {"optimizer": self.optimizer}
+        return {**lasting, **own, **self.privacy.parts()}
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         """Return the generator of one round and purpose: nothing to store, nothing shared."""
@@ -348,9 +361,15 @@ class FedLoRA(KeptRun):
     def _short_of_noise(self, *, may: bool = False) -> list[str]:
         """Return why noise for a mean would be too little, with the ranks of this round."""
         independent, differ = self.participation.independent, may or self.round.ranks_differ
-        return short_of_noise(
+        problems = short_of_noise(
             self.aggregation, self.wire_dtype, independent=independent, ranks_differ=differ
         )
+        if self.optimizer is not None:
+            problems.append(
+                f"server optimizer {self.optimizer.name!r} moves the model by more than the mean "
+                "of the updates; use none"
+            )
+        return problems
 
     def _present(self, grid: Grid, config: ConfigRecord, server_round: int) -> list[Client]:
         """Return who can take part; from round 2 on, nobody who joins late ends the run."""

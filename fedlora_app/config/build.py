@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fedlora_app.config.fields import each_of
-from fedlora_app.config.keys import ConfigError, RunConfig
+from fedlora_app.config.keys import ConfigError, RunConfig, Scalar
 from fedlora_app.config.round_keys import RanksConfig, SamplingConfig, ServerConfig
 from fedlora_app.tasks import Task, make_task
 from fedlora_app.timing import Timing
 from strategies.aggregation import AGGREGATIONS, ROBUST, Aggregator
 from strategies.lora import Adapter
 from strategies.naming import Registry
+from strategies.optimizers import OPTIMIZERS, ServerOptimizer
 from strategies.privacy import Privacy
 from strategies.ranks import RANK_POLICIES, CapacityRank, QualityRank, RankPolicy
 from strategies.sampling import SAMPLERS, Sampler
@@ -32,6 +33,7 @@ class Parts:
 
     config: RunConfig
     rule: Aggregator[Any]
+    optimizer: ServerOptimizer | None
     policy: RankPolicy
     sampler: Sampler
     clock: Timing
@@ -67,6 +69,7 @@ def make_parts(config: RunConfig) -> Parts:
     p = config.privacy
     for part, make in (
         ("rule", lambda: _rule(config)),
+        ("optimizer", lambda: _optimizer(config.server)),
         ("policy", lambda: _policy(config)),
         ("sampler", lambda: _by_policy("sampling", config, SAMPLING, SAMPLERS, Sampler)),
         ("clock", lambda: _said("clock.profile", lambda: Timing(config))),
@@ -93,14 +96,26 @@ def _rule(config: RunConfig) -> Aggregator[Any]:
 
 def _protect(rule: Aggregator[Any], server: ServerConfig) -> None:
     """Have a rule protected as ``server.robust`` says."""
-    key = "server.robust"
-    if server.robust == "none":
-        if server.robust_options:
+    found = _optional("server.robust", server.robust, server.robust_settings(), ROBUST)
+    if found is not None:
+        _said("server.robust", lambda: rule.protect(found))
+
+
+def _optimizer(server: ServerConfig) -> ServerOptimizer | None:
+    key = "server.optimizer"
+    return _optional(key, server.optimizer, server.optimizer_settings(), OPTIMIZERS)
+
+
+def _optional(
+    key: str, name: str, settings: dict[str, Scalar], registry: Registry[type[T]]
+) -> T | None:
+    """Return what a key names, made with the options beside it; None for "none"."""
+    if name == "none":
+        if settings:
             raise ConfigError([f"{key}-options are for {key}, which is 'none'; leave them out"])
-        return
-    make = _said(key, lambda: ROBUST.find(server.robust))
-    robust = _said(f"{key}-options", lambda: make(**server.robust_settings()))
-    _said(key, lambda: rule.protect(robust))
+        return None
+    make = _said(key, lambda: registry.find(name))
+    return _said(f"{key}-options", lambda: make(**settings))
 
 
 def _task(config: RunConfig) -> Task:

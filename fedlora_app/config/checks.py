@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from fedlora_app.config.build import Parts
 from fedlora_app.models.lora import variant_problem
 from fedlora_app.tasks import LOSS, primary
+from strategies.optimizers import refuse_optimizer
 from strategies.participation import Participation
 from strategies.privacy import refuse_private
 from strategies.ranks import AutoRank, ListRank
@@ -154,6 +155,11 @@ def _rule_and_sampler(parts: Parts) -> Iterator[str]:
         yield f"sampling.policy = {parts.config.sampling.policy!r}: {error}"
 
 
+def _server_optimizer(parts: Parts) -> Iterator[str]:
+    for reason in refuse_optimizer(parts.optimizer, parts.rule, parts.sampler):
+        yield f"server.optimizer: {reason}"
+
+
 def _clock(parts: Parts) -> Iterator[str]:
     clock = parts.config.clock
     if not clock.simulated and (clock.deadline or clock.change_round):
@@ -232,6 +238,7 @@ CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _budget,
     _coins,
     _rule_and_sampler,
+    _server_optimizer,
     _clock,
     _together,
     _quantization,

@@ -271,6 +271,22 @@ class ServerConfig:
         on_resume="fatal",
     )
 
+    optimizer: str = option(
+        "none",
+        "takes what a round has changed for a gradient: none, or",
+        named_in="strategies.optimizers:OPTIMIZERS",
+        on_resume="fatal",
+    )
+    optimizer_options: str = option(
+        "",
+        "its options, as in 'learning_rate=0.02, beta_1=0.9' (adam, yogi) or 'momentum=0.5'",
+        on_resume="fatal",
+    )
+
+    def optimizer_settings(self) -> dict[str, Scalar]:
+        """Return ``optimizer-options`` as keyword arguments."""
+        return dict(key_values(self.optimizer_options))
+
     def robust_settings(self) -> dict[str, Scalar]:
         """Return ``robust-options`` as keyword arguments."""
         return dict(key_values(self.robust_options))

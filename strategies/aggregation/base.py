@@ -262,6 +262,7 @@ class Aggregator(ABC, Generic[StateT]):
         unit = state.unit or 2.0 ** math.frexp(weight)[1]
         self.add_pairs(state, folded, weight / unit)
         state.unit = unit
+        state.note(folded)
         for key, tensor in folded.adapter.dense.items():
             add_into(state.dense, key, tensor, weight / unit)
             state.dense_mass[key] = state.dense_mass.get(key, 0.0) + weight / unit

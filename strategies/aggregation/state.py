@@ -22,7 +22,8 @@ class State:
     ``unit`` is a power of two near the first weight. Dividing weights by it costs no
     precision and keeps sums far from overflow, whatever unit the weights come in. ``total`` is
     the weight of the updates. ``population`` says whom they stand for; None: for themselves.
-    ``waiting`` are updates that are yet to be compared with each other, see ``Aggregator.protect``.
+    ``reach`` has, by module, which entries somebody holds, bool. ``waiting`` are updates that are
+    yet to be compared with each other, see ``Aggregator.protect``.
     """
 
     current: Adapter
@@ -33,6 +34,20 @@ class State:
     dense_mass: dict[str, float] = field(default_factory=dict)
     population: Population | None = None
     waiting: list[Update] = field(default_factory=list)
+    reach: dict[str, Tensor] = field(default_factory=dict)
+
+    def note(self, update: Update) -> None:
+        """Note which entries of the rank axis an update has."""
+        named = (update.sent.entries if update.sent else None) or {}
+        for module, pair in update.adapter.pairs.items():
+            known = self.reach.get(module)
+            rank = max(pair.rank, self.current.pairs[module].rank)
+            if known is None or len(known) < rank:
+                wider = torch.zeros(rank, dtype=torch.bool)
+                if known is not None:
+                    wider[: len(known)] = known
+                known = self.reach[module] = wider
+            known[named.get(module, slice(pair.rank))] = True
 
     def over(self, own: float | None = None) -> tuple[float, float]:
         """Return by what a sum is divided, and the part of the mean that the current adapter has.

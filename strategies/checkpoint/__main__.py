@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         scale = next(iter(noted), None) if options.scale is None else options.scale
         if scale is None:
             parser.error(f"{checkpoint.path} does not note the scale; pass --scale")
-        adapter = GlobalModel.from_tensors(checkpoint.arrays, float(scale)).combined()
+        adapter = GlobalModel.from_tensors(checkpoint.model, float(scale)).combined()
         base = options.base_model or checkpoint.fingerprint.get(BASE)
         export_peft(
             adapter,

@@ -39,6 +39,9 @@ FLOAT = "$float"
 ROUND = re.compile(r"round-(\d{6,})")
 _SUMS = re.compile(r"([0-9a-f]{64}  [A-Za-z0-9_][\w.-]*\n)+")
 
+#: How names of arrays begin that are not of the model: of one put aside, of the server optimiser.
+ASIDE, MOMENTS = "aside.", "moments."
+
 Scalar = str | int | float | bool | None
 
 
@@ -80,6 +83,16 @@ class Checkpoint:
     metric: str = ""
     score: float | None = None
     saved: str = ""
+
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """Return the arrays whose names begin so, by the rest of their names."""
+        found = self.arrays.items()
+        return {key.removeprefix(prefix): t for key, t in found if key.startswith(prefix)}
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """The arrays of the model alone."""
+        return {k: t for k, t in self.arrays.items() if not k.startswith((ASIDE, MOMENTS))}
 
 
 def folder_name(server_round: int) -> str:

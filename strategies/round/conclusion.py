@@ -8,11 +8,13 @@ from dataclasses import replace
 from logging import WARNING
 from typing import Any
 
+import torch
 from flwr.common import log
 
 from strategies.aggregation import Aggregator
 from strategies.listing import listed
 from strategies.model import GlobalModel
+from strategies.optimizers import ServerOptimizer
 from strategies.privacy import NoPrivacy, PrivateRun
 from strategies.privacy.outside import OutsideNoise
 from strategies.rounds import Round
@@ -29,6 +31,8 @@ class Conclusion:
     outside : OutsideNoise
     min_replies : int
         With fewer good ones the model stays as it was.
+    optimizer : ServerOptimizer, optional
+        Takes the change for a gradient.
     """
 
     def __init__(
@@ -37,11 +41,13 @@ class Conclusion:
         privacy: PrivateRun | NoPrivacy,
         outside: OutsideNoise,
         min_replies: int,
+        optimizer: ServerOptimizer | None = None,
     ) -> None:
         self.rule = rule
         self.privacy = privacy
         self.outside = outside
         self.min_replies = min_replies
+        self.optimizer = optimizer
 
     def next_model(
         self, state: Any, model: GlobalModel, book: Round, short: Sequence[str]
@@ -76,6 +82,14 @@ class Conclusion:
             answered = [assignment.client.index for assignment in book.answered()]
             adapter = self.privacy.finish(result.adapter, answered, self.rule.uploaded())
             book.privacy = self.privacy.spent()
+            moments = None
+            if self.optimizer is not None:
+                reach, keys = state.reach, set(state.dense_mass)
+                if self.privacy.tops_up:  # who took part must not be seen
+                    reach = {m: torch.ones(r, dtype=torch.bool) for m, r in adapter.ranks.items()}
+                    keys = set(adapter.dense)
+                factors = self.rule.uploaded()
+                adapter, moments = self.optimizer.step(model.adapter, adapter, reach, keys, factors)
             problems = adapter.non_finite()
         except (RuntimeError, ArithmeticError) as error:  # no decomposition, or an overflow
             problems = [str(error)]
@@ -84,4 +98,6 @@ class Conclusion:
             log(WARNING, "round %s: the aggregate is unusable (%s); the model stays as it was",
                 book.number, "; ".join(problems[:3]))  # fmt: skip
             return None
+        if self.optimizer is not None and moments is not None:
+            self.optimizer.moments = moments
         return replace(model.merging(result.base_delta), adapter=adapter)

@@ -74,6 +74,23 @@ def test_robustness_is_one_line():
             read_config(wrong)
 
 
+def test_a_server_optimiser_is_one_line(tmp_path):
+    options = "learning_rate=0.02, beta_1=0.8"
+    parts = read_config({"server.optimizer": "yogi", "server.optimizer-options": options})
+    folder = Mock(path=tmp_path, rounds=[])
+    strategy = make_strategy(parts, folder, SimpleNamespace(validation=None, all=None), None)
+    assert strategy.optimizer is parts.optimizer
+    assert (parts.optimizer.learning_rate, parts.optimizer.beta_1) == (0.02, 0.8)
+    for wrong, said in (
+        ({"server.optimizer": "adams"}, "server.optimizer: expected one of .* mean 'adam'"),
+        ({"server.optimizer": "adam", "server.optimizer-options": "tau=0"}, "options: tau"),
+        ({"server.optimizer-options": "tau=0.1"}, "which is 'none'"),
+        ({"server.optimizer": "adam", "aggregation": "florist"}, "server.optimizer: .* anew"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_config(wrong)
+
+
 def test_every_policy_with_keys_of_its_own_is_made_from_them():
     for policy in RANKS:
         assert read_config({"ranks.policy": policy, "aggregation": "rbla"}).policy.max_rank > 1

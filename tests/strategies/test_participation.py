@@ -216,7 +216,7 @@ SETTINGS = {
     "flora": {"aggregation": "flora"},
     "fedex": {"aggregation": "fedex"},
     "rolora": {"aggregation": "rolora"},
-    "median": {"robust": "median"},
+    "median": {"robust": "median", "server_optimizer": "adam"},
     "planned": PLANNED,
 }
 
