@@ -11,6 +11,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
+from strategies.clients import Client
+from strategies.profiling import METRICS
+from strategies.ranks import AutoRank, RankPolicy, StaircaseRank, UniformRank
+
 PICTURES = Path(__file__).parent / "pictures"
 
 INK, SOFT, LINE, GROUND = "#1f2933", "#5f6c7b", "#cbd2d9", "#f7f8fa"
@@ -48,6 +52,7 @@ RULES = [
     ("raflora", "by rank partition", "SVD", (8.2, LOW)),
 ]
 WIDTH, HEIGHT = 1.34, 0.74
+FEW = 3  # holders of an entry below this are drawn as a warning
 # left edge and width of the columns, lower edge and height of the rows
 COLUMNS = [(-0.05, 5.2), (5.25, 3.75)]
 ROWS = [(2.98, 2.04), (1.5, 1.34)]
@@ -114,6 +119,57 @@ def _legend(axes: Axes) -> None:
         axes.text(x + 0.34, 0.6, MEANINGS[mark], fontsize=8, color=SOFT, va="center")
 
 
+# Ten clients of studies/ranks.toml, images-dirichlet, seed 1: rows, and what AutoRank measures of them.
+CLIENTS = [
+    (106, 4.638, 1.296, 0.643), (364, 5.882, 1.001, 0.566), (368, 5.885, 1.256, 0.581),
+    (310, 5.716, 1.129, 0.537), (152, 5.004, 1.313, 0.691), (128, 4.836, 1.801, 0.796),
+    (459, 6.108, 1.992, 0.852), (389, 5.944, 1.713, 0.800), (142, 4.938, 1.375, 0.656),
+    (283, 5.619, 1.657, 0.761),
+]  # fmt: skip
+
+
+def ranks_picture(path: Path) -> None:
+    """Draw the ranks that policies give the same ten clients, and how many hold each entry."""
+    four = (*METRICS, "volume")
+    policies: dict[str, RankPolicy] = {
+        "uniform": UniformRank(8),
+        "staircase": StaircaseRank([2, 4, 6, 10, 18]),
+        "autorank, published": AutoRank(2, 32, budget=8),
+        "autorank, with volume": AutoRank(2, 32, budget=8, criteria=four),
+        "with volume, holders 0.3": AutoRank(2, 32, budget=8, criteria=four, holders=0.3),
+    }
+    clients = [Client(i, i, None, row[0]) for i, row in enumerate(CLIENTS)]
+    order = sorted(clients, key=lambda client: client.num_examples or 0)
+    figure, rows = plt.subplots(
+        2, len(policies), figsize=(12, 4.6), dpi=130, sharey="row", layout="constrained"
+    )
+    for column, (name, policy) in enumerate(policies.items()):
+        for client, row in zip(clients, CLIENTS, strict=True):
+            policy.learn(client, dict(zip(METRICS, row[1:], strict=True)), 0)
+        ranks = policy.choose(order, 1)
+        top, bottom = rows[0][column], rows[1][column]
+        top.bar(range(len(order)), ranks, color=MARKS["slice"][1])
+        top.set_title(name, fontsize=10, color=INK)
+        top.set_xticks(
+            range(len(order)), [str(c.num_examples) for c in order], rotation=90, fontsize=7
+        )
+        top.set_xlabel("client, by its rows", fontsize=8)
+        entries = range(1, max(ranks) + 1)
+        held = [sum(rank >= entry for rank in ranks) for entry in entries]
+        colours = [MARKS["merge" if n < FEW else "SVD"][1] for n in held]
+        bottom.bar(entries, held, color=colours, width=1.0)
+        bottom.axhline(FEW, color=SOFT, linewidth=0.8, linestyle=":")
+        bottom.set_xlim(0, 19)
+        bottom.set_xlabel("entry of the rank axis", fontsize=8)
+        for axes in (top, bottom):
+            axes.spines[["top", "right"]].set_visible(False)
+    rows[0][0].set_ylabel("rank")
+    rows[1][0].set_ylabel("clients that hold it")
+    figure.savefig(path, facecolor="white")
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
     rules_picture(PICTURES / "rules.png")
+    ranks_picture(PICTURES / "ranks-policies.png")

@@ -35,8 +35,10 @@ class FeedbackRank(RankPolicy):
     - ``loss``: its training loss, what is left for it to learn. A client that sees one class has
       none left after a few steps.
 
-    Scores are smoothed and bounded by ``MOST`` medians. Before rounds N + 1, 2N + 1, … the sum
-    of ranks is divided in proportion to them; whoever was not heard of counts as the mean.
+    A score is taken in units of the median of its round, for losses fall as the run goes, and who
+    was not asked for a while must not count by an old one. Then scores are smoothed and bounded by
+    ``MOST`` medians. Before rounds N + 1, 2N + 1, … the sum of ranks is divided in proportion to
+    them; whoever was not heard of counts as the mean.
     **Every entry is held by at least ``holders`` of the clients**, so that the last ones are not
     left to one or two (``strategies.ranks.holders``). Ranks settle where each is the same multiple
     of the client's score at that rank: an effective rank grows more slowly than the rank.
@@ -90,7 +92,8 @@ class FeedbackRank(RankPolicy):
         self.mean, self.measure, self.every = mean, measure, every
         self.holders, self.smoothing = holders, smoothing
         self.reads_loss = measure == "loss"
-        self._scores: dict[int, float] = {}  # by client index
+        self._fresh: dict[int, float] = {}  # of the round in progress, by client index
+        self._scores: dict[int, float] = {}
         self._used: dict[int, float] = {}  # those of the assignment in effect
         self._present: tuple[int, ...] = ()
         self._notes: list[str] = []
@@ -122,12 +125,20 @@ class FeedbackRank(RankPolicy):
             score = float(loss)
         if not (math.isfinite(score) and score >= 0):
             raise ValueError(f"its {self.measure} is {score!r}, so the client counts as before")
-        index = trained.client.index
-        before = self._scores.get(index, score)
-        self._scores[index] = before + self.smoothing * (score - before)
+        self._fresh[trained.client.index] = score
+
+    def _settle(self) -> None:
+        """Take the scores of a round that is over, in units of their median."""
+        fresh, self._fresh = self._fresh, {}
+        unit = float(np.median(list(fresh.values()))) if fresh else 0.0
+        for index, score in fresh.items():
+            relative = score / unit if unit > 0 else 1.0
+            before = self._scores.get(index, relative)
+            self._scores[index] = before + self.smoothing * (relative - before)
 
     def choose(self, clients: Sequence[Client], server_round: int) -> list[int]:
         """Return the ranks in effect, divided anew where that is due."""
+        self._settle()
         present = tuple(sorted(client.index for client in clients))
         due = (server_round - 1) % self.every == 0
         if due or present != self._present:
@@ -145,6 +156,7 @@ class FeedbackRank(RankPolicy):
 
     def forget(self, index: int) -> None:
         """Forget a score: whoever has the place counts as the mean."""
+        self._fresh.pop(index, None)
         self._scores.pop(index, None)
         self._used.pop(index, None)
 
@@ -155,6 +167,7 @@ class FeedbackRank(RankPolicy):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores, by client index."""
+        self._settle()
         return {
             "scores": {str(i): x for i, x in sorted(self._scores.items())},
             "used": {str(i): x for i, x in sorted(self._used.items())},

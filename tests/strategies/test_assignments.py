@@ -237,7 +237,7 @@ def test_rank_moves_to_where_it_is_used_at_the_same_bytes():
     assert ranks[0] < ranks[9] < ranks[8]
     assert ranks.count(max(ranks)) >= 3
     assert 78 <= sum(ranks) <= 80
-    assert policy.explain().clients[0] == {"energy": pytest.approx(1.0)}
+    assert policy.explain().clients[0] == {"energy": pytest.approx(0.2)}  # of a median of 5
     assert policy.judges
     again = FeedbackRank(8, 2, 32, holders=0.3)
     again.load_state_dict(json.loads(json.dumps(policy.state_dict())))
@@ -259,6 +259,16 @@ def test_ranks_stay_between_assignments():
     assert seen[3] == seen[4] == seen[5] != seen[0]
     assert not policy.judges
     assert policy.reads_loss
+
+
+def test_a_loss_of_long_ago_is_not_compared_with_one_of_now():
+    policy = FeedbackRank(8, 2, 32, measure="loss", smoothing=1.0)
+    here = clients([10] * 4)
+    nothing = adapter(torch.eye(1, 2), torch.zeros(2, 1))
+    for number, loss in enumerate((4.0, 2.0, 1.0), start=1):
+        for i in range(4 if number == 1 else 3):  # client 3 is not asked again
+            policy.observe(trained(i, nothing, nothing, loss=loss))
+        assert policy.choose(here, number + 1) == [8] * 4
 
 
 @pytest.mark.parametrize("lie", [1e30, math.inf, math.nan, -1.0, None])
