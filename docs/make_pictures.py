@@ -119,7 +119,7 @@ def _legend(axes: Axes) -> None:
         axes.text(x + 0.34, 0.6, MEANINGS[mark], fontsize=8, color=SOFT, va="center")
 
 
-# Ten clients of studies/ranks.toml, images-dirichlet, seed 1: rows, and what AutoRank measures of them.
+# Ten clients of studies/ranks.toml, images-dirichlet, seed 1: rows, and AutoRank's three numbers.
 CLIENTS = [
     (106, 4.638, 1.296, 0.643), (364, 5.882, 1.001, 0.566), (368, 5.885, 1.256, 0.581),
     (310, 5.716, 1.129, 0.537), (152, 5.004, 1.313, 0.691), (128, 4.836, 1.801, 0.796),
