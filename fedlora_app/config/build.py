@@ -248,7 +248,15 @@ def _autorank(config: RunConfig) -> dict[str, Any]:
 
 def _by_mean(config: RunConfig) -> dict[str, Any]:
     least, most = _span(config.ranks, "min", "max")
-    mean = config.ranks.budget or config.ranks.rank
+    key = "budget" if config.ranks.budget else "rank"
+    mean = getattr(config.ranks, key)
+    if not least <= mean <= most:
+        raise ConfigError(
+            [
+                f"ranks.{key}: a mean rank of {mean:g} is not between ranks.min ({least}) and "
+                f"ranks.max ({most})"
+            ]
+        )
     return {"mean": mean, "min_rank": least, "max_rank": most}
 
 
