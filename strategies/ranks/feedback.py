@@ -11,7 +11,6 @@ import torch
 
 from strategies.clients import Client
 from strategies.lora import Adapter
-from strategies.lora.lowrank import compact_svd
 from strategies.ranks.base import Explanation, RankPolicy, at_least_one
 from strategies.ranks.holders import caps_of, divided, number_of_holders, whole_budget
 from strategies.trained import Trained
@@ -27,11 +26,10 @@ class FeedbackRank(RankPolicy):
     Published nowhere; all of it is this project's decision [D]. After each good reply a client is
     scored by
 
-    - ``energy``: how many directions its update has, ``exp(−Σ_i e_i ln e_i)`` with ``e_i`` the
-      shares of the squared singular values of ``B'A' − BA`` (``effective_rank``). A client whose
-      update lies in a few directions loses nothing by a smaller rank; one whose last directions
-      carry as much as its first would use more. The server computes it, nothing more leaves a
-      client;
+    - ``energy``: how many directions its update has, ``(Σσ²)²/Σσ⁴`` with σ the singular values of
+      ``B'A' − BA`` (``effective_rank``). A client whose update lies in a few directions loses
+      nothing by a smaller rank; one whose last directions carry as much as its first would use
+      more. The server computes it, nothing more leaves a client;
     - ``loss``: its training loss, what is left for it to learn. A client that sees one class has
       none left after a few steps.
 
@@ -206,8 +204,10 @@ def bounded(scores: Sequence[float | None]) -> list[float]:
 def effective_rank(sent: Adapter, trained: Adapter) -> float:
     """Return how many directions an update has, from 1; 0 if it is zero.
 
-    ``exp(−Σ_i e_i ln e_i)`` with ``e_i = σ_i²/Σσ²`` of ``B'A' − BA`` (Roy and Vetterli, 2007, with
-    squares in place of values), mean over the modules weighed by ``Σσ²``.
+    ``(Σσ²)²/Σσ⁴`` with σ the singular values of ``D = B'A' − BA``: so many equal ones would have
+    the same two sums. Mean over the modules, weighed by ``Σσ²``. No decomposition is needed: with
+    ``D = X Y``, ``X = [B' − B, B]``, ``Y = [A'; A' − A]``, the sums are the traces of ``K`` and
+    ``K²``, ``K = XᵀX YYᵀ``.
 
     Parameters
     ----------
@@ -217,12 +217,12 @@ def effective_rank(sent: Adapter, trained: Adapter) -> float:
     total = energy = 0.0
     for module, new in trained.pairs.items():
         old = sent.pairs[module]
-        A = torch.cat([new.A.float(), old.A.float()])
-        B = torch.cat([new.B.float(), -old.B.float()], dim=1)
-        squares = compact_svd(A, B).S.double().square()
-        size = float(squares.sum())
-        if size > 0:
-            shares = squares / size
-            total += size * math.exp(-float((shares * shares.log()).sum()))
+        newA, newB = new.A.float(), new.B.float()
+        Y = torch.cat([newA, newA - old.A.float()])
+        X = torch.cat([newB - old.B.float(), old.B.float()], dim=1)
+        K = (X.T @ X).double() @ (Y @ Y.T).double()
+        size, squares = float(K.trace()), float((K * K.T).sum())
+        if size > 0 and squares > 0:
+            total += size * size**2 / squares
             energy += size
     return total / energy if energy else 0.0
