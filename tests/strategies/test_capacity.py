@@ -30,8 +30,8 @@ from strategies.clients import Client
 from strategies.profiling import METRICS
 from strategies.ranks import AutoRank, CapacityRank, ListRank, UniformRank
 from strategies.ranks.capacity import ECHO_BYTES
-from strategies.sampling import IndependentSampling
-from strategies.wallclock import rank_memory, saved_bytes
+from strategies.sampling import PlannedSampling
+from strategies.wallclock import SimulatedClock, rank_memory, saved_bytes
 from tests.fakes import FakeGrid, query_reply, random_adapter
 from tests.strategies.test_claims import to_record, training
 
@@ -221,8 +221,13 @@ def test_a_run_asks_once_times_the_link_and_says_why():
 def test_the_planner_sees_the_limits():
     policy = CapacityRank(within=UniformRank(8), cost=COST)
     answers = [answer(2.06e8), answer(2.1e8), answer(1e12)]
-    _, told = run(policy, answers, sampling=IndependentSampling(1.0))
-    assert [r["rank"] for r in told if r["kind"] == "client"] == [3, 5, 8] * 2
+    sampler = PlannedSampling(alpha=1.0, beta=3.0, sketch_cost=0.25)
+    clock = SimulatedClock("lab", base_flops=1e9, rank_flops=1e7, steps=5, seed=1)
+    _, told = run(policy, answers, sampling=sampler, clock=clock, aggregation="fslora")
+    (plan,) = [r for r in told if r["kind"] == "plan"]
+    assert plan["feasible"]
+    limits = {0: 3, 1: 5, 2: 8}
+    assert all(1 <= one["rank"] <= limits[one["client"]] for one in plan["clients"])
     policy = CapacityRank(within=ListRank([2, 8, 4]), cost=COST)
     _, told = run(policy, answers)
     assert [r["rank"] for r in told if r["kind"] == "client"] == [2, 5, 4] * 2
