@@ -197,7 +197,13 @@ def make_strategy(
             }
         )
     optimizer = parts.optimizer or "none"
-    return FedLoRA(sampling=parts.sampler, clock=clock, server_optimizer=optimizer, **settings)
+    return FedLoRA(
+        sampling=parts.sampler,
+        clock=clock,
+        server_optimizer=optimizer,
+        proximal_mu=config.train.proximal_mu,
+        **settings,
+    )
 
 
 def make_privacy(parts: Parts, path: Path, saver: Saver | None) -> PrivateRun | None:

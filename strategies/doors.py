@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from numbers import Integral, Real
@@ -42,13 +43,13 @@ FEDAVG = {
     "evaluate_metrics_aggregation_fn": "evaluate_metrics_aggr_fn, or that of LegacyFedLoRA",
     "accept_failures": "min_replies and min_answering",
     "inplace": "nothing: replies are folded in as they come",
-    "proximal_mu": "a term of the loss in your training loop",
 }
 
 
 #: What a number must be, by its argument: its kind, whether it is in range, and how that is said.
 _NUMBERS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "scale": (Real, lambda x: x > 0, "a number above 0"),
+    "proximal_mu": (Real, lambda x: 0 <= x < math.inf, "0 (none) or more"),
     "clip_norm": (Real, lambda x: x >= 0, "0 (none) or more"),
     "seed": (Integral, lambda x: x >= 0, "a whole number of 0 or more"),
     "query_timeout": (Real, lambda x: x >= 0, "seconds, 0 or more"),

@@ -22,7 +22,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -77,8 +77,8 @@ class FedLoRACallback(TrainerCallback):  # type: ignore[misc]
     """Let any ``Trainer`` do what a training message asks, and report it.
 
     It counts steps and seconds for the clock, profiles the received adapter where AutoRank
-    asks for that, and adds self-pruning's penalty to the gradients (the reported loss
-    leaves it out).
+    asks for that, and adds FedProx's term and self-pruning's penalty to the gradients (the
+    reported loss leaves them out).
 
     Parameters
     ----------
@@ -96,6 +96,7 @@ class FedLoRACallback(TrainerCallback):  # type: ignore[misc]
         self.state = state
         self._started = 0.0
         self._rows = 0
+        self._penalty: Callable[[], torch.Tensor] | None = None
         self._outcome: TrainOutcome | None = None
 
     def outcome(self) -> TrainOutcome:
@@ -115,6 +116,7 @@ class FedLoRACallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Profile, if asked to; start the watch."""
         self._outcome = None
+        self._penalty = message_penalty(found["model"], self.config)
         loader = found["train_dataloader"]
         self._rows = len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0
         if self.state is not None and profile_wanted(self.config):
@@ -137,17 +139,17 @@ class FedLoRACallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **found: Any
     ) -> None:
         """Start the gradients of a step with those of the penalty, so that both are clipped."""
-        penalty = message_penalty(found["model"], self.config)
-        if penalty is not None:
+        if self._penalty is not None:
             scaler = getattr(found["optimizer"], "scaler", None)  # float16 scales its gradients
             scale = scaler.get_scale() if scaler is not None else 1.0
-            (scale * penalty()).backward()  # type: ignore[no-untyped-call]
+            (scale * self._penalty()).backward()  # type: ignore[no-untyped-call]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **found: Any
     ) -> None:
         """Note steps, seconds and loss."""
         seconds = time.perf_counter() - self._started
+        self._penalty = None  # and with it a copy of what was trained
         losses = (log["train_loss"] for log in reversed(state.log_history) if "train_loss" in log)
         seen = state.global_step * args.train_batch_size * args.gradient_accumulation_steps
         self._outcome = TrainOutcome(

@@ -38,6 +38,7 @@ TRAIN_KEY = "lora-train"  # the factors to train: "AB", "A", "B" or "" (head onl
 MERGES_KEY = "lora-merges"  # that the rule will merge into the frozen weights
 QUALITY_KEY = "report-quality"  # whether the reply must have a metric "quality"
 SEND_KEY = "lora-send"  # the factors to send back
+PROXIMAL_KEY = "proximal-mu"  # FedProx's weight, as Flower's own strategy calls it
 COUNT_KEY = "report-num-examples"  # in a query: the answer is to have "num-examples"
 # Metrics of a reply that the clock reads: seconds of local training, and optimiser steps.
 TRAIN_SECONDS_KEY = "seconds"

@@ -110,6 +110,9 @@ class FedLoRA(KeptRun):
         Called with the server's scores after each evaluated round; true ends the run.
     saver : Saver, optional
         Saves the server's state as the run goes, and resumes a run (default: nothing is saved).
+    proximal_mu : float (default: 0.0)
+        FedProx's weight, sent to clients as ``proximal-mu``: ``train_loop`` and
+        ``train_with_trainer`` add ``μ/2 ‖w - w_0‖²``, with what was sent as ``w_0``; 0: not sent.
     clip_norm : float (default: 0.0)
         A larger change of a client, as the norm over all it sent, is scaled down to it; 0: none.
     privacy : PrivateRun, optional
@@ -164,6 +167,7 @@ class FedLoRA(KeptRun):
         scores: Sequence[Score] = (),
         stop_when: Callable[[Mapping[str, float]], bool] | None = None,
         saver: Saver | None = None,
+        proximal_mu: float = 0.0,
         clip_norm: float = 0.0,
         privacy: PrivateRun | None = None,
         noised_outside: bool | None = None,
@@ -199,7 +203,7 @@ class FedLoRA(KeptRun):
         self.models = Models(self.aggregation, scale, wire_dtype)
         self.rank_book = RankBook(self.ranks)
         self.replies = Replies(self.protocol, self.roster, participation.guard, weighted_by_key)
-        self.orders = Orders(self.protocol, self.ranks, self.privacy)
+        self.orders = Orders(self.protocol, self.ranks, self.privacy, proximal_mu)
         self.intake = Intake(
             self.replies, participation, self.census, self.ranks, self.privacy, self.outside,
             clip_norm,

@@ -1,8 +1,9 @@
 """A plain training loop for clients, and what it shares with the one of Hugging Face.
 
 Both follow what a training message says beyond rank and scale: the round and client it
-seeds from, and self-pruning's penalty. Both return a ``TrainOutcome``, whose ``metrics``
-are what the clock reads. ``strategies.huggingface`` is the other one. Only torch is needed.
+seeds from, FedProx's proximal term, and self-pruning's penalty. Both return a ``TrainOutcome``,
+whose ``metrics`` are what the clock reads. ``strategies.huggingface`` is the other one. Only torch
+is needed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ from strategies.losses import (
     sample_losses,
 )
 from strategies.memory import PhaseMemory
-from strategies.messages import CLIENT_KEY, ROUND_KEY, STEPS_KEY, TRAIN_SECONDS_KEY
+from strategies.messages import (
+    CLIENT_KEY,
+    PROXIMAL_KEY,
+    ROUND_KEY,
+    STEPS_KEY,
+    TRAIN_SECONDS_KEY,
+)
 from strategies.ranks.pruning import GAMMA_KEY, PENALTY_KEY
 from strategies.schedules import Schedule
 from strategies.surroundings import checkpointed, mode, seeded, torch_threads
@@ -114,8 +121,8 @@ def train_loop(
     batches : Iterable[Mapping[str, Tensor]]
         For example a ``DataLoader``. Tensors are moved to the model's device.
     config : Mapping[str, Any], optional
-        The received config: round and client vary the seed, and self-pruning's penalty is
-        added to the loss.
+        The received config: round and client vary the seed, and FedProx's term (``proximal-mu``)
+        and self-pruning's penalty are added to the loss that is trained, not to the one told.
     steps : int, optional
         Optimiser steps; ``batches`` starts over when it ends.
     epochs : float, optional
@@ -233,9 +240,33 @@ def training_seed(config: Mapping[str, Any], seed: int) -> int:
 
 
 def message_penalty(model: nn.Module, config: Mapping[str, Any]) -> Callable[[], Tensor] | None:
-    """Return what a message asks to add to the loss (self-pruning), or None."""
+    """Return what a message asks to add to the loss, or None.
+
+    That is self-pruning's tail and FedProx's ``μ/2 ‖w - w_0‖²`` (Li et al., MLSys 2020,
+    https://arxiv.org/abs/1812.06127, as published) over all that is trained. ``w_0`` are the
+    weights as they are now: call this before training, once.
+
+    Raises
+    ------
+    ValueError
+        If μ is not a number of at least 0.
+    """
     weight, gamma = float(config.get(PENALTY_KEY, 0.0)), float(config.get(GAMMA_KEY, 1.0))
-    return (lambda: weight * tail_penalty(model, gamma)) if weight else None
+    mu = float(config.get(PROXIMAL_KEY, 0.0))
+    if not 0 <= mu < math.inf:
+        raise ValueError(f"{PROXIMAL_KEY}: expected a number of at least 0, got {mu!r}")
+    terms: list[Callable[[], Tensor]] = []
+    if weight:
+        terms.append(lambda: weight * tail_penalty(model, gamma))
+    if mu:
+        start = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+        terms.append(lambda: mu / 2 * _sum((p - p0).float().square().sum() for p, p0 in start))
+    return (lambda: _sum(term() for term in terms)) if terms else None
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """Return the sum of numbers that are on one device, at least one."""
+    return torch.stack(list(terms)).sum()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -97,6 +97,11 @@ class TrainConfig:
         "learning rate within a client's round: constant, linear or cosine down to 0",
         choices=("constant", "linear", "cosine"),
     )
+    proximal_mu: float = option(
+        0.0,
+        "FedProx: weight of the pull back to what the client was sent; 0: none",
+        low=0,
+    )
     max_grad_norm: float = option(1.0, "gradient clipping; 0: none", low=0)
     precision: str = option(
         "auto",

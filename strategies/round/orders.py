@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message
 
 from strategies.clients import Client
-from strategies.messages import MODEL_ROUND_KEY, Protocol
+from strategies.messages import MODEL_ROUND_KEY, PROXIMAL_KEY, Protocol
 from strategies.packing import Packing, Parcel
 from strategies.privacy import NoPrivacy, PrivateRun
 from strategies.ranks import RankPolicy
@@ -24,14 +24,21 @@ class Orders:
     protocol : Protocol
     policy : RankPolicy
     privacy : PrivateRun or NoPrivacy
+    proximal_mu : float (default: 0.0)
+        FedProx's weight; 0: no word of it.
     """
 
     def __init__(
-        self, protocol: Protocol, policy: RankPolicy, privacy: PrivateRun | NoPrivacy
+        self,
+        protocol: Protocol,
+        policy: RankPolicy,
+        privacy: PrivateRun | NoPrivacy,
+        proximal_mu: float = 0.0,
     ) -> None:
         self.protocol = protocol
         self.policy = policy
         self.privacy = privacy
+        self.proximal_mu = proximal_mu
 
     def place(
         self,
@@ -65,6 +72,8 @@ class Orders:
             settings[MODEL_ROUND_KEY] = model_round
             settings.update(self.policy.train_settings(client, book.number))
             settings.update(self.privacy.settings())
+            if self.proximal_mu:
+                settings[PROXIMAL_KEY] = float(self.proximal_mu)
             orders.append((client, parcel, settings))
         return (
             Message(self.protocol.train(parcel.sent().record, settings), client.node_id, "train")

@@ -151,6 +151,29 @@ def test_the_penalty_of_a_message_is_part_of_the_step(train):
 
 
 @both
+def test_the_proximal_term_is_part_of_the_steps_and_not_of_the_loss(train):
+    mu, rows, plain = 0.7, texts(), causal()
+    start = [p.detach().clone() for p in plain.parameters() if p.requires_grad]
+
+    def near(model):
+        trained = (p for p in model.parameters() if p.requires_grad)
+        return mu / 2 * sum((p - p0).square().sum() for p, p0 in zip(trained, start, strict=True))
+
+    losses = []
+    for _ in range(3):  # in the first step there is nothing to pull back
+        expected, loss = plain_step(plain, rows, near)
+        plain.zero_grad()
+        losses.append(loss)
+    model = causal()
+    outcome = train(model, rows, {"proximal-mu": mu}, max_steps=3)
+    for key, value in values(model).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+    assert outcome.loss == pytest.approx(np.mean(losses), rel=1e-4)
+    with pytest.raises(ValueError, match="proximal-mu: expected a number of at least 0, got -1"):
+        train(model, rows, {"proximal-mu": -1}, max_steps=1)
+
+
+@both
 def test_bfloat16_trains_and_leaves_nothing_for_the_next_client(train):
     rows, fresh, model = texts(), causal(), causal()
     start = values(model)

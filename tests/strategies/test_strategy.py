@@ -233,6 +233,22 @@ def test_too_few_replies_leave_the_model(caplog):
     assert "4 good replies, fewer than min_replies = 5; the model stays as it was" in caplog.text
 
 
+def test_the_proximal_weight_is_sent_where_there_is_one():
+    for mu in (0.0, 0.25):
+        told = []
+
+        def answer(message, told=told):
+            if message.metadata.message_type == "train":
+                told.append(dict(message.content["config"]))
+            return honest(message)
+
+        run(make(proximal_mu=mu), FakeGrid(NODES[:2], answer), rounds=1)
+        assert len(told) == 2
+        assert [config.get("proximal-mu") for config in told] == [mu or None] * 2
+    with pytest.raises(ValueError, match=r"proximal_mu: expected 0 \(none\) or more, got -1"):
+        make(proximal_mu=-1)
+
+
 def test_a_reply_may_name_the_scale_it_was_told():
     def told(message):
         content = honest(message)
