@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from logging import INFO
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from strategies import FedLoRA
 from strategies.client import load_adapter
 from strategies.clients import Client
 from strategies.lora import Adapter
+from strategies.records import RoundWarning
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import
@@ -34,6 +36,10 @@ class Alone(FedLoRA):
         found = self.results[client] = self.test.evaluate(self.model, everything=True)
         shown = [f"{s.label} {s.text(found[s.name])}" for s in self.test.task.scores]
         log(INFO, "%s alone: %s", client.name, " ".join(shown))
+
+    def odd_ranks(self, clients: Sequence[Client], ranks: Mapping[int, int]) -> list[RoundWarning]:
+        """Return nothing: who trains alone shares no entry with anybody."""
+        return []
 
     def final(self) -> dict[str, float]:
         """Return the mean of every score over the clients, and its best and worst."""

@@ -31,7 +31,7 @@ from strategies.participation import Participation
 from strategies.privacy import NoPrivacy, PrivateRun
 from strategies.privacy.outside import OutsideNoise, short_in_this_round, short_of_noise
 from strategies.ranks import RankPolicy
-from strategies.records import Record
+from strategies.records import Record, RoundWarning
 from strategies.round.conclusion import Conclusion
 from strategies.round.evaluation import ClientEvaluation
 from strategies.round.intake import Accepted, Intake
@@ -249,8 +249,8 @@ class FedLoRA(KeptRun):
             self.tell(cast(Record, record))
         planned = sampler.planned_seconds
         book = self.round = Round(server_round, len(clients), planned_seconds=planned)
-        if self.aggregation.mean_of_holders and packing.model.adapter.pairs:
-            book.warnings = self.participation.watch.ranks(clients, ranks)
+        if packing.model.adapter.pairs:
+            book.warnings = self.odd_ranks(clients, ranks)
             self.participation.watch.say(book.warnings, server_round)
         self.tell({"kind": "round-start", "round": server_round, "clients": len(chosen)})
         model_round = self.progress.rounds + 1
@@ -318,6 +318,11 @@ class FedLoRA(KeptRun):
         if not self.led:
             self.following.over(self)
         return found
+
+    def odd_ranks(self, clients: Sequence[Client], ranks: Mapping[int, int]) -> list[RoundWarning]:
+        """Return what is odd about the ranks of a round, by node id."""
+        watch = self.participation.watch
+        return watch.ranks(clients, ranks) if self.aggregation.mean_of_holders else []
 
     def on_update(self, client: Client, adapter: Adapter) -> None:
         """Look at a good reply before it is dropped; for subclasses, does nothing here."""
