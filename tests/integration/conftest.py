@@ -17,6 +17,8 @@ SMALL = {
     "train.precision": "float32",  # the golden numbers are those of every machine
     "data.max-length": 16,
     "data.test-rows": 200,
+    "evaluate.every": 1,
+    "evaluate.clients": 1.0,
     "sampling.fraction": 1.0,
     "ranks.list": "4,8,16,32",
 }
