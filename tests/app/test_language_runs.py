@@ -49,7 +49,8 @@ def flat(folder, tmp_path):  # noqa: F811
         for i in range(90)
     ]  # fmt: skip
     more = {"output": str(tmp_path / "run"), "rounds": 1, "train.steps": 2, "ranks.list": "2,4",
-            "sampling.fraction": 1.0, "checkpoint-every": 0}  # fmt: skip
+            "sampling.fraction": 1.0, "checkpoint-every": 0,
+            "evaluate.clients": 1.0}  # fmt: skip
     return config(folder, written(tmp_path, rows), **more).to_flat()
 
 

@@ -25,7 +25,8 @@ def test_supernodes_tune_a_language_model_on_their_own_rows(folder, tmp_path):  
     told = config(
         folder, test, output=str(output), rounds=2,
         **{"train.steps": 4, "train.learning-rate": 0.02, "sampling.fraction": 1.0,
-           "ranks.policy": "reported", "ranks.max": 8, "weight-by": "trained-tokens",
+           "ranks.policy": "reported", "ranks.max": 8,
+           "weight-by": "trained-tokens", "evaluate.every": 1,
            "evaluate.generate": 2, "evaluate.generate-tokens": 4},
     )  # fmt: skip
     with SuperLink() as link:
