@@ -44,6 +44,7 @@ bench: $(READY)  ## what docs/benchmarks/ says; half an hour on two cores that d
 	$(BIN)/python -m benchmarks.many_clients --nodes 1000 --ray 1000 --rounds 5
 	$(BIN)/python -m benchmarks.training_step --repeat 7
 	$(BIN)/python -m benchmarks.simulation
+	$(BIN)/python -m benchmarks.language
 
 docs: $(VENV)/.docs  ## the pages and the API reference, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
