@@ -178,6 +178,7 @@ def _together(parts: Parts) -> Iterator[str]:
         ("data.packing", config.data.packing),
         ("train.accumulate", train.accumulate > 1),
         ("train.gradient-checkpointing", train.gradient_checkpointing),
+        ("train.proximal-mu", train.proximal_mu > 0),
         (f"train.optimizer = {train.optimizer!r}", train.optimizer != "adamw"),
         (f"lora.variant = {config.lora.variant!r}", config.lora.variant != "lora"),
         ("lora.dora", config.lora.dora),

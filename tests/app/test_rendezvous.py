@@ -116,6 +116,7 @@ def test_clients_that_meet_train_as_each_would_alone(tmp_path):
     [
         {"train.accumulate": 2},
         {"train.gradient-checkpointing": True},
+        {"train.proximal-mu": 0.1},
         {"task": "preference", "model.name": "packaged:smollm2-135m"},
         {"lora.variant": "rslora"},
     ],
