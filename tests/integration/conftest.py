@@ -20,6 +20,8 @@ SMALL = {
     "evaluate.every": 1,
     "evaluate.clients": 1.0,
     "sampling.fraction": 1.0,
+    "evaluate.every": 1,
+    "evaluate.clients": 1.0,
     "ranks.list": "4,8,16,32",
 }
 
@@ -41,6 +43,17 @@ def alive(process: psutil.Process) -> bool:
 def records(folder: Path, kind: str) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def own_scores(folder: Path, name: str) -> list[dict]:
+    """Return what a round's record is to say of the clients' own evaluations of one score."""
+    found = []
+    for book in records(folder, "round")[1:]:
+        own = [r for r in records(folder, "client-evaluation") if r["round"] == book["round"]]
+        total = sum(r["num-examples"] for r in own)
+        mean = sum(r[name] * r["num-examples"] for r in own) / total
+        found.append({"mean": mean, "low": min(r[name] for r in own), "clients": len(own)})
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from fedlora_app.tasks import TASKS as REGISTERED
 from tests.app.test_images import SIDE, save_model
 from tests.app.test_language import WORDS, save_llama
 from tests.fakes import FakeGrid
-from tests.integration.conftest import records
+from tests.integration.conftest import own_scores, records
 from tests.integration.test_options import BASE, NODES, Nodes
 
 TASKS = ("image-classification", "causal-lm", "preference")
@@ -64,6 +64,7 @@ def made_again(task: str, folder: Path) -> Path:
         "train.learning-rate": 0.02,
         "data.max-length": 16,
         "evaluate.every": 1,
+        "evaluate.clients": 1.0,
         "model.name": "model",
         "output": "run",
     }
@@ -99,6 +100,11 @@ def test_the_recorded_run_comes_out_again(task, tmp_path, monkeypatch):
             assert {key: one[key] for key in scores} == pytest.approx(scores, rel=0.005, abs=0.01)
             assert one.get("rank") == other.get("rank")
             assert one["bytes_up"] == other["bytes_up"]
+    for score in REGISTERED[task].scores:
+        for book, own in zip(
+            records(again, "round")[1:], own_scores(again, score.name), strict=True
+        ):
+            assert book[f"clients_{score.name}"] == pytest.approx(own["mean"])
     first = f"server_{REGISTERED[task].scores[0].name}"
     moved = [r[first] for r in records(before, "round")]
     assert max(moved) - min(moved) > 0.1  # else drift would hide within what is allowed

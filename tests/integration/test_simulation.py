@@ -14,7 +14,7 @@ from fedlora_app.config.keys import RunConfig
 from fedlora_app.evaluation import evaluate
 from fedlora_app.launch.superlink import SuperLink
 from fedlora_app.tasks import make_task
-from tests.integration.conftest import ROOT, SMALL, records
+from tests.integration.conftest import ROOT, SMALL, own_scores, records
 
 
 def test_outputs_are_all_there(simulated):
@@ -51,6 +51,18 @@ def test_a_client_of_rank_r_trains_and_sends_rank_r(simulated):
         own = [r for r in done if r["round"] == book["round"]]
         assert book["bytes_up"] == sum(r["bytes_up"] for r in own)
         assert book["clients_accuracy_worst"] <= book["clients_accuracy"]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "macro_f1"])
+def test_a_round_keeps_every_score_of_the_clients_own_evaluation(simulated, name):
+    books, expected = records(simulated, "round")[1:], own_scores(simulated, name)
+    assert [own["clients"] for own in expected] == [4, 4]
+    for book, own in zip(books, expected, strict=True):
+        assert book[f"clients_{name}"] == pytest.approx(own["mean"])
+        assert book[f"clients_{name}_worst"] == pytest.approx(own["low"])
+        assert 0 <= own["low"] < book[f"clients_{name}"] <= 1
+        assert book[f"clients_{name}_spread"] > 0
+    assert books[-1]["clients_macro_f1"] != books[-1]["clients_accuracy"]
 
 
 def test_the_adapter_loads_in_peft_to_the_same_predictions(simulated):
