@@ -16,18 +16,20 @@ from pathlib import Path
 
 from fedlora_app.config.keys import DataConfig, RunConfig
 from fedlora_app.data.partition import shares
+from fedlora_app.launch.inspection import clients_of
 from fedlora_app.tasks import make_task
 
 
-def share_out(config: DataConfig, nodes: int, output: Path, seed: int = 42) -> list[Path]:
+def share_out(config: DataConfig, nodes: int | None, output: Path, seed: int = 42) -> list[Path]:
     """Write the training rows of a data set as one csv file per node.
 
     Parameters
     ----------
     config : DataConfig
         Which data set, and how the nodes differ.
-    nodes : int
-        Number of files.
+    nodes : int, optional
+        Number of files (default: as many as a simulation has clients; with a natural partition,
+        as many as its column names).
     output : Path
         Folder of the files, made if it is not there.
     seed : int (default: 42)
@@ -45,6 +47,7 @@ def share_out(config: DataConfig, nodes: int, output: Path, seed: int = 42) -> l
     """
     task = make_task(RunConfig(data=config, seed=seed))
     rows = task.train_rows()
+    nodes = clients_of(task) if nodes is None else nodes
     parts, names = shares(task, rows, nodes), task.strata_names(rows.about)
     paired = isinstance(rows.items[0], tuple)
     output.mkdir(parents=True, exist_ok=True)
@@ -63,15 +66,25 @@ def share_out(config: DataConfig, nodes: int, output: Path, seed: int = 42) -> l
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit code."""
     parser = argparse.ArgumentParser(description="Share a data set out among SuperNodes.")
-    parser.add_argument("--nodes", type=int, required=True, help="number of files")
+    parser.add_argument(
+        "--nodes", type=int, help="number of files (default: 10; natural: as named)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the files")
     parser.add_argument("--data", default=DataConfig().name, help="as data.name (%(default)s)")
     parser.add_argument(
         "--partition", default="iid", help="as data.partition (default: %(default)s)"
     )
+    parser.add_argument(
+        "--partition-column", default="", help="whose a row is, for --partition natural"
+    )
     parser.add_argument("--seed", type=int, default=42, help="same seed, same files (%(default)s)")
     args = parser.parse_args(argv)
-    config = replace(DataConfig(), name=args.data, partition=args.partition)
+    config = replace(
+        DataConfig(),
+        name=args.data,
+        partition=args.partition,
+        partition_column=args.partition_column or DataConfig().partition_column,
+    )
     try:
         files = share_out(config, args.nodes, args.output, args.seed)
     except (OSError, ValueError) as error:

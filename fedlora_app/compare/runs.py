@@ -8,7 +8,7 @@ for it, or ``--jobs``, runs go side by side.
 A study file holds ``clients``, ``seeds``, ``target`` (of the task's first score), ``baseline``
 (the arm that others are compared with; default: the first), and run-config keys: ``[config]`` for
 all runs, ``[settings.NAME]`` for each setting, ``[arms.NAME]`` for each arm. ``clients`` may stand
-in a setting instead.
+in a setting instead; in one of a natural partition its column says how many there are.
 """
 
 from __future__ import annotations

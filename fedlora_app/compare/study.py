@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from fedlora_app.config.keys import ConfigError, Scalar
 from fedlora_app.config.read import read_config
 from fedlora_app.flower import flatten_dict
+from fedlora_app.launch.inspection import clients_of
 from fedlora_app.report.plots import megabytes, points
 from fedlora_app.report.records import numbers, of_kind, plan_periods, read_json, read_records
 from fedlora_app.report.scores import first_of, scores_of
@@ -52,7 +53,7 @@ class Study:
             If a key is missing, there is no such arm, or a run could not start.
         """
         toml = tomllib.loads(file.read_text(encoding="utf-8"))
-        missing = [k for k in ("clients", "seeds", "target", "settings", "arms") if k not in toml]
+        missing = [k for k in ("seeds", "target", "settings", "arms") if k not in toml]
         if missing:
             raise ConfigError([f"{file}: expected the keys {', '.join(missing)}"])
         settings, arms = toml["settings"], toml["arms"]
@@ -63,7 +64,7 @@ class Study:
             )
         study = cls(
             file.stem,
-            {name: keys.pop("clients", toml["clients"]) for name, keys in settings.items()},
+            {name: keys.pop("clients", 0) for name, keys in settings.items()},
             toml["seeds"],
             {name: keys.pop("target", toml["target"]) for name, keys in settings.items()},
             flatten_dict(toml.get("config", {})),
@@ -71,9 +72,19 @@ class Study:
             {name: flatten_dict(keys) for name, keys in arms.items()},
             against,
         )
+        found: dict[str, int] = {}
         for run in study.runs(Path()):
-            read_config(run.config)
-        return study
+            parts = read_config(run.config)
+            if run.setting not in found:
+                natural = parts.config.data.partition == "natural"
+                found[run.setting] = run.clients or (
+                    clients_of(parts.task) if natural else toml.get("clients", 0)
+                )
+        if lacking := [name for name, clients in found.items() if not clients]:
+            raise ConfigError(
+                [f"{file}: expected the key clients, at the top or in settings {lacking[0]!r}"]
+            )
+        return replace(study, clients=found)
 
     def runs(self, folder: Path) -> Iterator[Run]:
         """Yield every run; seeds outermost, so that an unfinished study is a fair one."""

@@ -183,6 +183,21 @@ def test_a_setting_may_have_its_own_clients_and_target(tmp_path):
     assert jobs_for(study, 60) == 2
 
 
+def test_a_column_says_how_many_clients_a_setting_has(tmp_path):
+    rows = [f"word {i},{'ab'[i % 2]},ward {i % 5}" for i in range(60)]
+    (tmp_path / "d.csv").write_text("\n".join(["text,label,ward", *rows]))
+    natural = (
+        f"data.name = '{tmp_path / 'd.csv'}'\ndata.partition = 'natural'\n"
+        "data.partition-column = 'ward'\n"
+    )
+    file = tmp_path / "wards.toml"
+    file.write_text(STUDY.replace("[settings.rural]", f"[settings.rural]\n{natural}"))
+    assert Study.read(file).clients == {"lab": 3, "rural": 5}
+    file.write_text(STUDY.replace("clients = 3", ""))
+    with pytest.raises(ConfigError, match=r"wards.toml: expected the key clients, .*'lab'"):
+        Study.read(file)
+
+
 def test_what_is_to_do_is_listed_and_nothing_starts(study, tmp_path, capsys):
     write(one(study, tmp_path, "lab", "planned"), [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
     write(one(study, tmp_path, "lab", "uniform"), [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])

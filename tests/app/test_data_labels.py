@@ -400,3 +400,15 @@ def test_pairs_are_shared_out_among_sites_as_pairs(tmp_path):
     rows = task.train_rows()
     kept = [texts for file in files for texts in task.own_rows(str(file), rows.about).items]
     assert sorted(kept) == sorted(rows.items)
+
+
+def test_a_column_says_among_how_many_sites_rows_are_shared_out(tmp_path):
+    rows = [f"word {i},{'ab'[i % 2]},ward {i % 4}" for i in range(40)]
+    (tmp_path / "d.csv").write_text("\n".join(["text,label,ward", *rows]))
+    config = DataConfig(
+        name=str(tmp_path / "d.csv"), partition="natural", partition_column="ward", min_samples=2
+    )
+    files = share_out(config, None, tmp_path / "sites")
+    assert len(files) == 4
+    first = [line.split(",")[0] for line in files[0].read_text().splitlines()[1:]]
+    assert {int(text.split()[1]) % 4 for text in first} == {0}

@@ -20,8 +20,6 @@ SMALL = {
     "evaluate.every": 1,
     "evaluate.clients": 1.0,
     "sampling.fraction": 1.0,
-    "evaluate.every": 1,
-    "evaluate.clients": 1.0,
     "ranks.list": "4,8,16,32",
 }
 
