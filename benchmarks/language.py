@@ -29,7 +29,7 @@ from benchmarks.training_step import HEAD, ratios
 from fedlora_app import training
 from fedlora_app.config.keys import RunConfig, TrainConfig
 from fedlora_app.models.lora import add_lora
-from fedlora_app.tasks import make_task
+from fedlora_app.tasks import Task, make_task
 from fedlora_app.tasks.base import Inputs
 from fedlora_app.tasks.sequences import Sequences
 from strategies.losses import autocast_type, on_device
@@ -56,9 +56,9 @@ def config(args: argparse.Namespace, **more: Any) -> RunConfig:
     return RunConfig.from_flat({**flat, **more})
 
 
-def made(args: argparse.Namespace, told: RunConfig) -> tuple[nn.Module, Sequences]:
+def made(args: argparse.Namespace, task: Task) -> tuple[nn.Module, Sequences]:
     """Return a model with LoRA, and the rows of all steps."""
-    task, count = make_task(told), args.steps * args.rows
+    told, count = task.config, args.steps * args.rows
     base = task.model({}, seed=0, precision=told.train.precision)
     if args.shape:
         rows = random_rows(count, args.length, SHAPES[args.shape]["vocab_size"])
@@ -138,7 +138,7 @@ def by_trl(
 def steps(args: argparse.Namespace) -> None:
     """Compare a training of ours with a bare loop and with TRL's trainer."""
     task = make_task(config(args))
-    model, rows = made(args, task.config)
+    model, rows = made(args, task)
     settings, inputs = keys(args), task.for_training(rows)
     order = training.batches(settings, inputs, len(rows), np.random.default_rng(1))
     batches = [rows.batch(chosen) for chosen in order]
@@ -157,7 +157,7 @@ def packing(args: argparse.Namespace) -> None:
     found: dict[str, Inputs] = {}
     for name, packed in (("padded", False), ("packed", True)):
         task = make_task(config(args, **{"data.packing": packed}))
-        model, rows = made(args, task.config) if not found else (model, rows)  # noqa: F821
+        model, rows = made(args, task)
         found[name] = task.for_training(rows)
     tokens, settings = int(rows.sizes.sum()), keys(args)
     by_length = TrainConfig(**{**vars(settings), "group_by_length": True})
@@ -178,10 +178,11 @@ def memory(args: argparse.Namespace, kind: str) -> dict[str, float]:
     told = config(args, **{"model.quantization": kind, "train.precision": precision})
     watch = PhaseMemory(training.default_device())
     with watch.phase("load"):
-        model, rows = made(args, told)
+        task = make_task(told)
+        model, rows = made(args, task)
     settings = TrainConfig(**{**vars(keys(args)), "precision": precision})
-    first = training.train(model, rows, settings, seed=1)
-    done = training.train(model, rows, settings, seed=1)
+    first = training.train(model, task.for_training(rows), settings, seed=1)
+    done = training.train(model, task.for_training(rows), settings, seed=1)
     return {"start": first.loss, "loss": done.loss, "seconds": done.seconds,
             **watch.peaks, **done.memory}  # fmt: skip
 

@@ -27,6 +27,7 @@ from fedlora_app.data.conversations import (
 from fedlora_app.data.kept import fingerprint
 from fedlora_app.data.tables import Table
 from fedlora_app.discretion import LOG, DataError
+from fedlora_app.tasks.answers import AnswersAlone, takes_few_logits
 from fedlora_app.tasks.base import (
     About,
     Inputs,
@@ -63,6 +64,7 @@ class CausalLM(Task):
     peft_type = "CAUSAL_LM"
     units: ClassVar[tuple[str, ...]] = ("rows", "trained-tokens")
     quantizable = True
+    _few_logits = False
     scores: tuple[Score, ...] = (
         Score("perplexity", "perplexity", higher_is_better=False, top=None, digits=2),
     )
@@ -276,6 +278,7 @@ class CausalLM(Task):
             self.config.model, precision=precision, shapes_only=shapes_only
         )
         model.config.use_cache = False  # type: ignore[union-attr]  # nothing is written here
+        self._few_logits = takes_few_logits(model)
         return model
 
     def problems(self, model: nn.Module, rows: Rows) -> list[str]:
@@ -309,10 +312,14 @@ class CausalLM(Task):
         return found + generation_problems(self.config.evaluate, self.tokenizer, model, first)
 
     def for_training(self, inputs: Inputs) -> Inputs:
-        """Return rows that share sequences, where ``data.packing`` says so."""
-        if not self.config.data.packing or not isinstance(inputs, Sequences):
+        """Return rows that share sequences, where ``data.packing`` says so.
+
+        Logits are computed of what is trained alone, once ``model`` has seen that it takes that.
+        """
+        if not isinstance(inputs, Sequences):
             return inputs
-        return Packed(inputs, self._most)
+        rows: Inputs = Packed(inputs, self._most) if self.config.data.packing else inputs
+        return AnswersAlone(rows) if self._few_logits else rows
 
     def size(self, inputs: Inputs) -> int:
         """Return the number of rows, or of the tokens in them that are trained."""

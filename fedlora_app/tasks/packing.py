@@ -7,7 +7,8 @@ positions that start anew say where a row begins, and attention keeps to it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,15 +109,11 @@ def packing_problem(model: nn.Module) -> str:
     """
     import torch
 
-    from fedlora_app.models.loading import untouched_rng
-
     kind: Any = type(model)
     if getattr(kind, "_is_stateful", False):
         return f"{kind.__name__} carries a state from one row of a sequence into the next"
     try:
-        with untouched_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            small = kind(_small(model.config)).eval()
+        with small_twin(model) as small:
             first, second = torch.randint(4, 60, (2, 1, 9))
             places = torch.arange(9).unsqueeze(0)
             alone = small(input_ids=second, position_ids=places).logits
@@ -128,6 +125,22 @@ def packing_problem(model: nn.Module) -> str:
     if torch.allclose(alone, behind, rtol=0, atol=1e-4 * float(alone.abs().max())):
         return ""
     return f"in {kind.__name__} packed rows would see each other"
+
+
+@contextmanager
+def small_twin(model: nn.Module) -> Iterator[Any]:
+    """Give a model of the same kind with few layers and tokens, to try something without gradients.
+
+    Random numbers inside the block are the same each time, and the caller's stay as they are.
+    """
+    import torch
+
+    from fedlora_app.models.loading import untouched_rng
+
+    kind: Any = type(model)
+    with untouched_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        yield kind(_small(model.config)).eval()
 
 
 def _small(settings: Any) -> Any:

@@ -1,0 +1,73 @@
+"""Logits of what is trained alone: the same loss and gradients, and fewer numbers."""
+
+import pytest
+import torch
+import transformers
+
+from fedlora_app.config.keys import LoraConfig, TrainConfig
+from fedlora_app.models.lora import add_lora
+from fedlora_app.tasks import make_task
+from fedlora_app.tasks.answers import AnswersAlone, takes_few_logits
+from fedlora_app.tasks.packing import Packed
+from fedlora_app.training import train
+from tests.app.test_language import config, folder, written  # noqa: F401
+from tests.app.test_packing import gpt2, llama, sequences, sliding
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, sliding])
+@pytest.mark.parametrize("packed", [False, True])
+def test_loss_and_gradients_are_those_of_all_logits(make, packed):
+    model = add_lora(make(), LoraConfig(), rank=2, seed=0).double()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    rows, found = sequences(), []
+    inputs = Packed(rows, 40) if packed else rows
+    for these in (inputs, AnswersAlone(inputs)):
+        batch = these.take(range(12)).batch([1, 2, 3, 5, 8])
+        out = model(**batch)
+        out.loss.backward()
+        found.append((out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad(set_to_none=True)
+    (whole, gradients), (part, others) = found
+    assert part.logits.shape[1] < whole.logits.shape[1]
+    assert float(part.loss) == pytest.approx(float(whole.loss), rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_a_step_is_the_same_step():
+    rows, found = sequences(), []
+    for inputs in (rows, AnswersAlone(rows)):
+        model = add_lora(llama(), LoraConfig(), rank=2, seed=0)
+        keys = TrainConfig(steps=3, batch_size=6, precision="float32", accumulate=2,
+                           gradient_checkpointing=True)  # fmt: skip
+        found.append(train(model, inputs, keys, seed=0))
+    assert found[1].loss == pytest.approx(found[0].loss, rel=1e-5)
+    assert found[1].num_examples == found[0].num_examples == len(rows)
+    empty = AnswersAlone(rows).batch([3])  # nothing in it is trained
+    assert "logits_to_keep" not in empty
+
+
+def test_a_task_asks_once_it_has_seen_the_model(folder, tmp_path):  # noqa: F811
+    path = written(tmp_path, [{"prompt": "what is", "completion": "six"}] * 12)
+    task = make_task(config(folder, path))
+    inputs = task.encode(task.train_rows())
+    assert "logits_to_keep" not in task.for_training(inputs).batch([0])
+    task.model({}, seed=0, shapes_only=True)
+    assert "logits_to_keep" in task.for_training(inputs).batch([0])
+    assert "logits_to_keep" not in inputs.batch([0])  # evaluation looks at all
+
+
+class Deaf(transformers.LlamaForCausalLM):
+    """Takes which logits to keep, and shifts all labels by itself."""
+
+    def forward(self, input_ids=None, labels=None, logits_to_keep=0, shift_labels=None):
+        return super().forward(input_ids, labels=labels, logits_to_keep=logits_to_keep)
+
+
+def test_a_model_is_asked_for_it_only_where_it_holds():
+    with torch.device("meta"):
+        assert takes_few_logits(llama())
+        assert not takes_few_logits(Deaf(llama().config))
+        assert not takes_few_logits(transformers.BertModel(transformers.BertConfig()))
