@@ -138,7 +138,7 @@ def small_twin(model: nn.Module) -> Iterator[Any]:
     from fedlora_app.models.loading import untouched_rng
 
     kind: Any = type(model)
-    with untouched_rng(), torch.no_grad():
+    with untouched_rng(), torch.no_grad(), torch.device("cpu"):
         torch.manual_seed(0)
         yield kind(_small(model.config)).eval()
 
