@@ -17,6 +17,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from benchmarks.kin import kin, turning
 from benchmarks.measure import (
     PeakMemory,
     machine,
@@ -26,26 +27,13 @@ from benchmarks.measure import (
     size,
     table,
 )
+from benchmarks.updates import RANKS, SCALE, adapter
 from strategies.aggregation import Update, make_aggregator
-from strategies.lora import Adapter, LoraPair
+from strategies.lora import Adapter
 from strategies.lora.lowrank import compact_svd
 from strategies.messages import from_record, to_record
 
-RANKS = (4, 4, 8, 8, 16, 16, 32, 32, 64, 64)
-SCALE = 2.0
 Section = Callable[[bool], tuple[str, dict[str, dict[str, float]]]]
-
-
-def adapter(rank: int, d: int, modules: int, rng: torch.Generator) -> Adapter:
-    pairs = {
-        f"layer.{i}": LoraPair(
-            torch.randn(rank, d, generator=rng) / d**0.5,
-            torch.randn(d, rank, generator=rng) / d**0.5,
-            SCALE,
-        )
-        for i in range(modules)
-    }
-    return Adapter(pairs)
 
 
 def stacks(adapters: list[Adapter], module: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,7 +299,9 @@ def many_clients(quick: bool) -> tuple[str, dict[str, dict[str, float]]]:
 
 SECTIONS: dict[str, tuple[str, Section]] = {
     "large": ("A 7B model", large_model),  # first, while the heap is still small
+    "turning": ("Turning factors, for a 7B model", turning),
     "clients": ("Many clients", many_clients),
+    "kin": ("Rules beside their nearest kin", kin),
     "averaging": ("Averaging beside Flower's FedAvg", averaging),
     "methods": ("How the SVD is taken", methods),
     "layer": ("Averaging products: one layer", one_layer),
@@ -361,7 +351,7 @@ def main() -> None:
         return
     options.output.mkdir(parents=True, exist_ok=True)
     draw(chart, options.output / "aggregation.png")
-    order = ("layer", "methods", "averaging", "large", "clients")
+    order = ("layer", "methods", "averaging", "kin", "large", "turning", "clients")
     body = "\n".join(parts[name] for name in order)
     (options.output / "aggregation.md").write_text(
         "# Speed and memory of aggregation\n\n"

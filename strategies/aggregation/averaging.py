@@ -7,6 +7,7 @@ divided. All of them stream: one running sum, whatever the number of clients.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -25,6 +26,7 @@ from strategies.aggregation.population import entry_mass
 from strategies.aggregation.state import State
 from strategies.lora import Adapter, AdapterError, LoraPair
 from strategies.lora.algebra import resize
+from strategies.lora.lowrank import in_parallel
 
 
 class FactorSum:
@@ -115,14 +117,16 @@ class FactorAverage(Aggregator[FactorState]):
 
     def finish_pairs(self, state: FactorState) -> AggregationResult:
         """Divide the sums."""
-        pairs = {}
-        for module, old in state.current.pairs.items():
-            if module in state.sums:
-                A, B = self.divide(state, module)
-                pairs[module] = replace(old, A=A, B=B)
-            else:
-                pairs[module] = old  # nobody trained it this round
+        pairs = dict(state.current.pairs)  # what nobody trained this round stays
+        for module, (A, B) in self.divided(state, list(state.sums)):
+            pairs[module] = replace(pairs[module], A=A, B=B)
         return AggregationResult(Adapter(pairs))
+
+    def divided(
+        self, state: FactorState, modules: Sequence[str]
+    ) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
+        """Return the new factors of modules, one after the other."""
+        return ((module, self.divide(state, module)) for module in modules)
 
     def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
         """Return the new factors of one module: the sums over the weight of all clients."""
@@ -165,12 +169,14 @@ class Aligning(FactorAverage):
             return update
         sent = update.sent.adapter if update.sent else state.current
         by: Literal["A", "B"] = "B" if self.server_round % 2 else "A"
-        pairs = {
-            module: turned(
-                pair, sent.pairs[module].with_rank(pair.rank), by=by, strength=self.align
-            )
-            for module, pair in update.adapter.pairs.items()
-        }
+
+        def turn(module: str) -> LoraPair:
+            pair = update.adapter.pairs[module]
+            towards = sent.pairs[module].with_rank(pair.rank)
+            return turned(pair, towards, by=by, strength=self.align)
+
+        modules = list(update.adapter.pairs)
+        pairs = dict(zip(modules, in_parallel(turn, modules), strict=True))
         return replace(update, adapter=Adapter(pairs, update.adapter.dense))
 
 

@@ -7,6 +7,7 @@ of what the clients changed in theirs, and entries that few clients hold do not 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from strategies.aggregation.base import Update, register
 from strategies.aggregation.product import shaped_like
 from strategies.lora import Adapter
 from strategies.lora.algebra import resize
-from strategies.lora.lowrank import ProductSum, complete
+from strategies.lora.lowrank import ProductSum, complete, in_parallel
 
 
 def refuse_zero_factors(rule: str, adapter: Adapter) -> None:
@@ -91,6 +92,13 @@ class FedSVD(FFA):
 
     name = "fedsvd"
     unbiased = symmetric = True
+
+    def divided(
+        self, state: FactorState, modules: Sequence[str]
+    ) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
+        """Return the new factors of modules, decomposed on as many cores as there are."""
+        found = in_parallel(lambda module: self.divide(state, module), modules)
+        return zip(modules, found, strict=True)
 
     def divide(self, state: FactorState, module: str) -> tuple[Tensor, Tensor]:
         """Return ``Vᵀ`` and ``U Σ`` of the mean B times the current A."""

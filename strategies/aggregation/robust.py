@@ -21,6 +21,7 @@ from torch import Tensor
 
 from strategies.aggregation.update import Update
 from strategies.lora import Adapter, LoraPair
+from strategies.lora.lowrank import in_parallel
 from strategies.naming import Registry
 
 #: Numbers of each client that are sorted at a time: what stays in a core's cache.
@@ -83,7 +84,8 @@ class Centre(Robust):
         """Return the same updates with the centre of their entries; nobody is left out."""
         pairs: list[dict[str, LoraPair]] = [{} for _ in updates]
         dense: list[dict[str, Tensor]] = [{} for _ in updates]
-        for module in current.pairs:
+
+        def put(module: str) -> None:
             have = [k for k, u in enumerate(updates) if module in u.adapter.pairs]
             each = [updates[k].adapter.pairs[module] for k in have]
             at = [_entries(updates[k], module, p.rank) for k, p in zip(have, each, strict=True)]
@@ -91,12 +93,18 @@ class Centre(Robust):
             B = self._over_holders([p.B for p in each], at, 1)
             for i, k in enumerate(have):
                 own = _taken(A, at[i], 0), _taken(B, at[i], 1)
-                pairs[k][module] = replace(each[i], A=own[0], B=own[1])
+                found[module][k] = replace(each[i], A=own[0], B=own[1])
+
+        found: dict[str, dict[int, LoraPair]] = {module: {} for module in current.pairs}
+        in_parallel(put, list(found))
+        for module, own in found.items():
+            for k, pair in own.items():
+                pairs[k][module] = pair
         for key in current.dense:
             have = [k for k, u in enumerate(updates) if key in u.adapter.dense]
             if have:
-                found = self._centre([updates[k].adapter.dense[key] for k in have])
-                dense = [d | ({key: found} if k in have else {}) for k, d in enumerate(dense)]
+                centre = self._centre([updates[k].adapter.dense[key] for k in have])
+                dense = [d | ({key: centre} if k in have else {}) for k, d in enumerate(dense)]
         parts = zip(updates, pairs, dense, strict=True)
         return [replace(u, adapter=Adapter(p, d)) for u, p, d in parts], []
 
@@ -309,13 +317,15 @@ def changes_gram(current: Adapter, updates: Sequence[Update]) -> NDArray[np.floa
     A change is that of all products, ``s (B_k A_k - B_0 A_0)``, and of all other tensors; what a
     client did not send has not changed.
     """
-    total = torch.zeros(len(updates), len(updates), dtype=torch.float64)
-    for module in current.pairs:
+
+    def of(module: str) -> tuple[list[int], Tensor]:
         have = [k for k, u in enumerate(updates) if module in u.adapter.pairs]
-        if have:
-            total[np.ix_(have, have)] += _product_gram(
-                [_moved(updates[k], current, module) for k in have]
-            )
+        moved = [_moved(updates[k], current, module) for k in have]
+        return have, _product_gram(moved) if moved else torch.zeros(0, 0)
+
+    total = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for have, gram in in_parallel(of, list(current.pairs)):
+        total[np.ix_(have, have)] += gram
     for key, old in current.dense.items():
         have = [k for k, u in enumerate(updates) if key in u.adapter.dense]
         if have:
