@@ -49,7 +49,7 @@ def evaluate(
             sums[name] = sums[name] + found if name in sums else found
         return task.losses(logits, batch)
 
-    losses = _losses(judged, model, inputs, batch_size, precision)
+    losses = _losses(judged, task.target, model, inputs, batch_size, precision)
     return {"loss": float(losses.mean()), **task.summary(sums)}
 
 
@@ -60,11 +60,12 @@ def per_sample_losses(
 
     Parameters are those of ``evaluate``.
     """
-    return _losses(task.losses, model, inputs, batch_size, precision)
+    return _losses(task.losses, task.target, model, inputs, batch_size, precision)
 
 
 def _losses(
     of: Callable[[Tensor, dict[str, Any]], Tensor],
+    target: str,
     model: nn.Module,
     inputs: Inputs,
     batch_size: int,
@@ -76,7 +77,7 @@ def _losses(
     most = THREAD_TOKENS * torch.get_num_threads() if device.type == "cpu" else None
     order = list(evaluation_batches(inputs, batch_size, most))
     found = sample_losses(
-        model.to(device), map(inputs.batch, order), of, precision=precision, withhold={"labels"}
+        model.to(device), map(inputs.batch, order), of, precision=precision, withhold={target}
     )
     losses = np.empty(len(inputs), dtype=np.float64)
     losses[np.concatenate(order)] = found

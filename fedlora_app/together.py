@@ -148,7 +148,7 @@ def train_together(
         seeded(device, jobs[0].seed),
     ):
         while going := [client for client in clients if client.load()]:
-            batch, sizes = _joined([client.batch for client in going], fill)
+            batch, sizes = _joined([client.batch for client in going], fill, task.target)
             with (
                 _Own(named, going),
                 _OwnDropout(going, batch, fill),
@@ -156,7 +156,9 @@ def train_together(
             ):
                 logits = model(**on_device(batch, device)).logits.float()
             losses = [
-                task.training_loss(_cut(own[:size], client.batch), on_device(client.batch, device))
+                task.training_loss(
+                    _cut(own[:size], client.batch[task.target]), on_device(client.batch, device)
+                )
                 for client, own, size in zip(
                     going, logits.view(len(going), -1, *logits.shape[1:]), sizes, strict=True
                 )
@@ -240,20 +242,20 @@ class _Client:
         return done, Adapter.from_state_dict(state, scale, check_finite=False)
 
 
-def _cut(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Leave out what only fills up, where there are logits of every token."""
-    return logits[:, : batch["labels"].shape[1]] if batch["labels"].dim() > 1 else logits
+def _cut(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Leave out what only fills up, where something is wanted at every place of a row."""
+    return logits[:, : wanted.shape[1]] if wanted.dim() > 1 else logits
 
 
 def _joined(
-    batches: Sequence[dict[str, Tensor]], fill: Mapping[str, int]
+    batches: Sequence[dict[str, Tensor]], fill: Mapping[str, int], target: str
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Return one batch with the same number of rows and the same length for each, and the rows."""
-    sizes = [len(batch["labels"]) for batch in batches]
+    sizes = [len(batch[target]) for batch in batches]
     for batch, size in zip(batches, sizes, strict=True):
         if odd := [name for name, tensor in batch.items() if len(tensor) != size]:
             raise ValueError(
-                f"expected tensors of one row for each label, and {odd[0]!r} has "
+                f"expected tensors with as many rows as {target!r}, and {odd[0]!r} has "
                 f"{len(batch[odd[0]])} for {size}; train these clients one after the other"
             )
 
@@ -264,7 +266,7 @@ def _joined(
         return torch.cat([wide, wide[:1].expand(max(sizes) - len(wide), *wide.shape[1:])])
 
     joined = {}
-    for name in batches[0].keys() - {"labels"}:
+    for name in batches[0].keys() - {target}:
         tensors = [batch[name] for batch in batches]
         width = max(tensor.shape[1] for tensor in tensors)
         joined[name] = torch.cat([widened(t, width, fill.get(name, 0)) for t in tensors])
@@ -330,9 +332,9 @@ class _OwnDropout(QuickDropout):
         # (rows, heads, tokens, tokens) two.
         axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
         for client, part in zip(self.clients, found, strict=True):
-            rows, tokens = client.batch[self.name].shape[:2]
+            rows, places = client.batch[self.name].shape[:2]
             own = [rows, *shape[1:]]
             for axis in axes:
-                own[axis] = tokens if own[axis] == self.width else own[axis]
+                own[axis] = places if own[axis] == self.width else own[axis]
             part[tuple(slice(n) for n in own)] = draw(client.bits, own, dtype, p)
         return found.view(shape)

@@ -102,3 +102,42 @@ def test_a_circle_is_seen(tmp_path):
     )
     (room / "e.py").write_text("import p.d\n")
     assert circles(graph(tmp_path, ["p"])) == {frozenset({"p.a", "p.b", "p.c"})}
+
+
+# What one kind of data and model has. Shared by tasks, and theirs: readers of files, and models.
+OF_A_TASK = {"accuracy", "macro_f1", "macro-f1", "f1", "perplexity", "labels", "label_names",
+             "tokens", "pixels", "pixel_values", "input_ids", "attention_mask",
+             "token_type_ids"}  # fmt: skip
+ROOMS_OF_TASKS = {"tasks", "data", "models"}
+
+
+def words_in(tree):
+    """Return the names and the strings of one word in code, as a docstring or comment is not."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.arg | ast.keyword):
+            yield node.arg
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+
+
+def test_what_a_task_alone_knows_is_named_nowhere_else():
+    found = {}
+    for path in (ROOT / "fedlora_app").rglob("*.py"):
+        inside = path.relative_to(ROOT / "fedlora_app")
+        if inside.parts[0] not in ROOMS_OF_TASKS:
+            words = set(words_in(ast.parse(path.read_text(encoding="utf-8"))))
+            if named := words & OF_A_TASK:
+                found[str(inside)] = named
+    assert found == {}
+
+
+def test_a_named_metric_is_seen():
+    code = 'def f(x):\n    """Say accuracy."""\n    return x.labels + x["f1"]  # tokens\n'
+    assert set(words_in(ast.parse(code))) & OF_A_TASK == {"labels", "f1"}
+    assert set(words_in(ast.parse("from a import f1 as g\nf(accuracy=1)"))) & OF_A_TASK

@@ -111,7 +111,7 @@ class Inputs(Protocol):
         ...
 
     def batch(self, indices: Sequence[int] | Indices) -> dict[str, Tensor]:
-        """Return some rows as ``model(**batch)`` takes them, with ``labels``."""
+        """Return some rows as ``model(**batch)`` takes them, with the task's ``target``."""
         ...
 
 
@@ -134,6 +134,9 @@ class Task(ABC):
     """Whether ``model`` follows ``model.quantization``: a frozen base of 4 or 8 bits."""
     one_pass: ClassVar[bool] = True
     """Whether a step is one forward pass over its batch, which several clients can share."""
+    target: ClassVar[str] = "labels"
+    """The tensor of a batch that says what is wanted; without it a model gives logits all the same,
+    and its first axis counts the rows."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the task, for ``AutoPeftModel`` to find a model of transformers by."""
 
