@@ -83,7 +83,7 @@ def taken_columns(table: Table, wanted: str) -> tuple[Format, dict[str, str]]:
                 "expected the columns of a conversation: "
                 + "; ".join(" + ".join(f.columns) for f in FORMATS),
                 ", ".join(table.columns),
-                "rename them, or set data.text-column",
+                "rename them, or set data.text-column, or another task",
             )
         by_name = {name.lower(): name for name in table.columns}
         names = [*found.columns, *([found.extra] if found.extra in by_name else [])]

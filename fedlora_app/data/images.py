@@ -50,8 +50,13 @@ class Picture:
         data = self.source if isinstance(self.source, bytes) else self.source.tobytes()
         return [hashlib.sha256(data).hexdigest(), *getattr(self.source, "shape", ())]
 
-    def open(self) -> Any:
+    def open(self, *, whole: bool = True) -> Any:
         """Return the image of Pillow, turned as its camera was held.
+
+        Parameters
+        ----------
+        whole : bool (default: True)
+            Whether its pixels are read; else only what it says of itself at its beginning.
 
         Raises
         ------
@@ -73,6 +78,8 @@ class Picture:
                         f"{image.width} × {image.height}",
                         "make it smaller",
                     )
+                if not whole:
+                    return image
                 image.load()
             return ImageOps.exif_transpose(image)
         except FileNotFoundError as error:

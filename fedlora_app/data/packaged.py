@@ -104,11 +104,17 @@ def dataset_files(name: str) -> dict[str, Path]:
 
 
 def _entry(name: str, known: dict[str, tuple[str, str]], key: str) -> tuple[str, str]:
-    entry = known.get(name.removeprefix(PREFIX))
+    short = name.removeprefix(PREFIX)
+    entry = known.get(short)
     if entry is None:
         made = (MADE_HERE,) if known is MODELS else ()
         choices = ", ".join(PREFIX + choice for choice in (*known, *made))
-        raise ValueError(f"{key}: expected one of {choices}; got {name!r}")
+        hint = ""
+        if known is DATASETS and short in IMAGES:
+            hint = ", which are images; set task=image-classification, with a model for images"
+        elif known is IMAGES and short in DATASETS:
+            hint = ", which are texts; set a task for texts, such as task=text-classification"
+        raise ValueError(f"{key}: expected one of {choices}; got {name!r}{hint}")
     return entry
 
 

@@ -278,7 +278,8 @@ def loading(name: str, local: bool) -> Iterator[None]:
                 else "a folder with config.json, tokenizer files and *.safetensors"
             )
             raise FileNotFoundError(
-                f"model.name = {name!r}: expected {wanted}, but loading failed: {reason}"
+                f"model.name = {name!r}: expected {wanted}, but loading failed: "
+                f"{reason.rstrip(' :.')}; add what is missing, or name another model"
             ) from error
         if not isinstance(error, OSError):  # reached, but of a kind that transformers refuses
             raise ValueError(f"model.name = {name!r}: {reason}") from error

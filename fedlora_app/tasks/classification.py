@@ -95,7 +95,7 @@ class Classification(Task):
                 self.config.data.name,
                 "expected at least two labels",
                 f"{', '.join(names)} alone in column {rows.origin.columns['label']!r}",
-                "set data.label-column",
+                "add rows of another (of images, a folder), or set data.label-column",
             )
         return rows
 

@@ -74,7 +74,8 @@ class Preference(CausalLM):
                 place,
                 "expected columns chosen and rejected, and prompt unless they are messages",
                 ", ".join(table.columns),
-                "rename them, or set data.text-column to prompt, chosen, rejected of yours",
+                "rename them, or set data.text-column to prompt, chosen, rejected of yours; or "
+                "set another task",
             )
         return found
 

