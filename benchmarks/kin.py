@@ -16,7 +16,7 @@ from strategies.lora import Adapter, LoraPair
 #: A rule with its options, and what does most nearly the same work.
 KIN: tuple[tuple[str, dict[str, Any], str, str], ...] = (
     ("support", {}, "none", "rbla"),
-    ("replication", {"donors": "highest"}, "none", "rbla"),
+    ("replication", {"donors": "highest"}, "none", "replication by quality"),
     ("fedsvd", {}, "none", "flexlora"),
     ("fedmomentum", {}, "none", "fedex"),
     ("fold", {}, "none", "fslora"),
@@ -49,7 +49,7 @@ def given(aggregator: Aggregator[Any], current: Adapter, ranks: tuple[int, ...])
             )
             for m, p in sent.adapter.pairs.items()
         }
-        updates.append(Update(Adapter(pairs), 10.0 + k, sent=sent))
+        updates.append(Update(Adapter(pairs), 10.0 + k, quality=1.0, sent=sent))
     return updates
 
 
@@ -76,7 +76,8 @@ def kin(quick: bool) -> tuple[str, dict[str, dict[str, float]]]:
         if other == "numpy's median":
             beside = partial(numpy_median, updates)
         else:
-            near = made(other, {}, "none")
+            name, _, quality = other.partition(" by ")
+            near = made(name, {"holder_weights": quality} if quality else {}, "none")
             beside = partial(near.aggregate, current, given(near, current, RANKS))
         times = side_by_side(
             {"own": partial(own.aggregate, current, updates), "kin": beside}, 3 if quick else 7

@@ -265,7 +265,8 @@ class NormFilter(Robust):
 
     def sift(self, current: Adapter, updates: Sequence[Update]) -> Sifted:
         """Return those whose change is not too large."""
-        norms = np.sqrt(np.diagonal(changes_gram(current, updates)))
+        squares = [changes_gram(current, [update]).item() for update in updates]
+        norms = np.sqrt(np.maximum(squares, 0.0))
         return _split(updates, norms <= self.factor * np.median(norms))
 
 
@@ -340,11 +341,14 @@ def changes_gram(current: Adapter, updates: Sequence[Update]) -> NDArray[np.floa
 
 
 def _moved(update: Update, current: Adapter, module: str) -> tuple[Tensor, Tensor]:
-    """Return matrices ``L`` ``(m, 2r)`` and ``R`` ``(2r, n)`` whose product is the change."""
+    """Return matrices ``L`` ``(m, 2r)`` and ``R`` ``(2r, n)`` whose product is the change.
+
+    No two of its terms are large and nearly cancel, so that float32 does.
+    """
     pair = update.adapter.pairs[module]
     start = _sent(update, current).pairs[module].with_rank(pair.rank).with_scale(pair.scale)
-    A, B = pair.A.double().flatten(1), pair.B.double().flatten(1)
-    A0, B0 = start.A.double().flatten(1), start.B.double().flatten(1)
+    A, B = pair.A.float().flatten(1), pair.B.float().flatten(1)
+    A0, B0 = start.A.float().flatten(1), start.B.float().flatten(1)
     return pair.scale * torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0])
 
 
@@ -360,7 +364,7 @@ def _product_gram(moved: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         rows = torch.stack([(L @ R).flatten() for L, R in moved])
         return rows @ rows.T
     L, R = torch.cat([L for L, _ in moved], dim=1), torch.cat([R for _, R in moved])
-    each = (L.T @ L) * (R @ R.T)
+    each = (L.T @ L).double() * (R @ R.T).double()
     owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
     sums = torch.zeros(len(ranks), rank, dtype=each.dtype).index_add_(0, owner, each)
     return torch.zeros(len(ranks), len(ranks), dtype=each.dtype).index_add_(1, owner, sums)
