@@ -14,8 +14,11 @@ from flwr.compat.common import recorddict_compat as compat
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora_app import client_app
+from fedlora_app.config.keys import RunConfig
 from fedlora_app.discretion import DataError, NoDataError, told
 from fedlora_app.launch.inspection import check_own_data
+from fedlora_app.tasks import TASKS, make_task
+from tests.app.test_images import classes
 
 SECRET = "Jane Placeholder"
 LABELS = json.dumps({"labels": ["food", "sport"]})
@@ -189,3 +192,25 @@ def test_a_supernode_shows_its_own_rows(tmp_path):
     assert "2 rows (1 left out: no text): food 1, sport 1" in shown
     path.write_text("body,kind\nsoup,food\n")
     assert "the run has to name its columns" in check_own_data({"data-path": str(path)})
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("kind", ["images", "body,label", "question,answer"])
+def test_a_node_whose_data_are_of_another_task_says_so(tmp_path, task, kind):
+    if (task, kind) in {("image-classification", "images"), ("causal-lm", "question,answer")}:
+        pytest.skip("they are of this task")
+    path = tmp_path / "d.csv"
+    if kind == "images":
+        path = classes(tmp_path / "d", "ab", each=2)
+    else:
+        path.write_text(f"{kind}\n" + "as it goes on,a\nand on it goes,b\n" * 4)
+    own = make_task(RunConfig.from_flat({"task": task}))
+    with pytest.raises((ValueError, FileNotFoundError), match="another task") as caught:
+        own.own_rows(str(path), {"labels": ["a", "b"]})
+    assert "another task" in caught.value.told  # what the server hears
+    assert str(tmp_path) not in caught.value.told
+    try:
+        said = check_own_data({"data-path": str(path)}, own.config)  # as its SuperNode starts
+    except FileNotFoundError as error:
+        said = str(error)
+    assert "another task" in said
