@@ -199,6 +199,11 @@ def _quantization(parts: Parts) -> Iterator[str]:
             f"model.quantization = {kind!r}: task = {config.task!r} trains weights in full, which "
             "cannot be of few bits; leave it out"
         )
+    if config.lora.dora and kind == "8bit":
+        yield (
+            "lora.dora: its magnitudes are read from the frozen weights, which bitsandbytes does "
+            "not give back at 8 bits; use model.quantization = '4bit', or lora.dora = false"
+        )
     if parts.rule.merges_base:
         yield (
             f"aggregation = {config.aggregation!r} merges into the frozen weights, and "
