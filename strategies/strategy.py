@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from logging import INFO
 from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.common import log
 from flwr.serverapp import Grid
 
 from strategies import doors
@@ -26,10 +24,10 @@ from strategies.clients import Client
 from strategies.flower import aggregate_metricrecords
 from strategies.loop import Listener
 from strategies.lora import Adapter
-from strategies.optimizers import ServerOptimizer, refuse_optimizer
+from strategies.optimizers import ServerOptimizer
 from strategies.participation import Participation
 from strategies.privacy import NoPrivacy, PrivateRun
-from strategies.privacy.outside import OutsideNoise, short_in_this_round, short_of_noise
+from strategies.privacy.outside import OutsideNoise, short_in_this_round
 from strategies.ranks import RankPolicy
 from strategies.records import Record, RoundWarning
 from strategies.round.conclusion import Conclusion
@@ -40,8 +38,8 @@ from strategies.round.orders import Orders
 from strategies.round.ranks import RankBook
 from strategies.round.replies import MetricsAggregation, Replies
 from strategies.rounds import Round, spread
-from strategies.run.fit import check_fit
 from strategies.run.kept import KeptRun
+from strategies.run.settings import check_settings, log_settings, noise_lacking
 from strategies.sampling import Sampler
 from strategies.saving import Saver, Stateful
 from strategies.scores import Score
@@ -71,8 +69,7 @@ class FedLoRA(KeptRun):
     client_api : "message" or "numpy" (default: "message")
         Whether clients are Message API apps (``@app.train()``) or ``NumPyClient``s.
     scale : float (default: 1.0)
-        ``s`` in ``W0 + s·B A``, the same for every rank: a client of rank r uses
-        ``alpha = s·r``. Sent to clients as ``lora-scale``.
+        ``s`` in ``W0 + s·B A`` for every rank r, so ``alpha = s·r``; sent as ``lora-scale``.
     wire_dtype : str (default: "float32")
         How numbers travel: "float32", "float16", "bfloat16" or "int8". Declared to clients
         as ``wire-dtype``; ``strategies.client.receive`` and ``send`` follow it.
@@ -83,8 +80,8 @@ class FedLoRA(KeptRun):
     min_available_nodes : int (default: 1)
         Wait for so many nodes before the first round, and for ``min_replies`` before a later one.
     min_answering : float (default: 0.5)
-        The run ends if in five rounds, one after the other, a smaller share of the clients asked
-        sent a good reply, with a checkpoint where there is a saver; 0: never.
+        The run ends, with a checkpoint, after five rounds in which a smaller share of the clients
+        asked sent a good reply; 0: never.
     head_only : bool (default: False)
         Whether initial arrays without LoRA modules are meant so: clients train the rest alone.
     evaluate_fraction : float (default: 1.0)
@@ -99,13 +96,11 @@ class FedLoRA(KeptRun):
     query_timeout, profile_timeout : float (default: 60.0)
         Seconds to wait for those answers, and for a rank policy's profiles (default: as long); who
         does not answer takes part without.
-    weighted_by_key, arrayrecord_key, configrecord_key : str
-        As in Flower's ``FedAvg``; for Message API clients.
-    train_metrics_aggr_fn, evaluate_metrics_aggr_fn : callable, optional
-        As there.
+    weighted_by_key, arrayrecord_key, configrecord_key : str, and ``…_metrics_aggr_fn`` : callable
+        As in Flower's ``FedAvg``; the keys are for Message API clients.
     scores : sequence of Score (default: ())
-        ``strategies.scores.Score`` of what the model is measured by, the first one first: its name
-        in the log, and which value is worse. Others are better when higher, but for ``loss``.
+        Of what the model is measured by, the first one first: its name in the log, and which value
+        is worse (``strategies.scores``). Others are better when higher, but for ``loss``.
     stop_when : callable, optional
         Called with the server's scores after each evaluated round; true ends the run.
     saver : Saver, optional
@@ -119,10 +114,9 @@ class FedLoRA(KeptRun):
         Clients clip and noise what they send, and ε is in every round's record; settings
         that would void the guarantee are refused (default: nothing of this).
     noised_outside : bool, optional
-        Whether a strategy around this one adds noise for privacy, as Flower's wrappers do. True:
+        Whether a strategy around this one adds noise, as Flower's wrappers for privacy do: then
         every client counts the same, a round that lacks one leaves the model as it was, and what
-        needs more noise than a mean is refused. False: what it changes is no such noise. (default:
-        seen by ``clipping_norm`` in another loop's config, or by a model that comes back changed)
+        needs more noise than a mean is refused (default: seen by another loop's ``clipping_norm``).
     listeners : Iterable[callable]
         Called with a record of ``strategies.records`` at each step, which says there of what
         ``kind`` it is. A text that one returns is why the run ends.
@@ -229,7 +223,8 @@ class FedLoRA(KeptRun):
         start = self.progress.go(sampler.restart(server_round), arrays)
         self._restarted = None if start is arrays else start
         clients = self.privacy.seen(self._present(grid, config, server_round))
-        self.aggregation.server_round = self.progress.rounds + 1  # of this model: pilots start anew
+        model_round = self.progress.rounds + 1  # of this model: pilots start anew
+        self.aggregation.server_round = model_round
         packing = self.models.packed(start, server_round)
         if self.ranks.counts_bytes:
             self.ranks.learn_cost(*packing.cost(self._rng(server_round, 3)))
@@ -247,15 +242,14 @@ class FedLoRA(KeptRun):
         )  # fmt: skip
         for record in iter(sampler.record, None):  # what it has decided
             self.tell(cast(Record, record))
-        planned = sampler.planned_seconds
-        book = self.round = Round(server_round, len(clients), planned_seconds=planned)
+        book = Round(server_round, len(clients), planned_seconds=sampler.planned_seconds)
+        self.round = book
         if packing.model.adapter.pairs:
             book.warnings = self.odd_ranks(clients, ranks)
             self.participation.watch.say(book.warnings, server_round)
         self.tell({"kind": "round-start", "round": server_round, "clients": len(chosen)})
-        model_round = self.progress.rounds + 1
         messages = self.orders.place(chosen, book, packing, config, model_round, self._rng)
-        self.outside.check(self._short_of_noise())
+        self.outside.check(noise_lacking(self))
         late = self.participation.clock.forecast(book.works(), server_round).late
         self.intake.open(book, packing, late)
         # Our own loop sends one after the other: where each client's arrays are its own, they
@@ -268,8 +262,7 @@ class FedLoRA(KeptRun):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold the replies into the next global adapter; a bad one is left out, by name.
 
-        The arrays are None where the model stays as it was, unless a sampler's pilot has started
-        from another one: then they are that.
+        The arrays are None where the model stays as it was, but for a pilot's that started anew.
         """
         packing, book = self.intake.packing, self.round
         if packing is None:
@@ -290,7 +283,7 @@ class FedLoRA(KeptRun):
         if model is None:
             return self._restarted, aggregated
         arrays = self.models.record(model)
-        self.outside.returned(arrays, [*self._short_of_noise(), *short])
+        self.outside.returned(arrays, [*noise_lacking(self), *short])
         return arrays, aggregated
 
     def configure_evaluate(
@@ -325,60 +318,27 @@ class FedLoRA(KeptRun):
         return watch.ranks(clients, ranks) if self.aggregation.mean_of_holders else []
 
     def on_update(self, client: Client, adapter: Adapter) -> None:
-        """Look at a good reply before it is dropped; for subclasses, does nothing here."""
+        """Look at a good reply before it is dropped; for subclasses."""
 
     # ----- the run -------------------------------------------------------------------
 
     def summary(self) -> None:
         """Log the settings in effect as a small tree."""
-        log(INFO, "%s", type(self).__name__)
-        robust = f", {self.aggregation.robust.name}" if self.aggregation.robust else ""
-        log(INFO, "├── aggregation: %s%s", self.aggregation.name, robust)
-        log(INFO, "├── ranks:       %s", self.ranks.summary())
-        log(INFO, "├── sampling:    %s", self.participation.sampler.summary())
-        log(INFO, "├── clock:       %s", self.participation.clock.summary())
-        log(INFO, "├── clients:     %s, at least %s replies of %s nodes",
-            type(self.protocol).__name__, self.min_replies, self.min_available_nodes)  # fmt: skip
-        log(INFO, "└── scale %g, %s on the wire, seed %s", self.scale, self.wire_dtype, self.seed)
+        log_settings(self)
 
     def check(self, arrays: ArrayRecord) -> None:
         """Refuse initial arrays that the rule, the rank policy or privacy cannot work with."""
-        adapter = self.models.of(arrays).adapter
-        self.aggregation.check(adapter)
-        self.participation.check()
-        if refused := refuse_optimizer(
-            self.optimizer, self.aggregation, self.participation.sampler
-        ):
-            raise ValueError("; ".join(refused))
-        self.privacy.check(
-            self.aggregation, self.ranks, self.participation.sampler,
-            evaluate_fraction=self.evaluation.share, server_clips=self.clip_norm > 0,
-        )  # fmt: skip
-        self.outside.check(self._short_of_noise(may=self.ranks.may_differ))
-        check_fit(self.aggregation, self.ranks, adapter, head_only=self.head_only)
+        check_settings(self, arrays)
 
     def parts(self) -> dict[str, Stateful]:
         """Return what has a state that must last."""
         lasting = {"ranks": self.ranks, "participation": self.participation, "roster": self.roster}
-        own = {} if self.optimizer is None else {"optimizer": self.optimizer}
+        own = {"optimizer": self.optimizer} if self.optimizer else {}
         return {**lasting, **own, **self.privacy.parts()}
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         """Return the generator of one round and purpose: nothing to store, nothing shared."""
         return np.random.default_rng([self.seed, *purpose])
-
-    def _short_of_noise(self, *, may: bool = False) -> list[str]:
-        """Return why noise for a mean would be too little, with the ranks of this round."""
-        independent, differ = self.participation.independent, may or self.round.ranks_differ
-        problems = short_of_noise(
-            self.aggregation, self.wire_dtype, independent=independent, ranks_differ=differ
-        )
-        if self.optimizer is not None:
-            problems.append(
-                f"server optimizer {self.optimizer.name!r} moves the model by more than the mean "
-                "of the updates; use none"
-            )
-        return problems
 
     def _present(self, grid: Grid, config: ConfigRecord, server_round: int) -> list[Client]:
         """Return who can take part; from round 2 on, nobody who joins late ends the run."""
