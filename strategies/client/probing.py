@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import psutil
 import torch
 from flwr.app import MetricRecord, RecordDict
 
@@ -62,7 +61,7 @@ def capacity(
         state[MEASURED_KEY] = MetricRecord(dict(probe(make_step(), rank=rank, device=device)))
     found: dict[str, Any] = dict(state.metric_records[MEASURED_KEY])
     found[PROBE_SECONDS] = time.perf_counter() - began
-    found[PROCESS_SECONDS] = max(0.0, time.time() - psutil.Process().create_time())
+    found[PROCESS_SECONDS] = max(0.0, time.time() - _psutil().Process().create_time())
     if ECHO_KEY in config:
         found[ECHO_KEY] = config[ECHO_KEY]
     return found
@@ -89,7 +88,7 @@ def probe(
         if time.perf_counter() - began > MOST_SECONDS:
             break
     found = {
-        FREE_BYTES: float(psutil.virtual_memory().available),
+        FREE_BYTES: float(_psutil().virtual_memory().available),
         STEP_SECONDS: max(quickest, 1e-9),
         PROBE_RANK: float(rank),
     }
@@ -97,3 +96,11 @@ def probe(
         torch.cuda.empty_cache()
         found[DEVICE_FREE_BYTES] = float(torch.cuda.mem_get_info(device)[0])
     return found
+
+
+def _psutil() -> Any:
+    try:
+        import psutil
+    except ImportError as error:
+        raise ImportError("to measure what a node can train, install psutil there") from error
+    return psutil
