@@ -27,13 +27,37 @@ from fedlora_app.compare.study import Flat, Run, Study
 from fedlora_app.compare.study_plots import plot_arms, plot_ranks, plot_study
 from fedlora_app.compare.study_queue import StudyQueue, jobs_for, listing
 from fedlora_app.compare.tables import tables
-from fedlora_app.config.keys import ConfigError
+from fedlora_app.config.keys import ConfigError, RunConfig
+from fedlora_app.data.kept import shares_of
 from fedlora_app.launch.copies import Copies
 from fedlora_app.launch.ray_head import RayHead
 from fedlora_app.launch.superlink import SuperLink, exit_on_signals
 from fedlora_app.report.records import RecordsError, of_kind, read_json, read_records
+from fedlora_app.tasks import make_task
 
 PROJECT = Path(__file__).resolve().parents[2]
+
+
+def check_shares(study: Study, folder: Path) -> None:
+    """Share out the rows of every run that is to do, so that none fails an hour later.
+
+    Raises
+    ------
+    ValueError or FileNotFoundError
+        Which runs cannot be, and why.
+    """
+    seen = set()
+    for run in study.runs(folder):
+        config = RunConfig.from_flat(run.config)
+        kind = (config.task, config.data, config.seed, run.clients)
+        if run.done or kind in seen:
+            continue
+        seen.add(kind)
+        task = make_task(config)
+        try:
+            shares_of(task, task.train_rows(), run.clients)
+        except ValueError as error:
+            raise ValueError(f"{run.setting}, seed {run.seed}: {error}") from error
 
 
 def execute(study: Study, folder: Path, jobs: int = 1) -> int:
@@ -126,10 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(listing(study, folder, jobs))
             return 0
         if not args.only_table:
+            check_shares(study, folder)
             with exit_on_signals():
                 failed = execute(study, folder, jobs)
         show(study, folder)
-    except RecordsError as error:
+    except (RecordsError, ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     return 1 if failed else 0

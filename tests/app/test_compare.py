@@ -448,3 +448,17 @@ def test_a_link_that_fails_ends_the_study(study, tmp_path, monkeypatch):
     monkeypatch.setattr(FakeLink, "status", fail)
     with pytest.raises(SuperLinkError, match="gone"):
         execute(study, tmp_path, jobs=3)
+
+
+def test_shares_that_cannot_be_are_refused_before_any_run(tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"words {i},{'ab'[i % 2]}\n" for i in range(20)))
+    file = tmp_path / "study.toml"
+    file.write_text(
+        STUDY + f'[settings.skewed.data]\nname = "{rows}"\npartition = "double-imbalance"\n'
+    )
+    assert compare.main([str(file), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("skewed, seed 1: data.partition = 'double-imbalance'")
+    assert "data.min-samples" in error
+    assert not (tmp_path / "out").exists()
