@@ -102,7 +102,7 @@ class NamedGrid(FakeGrid):
 # ----- quickstart_vision ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["", ".before"])
+@pytest.mark.parametrize("version", ["", pytest.param(".before", marks=pytest.mark.slow)])
 def test_vision_before_and_after(version, example, tmp_path):
     example(VISION)
     task = importlib.import_module("visionexample.task")

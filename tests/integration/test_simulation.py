@@ -86,6 +86,7 @@ def test_golden_run(simulated):
         assert got == pytest.approx(expected, rel=0.02, abs=0.01), key
 
 
+@pytest.mark.slow
 def test_flwr_run_gives_the_same_result(simulated, tmp_path):
     """``flwr run`` on a SuperLink the user started: the same seed, the same adapter."""
     folder = tmp_path / "again"
