@@ -124,7 +124,7 @@ class DataConfig:
         on_resume="ignore",
     )
     test_rows: int = option(
-        300, "rows of the server's test set used after each round (0: all; the end uses all)", low=0
+        200, "rows of the server's test set used after each round (0: all; the end uses all)", low=0
     )
 
 
