@@ -314,12 +314,14 @@ class CausalLM(Task):
     def for_training(self, inputs: Inputs) -> Inputs:
         """Return rows that share sequences, where ``data.packing`` says so.
 
-        Logits are computed of what is trained alone, once ``model`` has seen that it takes that.
+        Logits are computed of what is trained alone, once ``model`` has seen that it takes that;
+        clients that share a batch train different places of it, so there all are.
         """
         if not isinstance(inputs, Sequences):
             return inputs
         rows: Inputs = Packed(inputs, self._most) if self.config.data.packing else inputs
-        return AnswersAlone(rows) if self._few_logits else rows
+        shared = self.config.simulate.clients_per_process > 1
+        return AnswersAlone(rows) if self._few_logits and not shared else rows
 
     def size(self, inputs: Inputs) -> int:
         """Return the number of rows, or of the tokens in them that are trained."""

@@ -9,7 +9,10 @@ from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import make_task
 from fedlora_app.tasks.answers import AnswersAlone, takes_few_logits
 from fedlora_app.tasks.packing import Packed
+from fedlora_app.together import Job, train_together
 from fedlora_app.training import train
+from strategies.client import adapter_state, load_adapter
+from strategies.lora import Adapter
 from tests.app.test_language import config, folder, written  # noqa: F401
 from tests.app.test_packing import gpt2, llama, sequences, sliding
 
@@ -57,6 +60,25 @@ def test_a_task_asks_once_it_has_seen_the_model(folder, tmp_path):  # noqa: F811
     task.model({}, seed=0, shapes_only=True)
     assert "logits_to_keep" in task.for_training(inputs).batch([0])
     assert "logits_to_keep" not in inputs.batch([0])  # evaluation looks at all
+
+
+def test_clients_that_share_a_batch_ask_for_all_logits(folder, tmp_path):  # noqa: F811
+    path = written(tmp_path, [{"prompt": "what is", "completion": "six"}] * 12)
+    flat = config(folder, path, **{"simulate.clients-per-process": 2, "train.steps": 2})
+    task = make_task(flat)
+    model = add_lora(task.model({}, seed=0), flat.lora, rank=2, seed=0)
+    inputs = task.for_training(task.encode(task.train_rows()))
+    adapter = Adapter.from_state_dict(
+        {key: value.clone() for key, value in adapter_state(model).items()}, flat.lora.scale
+    )
+    jobs = [Job(adapter, inputs.take(rows), flat.train, 1) for rows in (range(5), range(5, 11))]
+    found = train_together(task, model, jobs)
+    for job, (together, trained) in zip(jobs, found, strict=True):
+        load_adapter(model, adapter)
+        alone = train(model, job.inputs, flat.train, seed=1)
+        assert together.loss == pytest.approx(alone.loss, rel=1e-4)
+        for key, value in trained.to_state_dict().items():
+            torch.testing.assert_close(value, adapter_state(model)[key], rtol=1e-4, atol=1e-5)
 
 
 class Deaf(transformers.LlamaForCausalLM):
