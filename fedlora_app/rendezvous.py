@@ -26,6 +26,8 @@ import numpy as np
 from flwr.common import log
 from numpy.typing import NDArray
 
+from fedlora_app.models.cache import save_whole
+
 PATIENCE = 0.3
 """Seconds without a new order after which a leader begins with those it has."""
 
@@ -114,14 +116,8 @@ class Rendezvous:
             time.sleep(PAUSE)
 
     def _write(self, name: str, order: Order) -> None:
-        from safetensors.numpy import save_file
-
-        number, new = tempfile.mkstemp(dir=self.folder, suffix=".new")
-        os.close(number)
-        # A file without an array is none.
-        arrays = {key: np.ascontiguousarray(value) for key, value in order.arrays.items()}
-        save_file(arrays or {"": np.zeros(1)}, new, {"about": json.dumps(order.about)})
-        os.replace(new, self.folder / name)
+        arrays = order.arrays or {"": np.zeros(1)}  # a file without an array is none
+        save_whole(self.folder / name, arrays, {"about": json.dumps(order.about)})
 
 
 def of_this_run(most: int) -> Rendezvous | None:

@@ -2,7 +2,7 @@
 
 The workers of a simulation, and the arms of a study, encode the same rows and draw the same
 shares. What one of them computed lies in a file named by a hash of all that it depends on, which
-the others map into memory. Only rows of simulations: a site's own rows never leave its files.
+the others read. Only rows of simulations: a site's own rows never leave its files.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_app.models.cache import cache_folder
+from fedlora_app.models.cache import cache_folder, save_whole
 
 if TYPE_CHECKING:
     from fedlora_app.tasks.base import Inputs, Rows, Task
@@ -49,7 +47,7 @@ def kept(parts: Iterable[object], make: Callable[[], Arrays]) -> Arrays:
         Computes them.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file
 
     folder = cache_folder() / "rows"
     file = folder / f"{_digest(parts)}.safetensors"
@@ -57,16 +55,10 @@ def kept(parts: Iterable[object], make: Callable[[], Arrays]) -> Arrays:
         found: Arrays = load_file(file)
         return found
     except (OSError, SafetensorError):  # not there yet, or half of it is
-        made = {name: np.ascontiguousarray(array) for name, array in make().items()}
+        made = make()
     with suppress(OSError, SafetensorError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        number, new = tempfile.mkstemp(dir=folder)  # for this user's eyes alone
-        os.close(number)
-        try:
-            save_file(made, new)
-            os.replace(new, file)
-        finally:
-            Path(new).unlink(missing_ok=True)
+        save_whole(file, made)
         _make_room(folder)
     return made
 
@@ -74,8 +66,10 @@ def kept(parts: Iterable[object], make: Callable[[], Arrays]) -> Arrays:
 def encoded(task: Task, rows: Rows) -> Inputs:
     """Return ``task.encode(rows)``; from the cache where the task says what it depends on."""
     content = None
-    with suppress(OSError):  # a file that is gone: ``encode`` says so
-        content = task.fingerprint(rows) if task.config.data.cache else None
+    # A subclass may encode otherwise, so what its base says counts for that base alone.
+    if task.config.data.cache and "fingerprint" in vars(type(task)):
+        with suppress(OSError):  # a file that is gone: ``encode`` says so
+            content = task.fingerprint(rows)
     if content is None:
         return task.encode(rows)
     config = task.config
@@ -121,7 +115,7 @@ def shares_of(task: Task, rows: Rows, num_clients: int) -> list[NDArray[np.int64
     if not config.data.cache:
         found = drawn()
     else:
-        groups = b"" if rows.groups is None else "\n".join(rows.groups).encode()
+        groups = None if rows.groups is None else rows.groups.tolist()
         classes = b"" if strata is None else strata.tobytes()
         own = [dataclasses.asdict(config.data), config.seed, num_clients, len(rows)]
         found = kept(["shares", task.name, own, classes, groups], drawn)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def cache_folder() -> Path:
@@ -45,3 +50,33 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
             make(new)
             new.rename(folder)
     return folder
+
+
+def save_whole(
+    file: Path, arrays: Mapping[str, NDArray[Any]], about: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, for this user's eyes alone, that appears when it is complete.
+
+    Parameters
+    ----------
+    file : Path
+        In a folder that is there.
+    arrays : Mapping[str, ndarray]
+        At least one.
+    about : dict of str, optional
+        Its metadata.
+
+    Raises
+    ------
+    OSError or safetensors.SafetensorError
+        If it cannot be written; then nothing is left.
+    """
+    from safetensors.numpy import save_file
+
+    number, new = tempfile.mkstemp(dir=file.parent)
+    os.close(number)
+    try:
+        save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, new, about)
+        os.replace(new, file)
+    finally:
+        Path(new).unlink(missing_ok=True)

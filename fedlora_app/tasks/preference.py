@@ -107,10 +107,6 @@ class Preference(CausalLM):
         """Return the token ids of both answers of each row, each after its prompt."""
         return Pairs(*(super(Preference, self).encode(_side(rows, side)) for side in (0, 1)))
 
-    def fingerprint(self, rows: Rows) -> None:
-        """Pairs of sequences are not kept: they are encoded by each process."""
-        del rows
-
     def model(
         self, about: About, *, seed: int, precision: str = "float32", shapes_only: bool = False
     ) -> nn.Module:

@@ -142,3 +142,27 @@ def test_shares_are_those_of_the_partition(partition, cache):
     assert len(list(cache.iterdir())) == 1
     shares_of(make_task(replace(config, seed=1)), rows, 4)
     assert len(list(cache.iterdir())) == 2
+
+
+class Otherwise(Some):
+    """Encodes otherwise, and says nothing of what that depends on."""
+
+    def encode(self, rows):
+        return replace(super().encode(rows), padding=8)
+
+
+def test_what_a_class_says_of_its_encoding_is_not_inherited(cache):
+    for _ in range(2):
+        task = Otherwise(RunConfig())
+        assert encoded(task, texts("one")).padding == 8
+    assert not cache.exists()
+
+
+def test_names_of_groups_are_told_apart_where_they_have_line_breaks():
+    config = RunConfig()
+    config = replace(config, data=replace(config.data, partition="natural", min_samples=2))
+    for names in (["x\nx", "x", "x", "x\nx"], ["x", "x\nx", "x", "x\nx"]):
+        rows = Rows(list("abcd"), np.arange(4) % 2, {"labels": ["x", "y"]}, np.array(names))
+        task = make_task(config)
+        for found, part in zip(shares_of(task, rows, 2), shares(task, rows, 2), strict=True):
+            assert np.array_equal(found, part)
