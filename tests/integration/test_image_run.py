@@ -17,22 +17,26 @@ from tests.integration.conftest import records
 from tests.integration.test_options import BASE, NODES, Nodes
 
 
-def test_images_in_folders_are_learned_and_the_adapter_loads_in_peft(tmp_path):
+def tiny(folder, **changes):
+    """Return config keys of a run on a folder of images with a model made here."""
     config = {
         "task": "image-classification",
-        "data.name": classes(tmp_path / "d", "abc", each=20),
+        "data.name": classes(folder / "d", "abc", each=20),
         "data.partition": "iid",
         "data.min-samples": 4,
-        "model.name": save_model(tmp_path / "m", "ViT"),
+        "model.name": save_model(folder / "m", "ViT"),
         "rounds": 1,
         "train.steps": 2,
         "train.precision": "float32",
         "ranks.list": "2,4",
         "sampling.fraction": 1.0,
     }
-    keys = [f"{key}={value}" for key, value in config.items()]
+    return [f"{key}={value}" for key, value in {**config, **changes}.items()]
+
+
+def test_images_in_folders_are_learned_and_the_adapter_loads_in_peft(tmp_path):
     out = tmp_path / "out"
-    assert main(["--clients", "2", "--output", str(out), "--config", *keys]) == 0
+    assert main(["--clients", "2", "--output", str(out), "--config", *tiny(tmp_path)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert [r["status"] for r in records(out, "client")] == ["ok", "ok"]
     assert summary["rejected"] == 0

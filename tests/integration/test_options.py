@@ -16,7 +16,8 @@ from peft import AutoPeftModelForSequenceClassification
 from fedlora_app import client_app, server_app
 from fedlora_app.config.keys import RunConfig
 from fedlora_app.report.records import read_records
-from strategies.aggregation import AGGREGATIONS
+from strategies.aggregation import AGGREGATIONS, ROBUST
+from strategies.optimizers import OPTIMIZERS
 from tests.app.test_models import SMALL, folders  # noqa: F401
 from tests.fakes import FakeGrid
 
@@ -60,7 +61,16 @@ OPTIONS = [
     {"ranks.policy": "autorank", "ranks.reassign-every": 1, "ranks.budget": 3.0},
     {"train.precision": "bfloat16"},
     {"train.schedule": "cosine"},
+    {"train.accumulate": 2, "train.group-by-length": True},
+    {"train.gradient-checkpointing": True},
+    {"train.proximal-mu": 0.1},
     {"clip-norm": 0.5},
+    *({"server.robust": robust} for robust in ROBUST),
+    *({"server.optimizer": optimizer} for optimizer in OPTIMIZERS),
+    {"server.robust": "krum", "server.robust-options": "liars=0.3"},
+    {"server.optimizer": "adam", "server.optimizer-options": "learning_rate=0.02"},
+    {"ranks.policy": "autorank", "ranks.criteria": "volume,gini-simpson", "ranks.weights": "1,2"},
+    {"data.cache": False},
     COINS,
     {**COINS, "aggregation": "flora"},
     {"sampling.policy": "weighted"},
