@@ -49,9 +49,8 @@ from strategies.memory import PhaseMemory
 from strategies.messages import CLIENT_KEY, COUNT_KEY, MODEL_ROUND_KEY, QUALITY_KEY, ROUND_KEY
 from strategies.privacy.mechanism import CLIP_KEY, NOISE_KEY
 from strategies.profiling import PROFILE_KEY, SAMPLES_KEY, Profile, profile_rows
-from strategies.ranks.pruning import PENALTY_KEY
 from strategies.ranks.quality import VALIDATE_KEY, VALIDATION_LOSS
-from strategies.training import TrainOutcome
+from strategies.training import TrainOutcome, message_penalty
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import, which a query does not need
@@ -152,8 +151,9 @@ class LoRAClient(NumPyClient):
     ) -> TrainOutcome | None:
         """Train in one batch with clients of other processes, if that is asked for and possible."""
         most = self.config.simulate.clients_per_process
-        plain = not message.get(PENALTY_KEY) and int(message.get(TIMES_KEY, 1)) == 1
-        if most < 2 or not plain or "partition-id" not in self.node:
+        if most < 2 or int(message.get(TIMES_KEY, 1)) > 1 or "partition-id" not in self.node:
+            return None
+        if message_penalty(model, message) is not None:
             return None
         from fedlora_app.rendezvous import of_this_run
         from fedlora_app.together import Job, train_with_others
@@ -326,7 +326,8 @@ def _shares(shares: int, config: RunConfig, info: str) -> list[np.ndarray]:
 @lru_cache(maxsize=1024)
 def _partition_rows(share: int, shares: int, config: RunConfig, info: str) -> Held:
     indices = _shares(shares, config, info)[share]
-    return _held(_train_rows(config, info).take(indices), config, encode=encoded)
+    rows = _train_rows(config, info).take(indices)
+    return _held(rows, encoded(_task(config), rows), config)
 
 
 @lru_cache(maxsize=1)
@@ -335,14 +336,13 @@ def _own_rows(path: str, config: RunConfig, info: str) -> Held:
     rows = task.own_rows(path, _about(info))
     refuse_few(rows, path)
     LOG.info("%s", "\n".join(block(task, "own rows", rows)))  # in this node's own log
-    return _held(rows, config, encode=lambda own, mine: own.encode(mine))
+    return _held(rows, task.encode(rows), config)
 
 
-def _held(rows: Rows, config: RunConfig, *, encode: Callable[[Task, Rows], Inputs]) -> Held:
-    """Encode the rows and hold some out."""
-    task, fraction = _task(config), config.data.validation_fraction
+def _held(rows: Rows, inputs: Inputs, config: RunConfig) -> Held:
+    """Hold some of the rows out."""
+    fraction, strata = config.data.validation_fraction, _task(config).strata(rows)
     kept, held_out = train_validation_split(range(len(rows)), fraction, config.seed)
-    inputs, strata = encode(task, rows), task.strata(rows)
     if strata is None:
         strata = np.zeros(0, np.int64)
     return inputs.take(kept), inputs.take(held_out), strata[kept] if len(strata) else strata

@@ -64,6 +64,11 @@ class Reply:
     notes: tuple[str, ...] = ()
 
 
+def training_loss(metrics: Mapping[str, float]) -> float | None:
+    """Return the training loss of a reply, if it tells; many apps use Hugging Face's name."""
+    return metrics.get("loss", metrics.get("train_loss"))
+
+
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Return tensors as a Flower record, keys kept."""
     return ArrayRecord({name: Array(_numpy(tensor)) for name, tensor in tensors.items()})

@@ -13,7 +13,7 @@ import numpy as np
 
 from strategies.clients import Client
 from strategies.durations import duration
-from strategies.messages import SCALE_KEY, STEPS_KEY, TRAIN_SECONDS_KEY, Reply
+from strategies.messages import SCALE_KEY, STEPS_KEY, TRAIN_SECONDS_KEY, Reply, training_loss
 from strategies.packing import Parcel
 from strategies.records import ClientRecord, RoundRecord, RoundWarning
 from strategies.scores import LOSS, Score, shown, undeclared
@@ -126,8 +126,7 @@ class Round:
         self.accepted += 1
         self.taken.append(assignment.client.name)
         self.bytes_up += reply.nbytes
-        # Many apps call it by Hugging Face's name.
-        loss = reply.metrics.get("loss", reply.metrics.get("train_loss"))
+        loss = training_loss(reply.metrics)
         if loss is not None:
             self.loss_sum += reply.weight * loss
             self.weight_sum += reply.weight

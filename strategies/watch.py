@@ -13,7 +13,7 @@ from typing import Any, Literal
 from flwr.common import log
 
 from strategies.clients import Client
-from strategies.messages import STEPS_KEY
+from strategies.messages import STEPS_KEY, training_loss
 from strategies.records import RoundWarning
 from strategies.trained import Trained
 
@@ -87,7 +87,7 @@ class Watch:
                 f"parameters; or its steps are smaller than {wire} can tell"
             )
             found.append(self._warning("unmoved", client, text))
-        loss = trained.metrics.get("loss", trained.metrics.get("train_loss"))
+        loss = training_loss(trained.metrics)
         if loss is not None and math.isfinite(loss):
             first, last = self._losses.get(client.index, (loss, loss))
             self._losses[client.index] = first, loss

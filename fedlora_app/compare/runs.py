@@ -33,7 +33,7 @@ from fedlora_app.launch.copies import Copies
 from fedlora_app.launch.ray_head import RayHead
 from fedlora_app.launch.superlink import SuperLink, exit_on_signals
 from fedlora_app.report.records import RecordsError, of_kind, read_json, read_records
-from fedlora_app.tasks import make_task
+from fedlora_app.tasks import Rows, make_task
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -46,16 +46,20 @@ def check_shares(study: Study, folder: Path) -> None:
     ValueError or FileNotFoundError
         Which runs cannot be, and why.
     """
+    read: dict[object, Rows] = {}
     seen = set()
     for run in study.runs(folder):
         config = RunConfig.from_flat(run.config)
-        kind = (config.task, config.data, config.seed, run.clients)
+        data = config.task, config.data, config.model  # seeds share them
+        kind = (data, config.seed, run.clients)
         if run.done or kind in seen:
             continue
         seen.add(kind)
         task = make_task(config)
+        if data not in read:
+            read[data] = task.train_rows()
         try:
-            shares_of(task, task.train_rows(), run.clients)
+            shares_of(task, read[data], run.clients)
         except ValueError as error:
             raise ValueError(f"{run.setting}, seed {run.seed}: {error}") from error
 

@@ -7,7 +7,7 @@ role ``text``. Needs no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -180,6 +180,11 @@ def plain_chat(turns: Turns) -> tuple[str, list[tuple[int, int]]]:
     return text.rstrip("\n") if spans and spans[-1][1] == len(text) - 2 else text, spans
 
 
+def messages_of(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return turns as chat templates take them."""
+    return [{"role": role, "content": text} for role, text in turns]
+
+
 def marks_answers(template: str) -> bool:
     """Return whether a chat template itself says what the assistant writes."""
     return re.search(r"\{%-?\s*generation\b", template) is not None
@@ -196,7 +201,7 @@ def marked_chat(
     tokenizer : transformers.PreTrainedTokenizerFast
         With the template.
     """
-    messages = [{"role": role, "content": text} for role, text in turns]
+    messages = messages_of(turns)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     read = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -233,7 +238,7 @@ def templated_chat(
         If the template writes earlier turns in another way once there are later ones, so that
         nobody can tell where an answer is.
     """
-    messages = [{"role": role, "content": text} for role, text in turns]
+    messages = messages_of(turns)
     spans: list[tuple[int, int]] = []
     whole = render(messages, add_generation_prompt=False)
     for i, (role, text) in enumerate(turns):

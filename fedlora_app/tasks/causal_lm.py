@@ -19,6 +19,7 @@ from fedlora_app.data.conversations import (
     format_of,
     marked_chat,
     marks_answers,
+    messages_of,
     plain_chat,
     taken_columns,
     templated_chat,
@@ -214,7 +215,7 @@ class CausalLM(Task):
             render = partial(self.tokenizer.apply_chat_template, tokenize=False)
             try:
                 if self.config.data.train_on == "all":  # no answer has to be found
-                    text = str(render([{"role": role, "content": said} for role, said in turns]))
+                    text = str(render(messages_of(turns)))
                 elif marks_answers(self.tokenizer.chat_template):
                     text, spans = marked_chat(turns, self.tokenizer)
                 else:

@@ -12,7 +12,14 @@ import numpy as np
 from fedlora_app.config.keys import RunConfig
 from fedlora_app.config.plugins import load
 from fedlora_app.config.round_keys import EvaluateConfig
-from fedlora_app.data.conversations import ANSWERS, TEXT, Turns, plain_chat, templated_chat
+from fedlora_app.data.conversations import (
+    ANSWERS,
+    TEXT,
+    Turns,
+    messages_of,
+    plain_chat,
+    templated_chat,
+)
 from fedlora_app.tasks.base import Sample
 from fedlora_app.tasks.scorers import SCORERS, Scorer
 from strategies.seeding import stream
@@ -118,8 +125,9 @@ def prompt_of(tokenizer: Any, turns: Turns) -> str:
     before = turns[:-1]
     if not tokenizer.chat_template:
         return plain_chat(before)[0] + PLAIN_ANSWER
-    messages = [{"role": role, "content": text} for role, text in before]
-    found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    found = tokenizer.apply_chat_template(
+        messages_of(before), tokenize=False, add_generation_prompt=True
+    )
     return str(found)
 
 

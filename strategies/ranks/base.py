@@ -169,6 +169,16 @@ def at_least_one(what: str, rank: int) -> int:
     return rank
 
 
+def mean_between(mean: float, min_rank: int, max_rank: int) -> float:
+    """Return a mean rank, or refuse one that is not within the limits."""
+    if not min_rank <= mean <= max_rank:
+        raise ValueError(
+            f"mean: expected a number from min_rank ({min_rank}) to max_rank ({max_rank}), "
+            f"got {mean!r}"
+        )
+    return mean
+
+
 class UniformRank(RankPolicy):
     """The same rank for every client.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from strategies.clients import Client
-from strategies.ranks.base import Explanation, RankPolicy, at_least_one
+from strategies.ranks.base import Explanation, RankPolicy, at_least_one, mean_between
 from strategies.ranks.holders import caps_of, divided, whole_budget
 from strategies.seeding import stream
 
@@ -95,12 +95,7 @@ class RandomRank(RankPolicy):
         self, mean: float = 8, min_rank: int = 4, max_rank: int = 32, *, seed: int = 42
     ) -> None:
         self.min_rank, self._max_rank = at_least_one("min_rank", min_rank), max_rank
-        if not min_rank <= mean <= max_rank:
-            raise ValueError(
-                f"mean: expected a number from min_rank ({min_rank}) to max_rank ({max_rank}), "
-                f"got {mean!r}"
-            )
-        self.mean, self.seed = mean, seed
+        self.mean, self.seed = mean_between(mean, min_rank, max_rank), seed
         self._notes: list[str] = []
 
     @property

@@ -11,7 +11,8 @@ import torch
 
 from strategies.clients import Client
 from strategies.lora import Adapter
-from strategies.ranks.base import Explanation, RankPolicy, at_least_one
+from strategies.messages import training_loss
+from strategies.ranks.base import Explanation, RankPolicy, at_least_one, mean_between
 from strategies.ranks.holders import caps_of, divided, number_of_holders, whole_budget
 from strategies.trained import Trained
 
@@ -75,11 +76,6 @@ class FeedbackRank(RankPolicy):
         smoothing: float = 0.5,
     ) -> None:
         self.min_rank, self._max_rank = at_least_one("min_rank", min_rank), max_rank
-        if not min_rank <= mean <= max_rank:
-            raise ValueError(
-                f"mean: expected a number from min_rank ({min_rank}) to max_rank ({max_rank}), "
-                f"got {mean!r}"
-            )
         if measure not in MEASURES:
             raise ValueError(f"measure: expected one of {', '.join(MEASURES)}; got {measure!r}")
         if every < 1:
@@ -87,7 +83,8 @@ class FeedbackRank(RankPolicy):
         for what, value in (("holders", holders), ("smoothing", smoothing)):
             if not 0 < value <= 1:
                 raise ValueError(f"{what}: expected a number in (0, 1], got {value!r}")
-        self.mean, self.measure, self.every = mean, measure, every
+        self.mean = mean_between(mean, min_rank, max_rank)
+        self.measure, self.every = measure, every
         self.holders, self.smoothing = holders, smoothing
         self.reads_loss = measure == "loss"
         self._fresh: dict[int, float] = {}  # of the round in progress, by client index
@@ -117,7 +114,7 @@ class FeedbackRank(RankPolicy):
         if self.measure == "energy":
             score = effective_rank(trained.sent, trained.adapter)
         else:
-            loss = trained.metrics.get("loss", trained.metrics.get("train_loss"))
+            loss = training_loss(trained.metrics)
             if loss is None:
                 raise ValueError("the reply has no loss, so the client counts as the mean")
             score = float(loss)
