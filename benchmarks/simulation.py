@@ -1,6 +1,6 @@
 """The demo from its command to its end by part, and a study's arms, each beside a bare loop.
 
-    python -m benchmarks.simulation [demo] [study] [--rounds 10] [--arms 3]
+    python -m benchmarks.simulation [demo] [study] [--rounds 10] [--arms 4]
 
 Without a name it does both. The bare loop (``benchmarks.bare_loop``) does the same steps and
 evaluations right after, on the same machine, in as many processes; a ratio is of one run of this
@@ -151,29 +151,24 @@ def study(folder: Path, arms: int) -> None:
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "fedlora_app.compare", str(file), "--output", str(folder)]
     starts, end = [], 0.0
-    for seconds, line in stamped([*command, "--jobs", "1"]):
+    for seconds, line in stamped(command):
         end = seconds
         if re.match(r"\[\d+/\d+\] ", line) or line.startswith("**demo**"):
             starts.append(seconds)
-    rows = []
-    for number in range(arms):
-        seconds = starts[number + 1] - starts[number]
-        loop = bare(folder / "bench" / "demo" / f"arm-{number + 1}" / "seed-42")
-        steps = sum(loop["rounds"]) + loop["end"]
-        rows.append(
-            [f"{number + 1}", f"{seconds:.1f} s", f"{steps:.1f} s", f"{seconds / steps:.3f}"]
-        )
-    rest = end - starts[-1]
+    ran = starts[-1] - starts[0]
+    loops = [bare(folder / "bench" / "demo" / f"arm-{n + 1}" / "seed-42") for n in range(arms)]
+    steps = sum(sum(loop["rounds"]) + loop["end"] for loop in loops)
     print(f"### A study\n\n{arms} arms of {ARM_ROUNDS} rounds; until the first arm "
-          f"{starts[0]:.1f} s, tables and plots {rest:.1f} s.\n")  # fmt: skip
-    print(table(["arm", "compare", "bare loop, without its start", "ratio"], rows))
+          f"{starts[0]:.1f} s, tables and plots {end - starts[-1]:.1f} s.\n")  # fmt: skip
+    rows = [[f"{ran / arms:.1f} s", f"{steps / arms:.1f} s", f"{ran / steps:.3f}"]]
+    print(table(["compare, an arm", "bare loop, without its start", "ratio"], rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("what", nargs="*", default=[], help="demo, study")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--arms", type=int, default=3)
+    parser.add_argument("--arms", type=int, default=4)
     args = parser.parse_args()
     if unknown := set(args.what) - {"demo", "study"}:
         parser.error(f"expected demo or study, got {', '.join(sorted(unknown))}")

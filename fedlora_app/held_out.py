@@ -10,6 +10,7 @@ import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
 
 from fedlora_app.evaluation import evaluate, per_sample_losses
+from fedlora_app.launch.inspection import CORES
 from fedlora_app.tasks import Inputs, Rows, Sample, Task
 from strategies.client import load_adapter
 from strategies.lora import Adapter
@@ -61,7 +62,7 @@ class HeldOut:
         On all cores, or ``beside`` others on half of them: a simulation's clients may train on
         all, and threads that have to wait for each other lose more than they gain then.
         """
-        config, cores = self.task.config, os.cpu_count() or 1
+        config, cores = self.task.config, _cores()
         with torch_threads(max(1, cores // 2) if beside else cores):
             scores = evaluate(
                 self.task,
@@ -79,7 +80,7 @@ class HeldOut:
             raise ValueError("there are no validation rows; set ranks.validation-rows")
         load_adapter(model, adapter)
         config = self.task.config
-        with torch_threads(os.cpu_count() or 1):
+        with torch_threads(_cores()):
             losses = per_sample_losses(
                 self.task,
                 model,
@@ -95,6 +96,11 @@ class HeldOut:
         """Evaluate global arrays; what the strategy calls after each round."""
         load_adapter(model, effective_adapter(arrays, self.task.config.lora.scale))
         return MetricRecord(dict(self.evaluate(model, beside=beside)))
+
+
+def _cores() -> int:
+    """Return how many cores are for this run."""
+    return int(os.environ.get(CORES) or os.cpu_count() or 1)
 
 
 def effective_adapter(arrays: ArrayRecord, scale: float) -> Adapter:

@@ -2,8 +2,8 @@
 
 ``python -m fedlora_app.compare studies/autorank.toml`` runs every arm of the study that
 has not run yet, in Flower's simulation, and prints one table per setting. A study that
-was interrupted goes on where it stopped: what has a ``summary.json`` is not run again. With cores
-for it, or ``--jobs``, runs go side by side.
+was interrupted goes on where it stopped: what has a ``summary.json`` is not run again. Runs go
+side by side, one a core.
 
 A study file holds ``clients``, ``seeds``, ``target`` (of the task's first score), ``baseline``
 (the arm that others are compared with; default: the first), and run-config keys: ``[config]`` for
@@ -22,6 +22,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
+
 from fedlora_app.compare.retiming import retime_folder, training_of
 from fedlora_app.compare.study import Flat, Run, Study
 from fedlora_app.compare.study_plots import plot_arms, plot_ranks, plot_study
@@ -30,6 +32,7 @@ from fedlora_app.compare.tables import tables
 from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.data.kept import shares_of
 from fedlora_app.launch.copies import Copies
+from fedlora_app.launch.inspection import CORES
 from fedlora_app.launch.ray_head import RayHead
 from fedlora_app.launch.superlink import SuperLink, exit_on_signals
 from fedlora_app.report.records import RecordsError, of_kind, read_json, read_records
@@ -71,13 +74,15 @@ def execute(study: Study, folder: Path, jobs: int = 1) -> int:
     if not queue.total:
         return 0
     jobs = min(jobs, queue.total)
-    cores = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    cores = max(1, (os.cpu_count() or 1) // jobs)
     # Entered first, so that its threads are waited for when all they wait for has ended.
     with ThreadPoolExecutor(jobs) as threads, Copies() as copies, ExitStack() as open_now:
         links = []
         for _ in range(jobs):  # a Ray each: two runs on one would take each other's cores
             ray_head = open_now.enter_context(RayHead(cores))
-            link = SuperLink(simulation=True, copies=copies, ray_head=ray_head)
+            link = SuperLink(
+                simulation=True, copies=copies, ray_head=ray_head, environment={CORES: f"{cores}"}
+            )
             links.append(open_now.enter_context(link))
         open_now.callback(queue.close)
         working = [threads.submit(_work, queue, link) for link in links]
@@ -135,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--jobs",
         type=int,
         default=0,
-        help="runs side by side (default: as many as there are cores for all clients of each)",
+        help="runs side by side (default: one a core where memory allows, with a GPU one)",
     )
     parser.add_argument("--only-table", action="store_true", help="run nothing, print the tables")
     parser.add_argument("--list", action="store_true", help="run nothing, say what is to do")
@@ -147,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     folder = (args.output / study.name).expanduser().absolute()
-    jobs = args.jobs if args.jobs > 0 else jobs_for(study)
+    jobs = args.jobs if args.jobs > 0 else _jobs()
     failed = 0
     try:
         if args.list:
@@ -162,6 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 1 if failed else 0
+
+
+def _jobs() -> int:
+    """Return how many runs this machine does side by side."""
+    import torch  # takes seconds to import
+
+    free = psutil.virtual_memory().available
+    return jobs_for(os.cpu_count() or 1, free, torch.cuda.is_available())
 
 
 def show(study: Study, folder: Path) -> None:

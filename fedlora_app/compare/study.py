@@ -196,7 +196,7 @@ def _teraflops(records: Sequence[Record], work: ClockRecord) -> dict[int, float]
     found: dict[int, float] = {}
     for r in of_kind(records, "client"):
         if r["status"] in ("ok", "late"):
-            steps = r.get("steps") or work["steps"]
+            steps = work["steps"] if (own := r.get("steps")) is None else own
             flops = steps * (work["base_flops"] + work["rank_flops"] * r["rank"])
             found[r["round"]] = found.get(r["round"], 0.0) + flops / 1e12
     return found

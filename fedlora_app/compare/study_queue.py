@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import threading
@@ -16,6 +15,8 @@ from fedlora_app.compare.study import Flat, Run, Study
 from fedlora_app.launch.superlink import RunStatus
 from fedlora_app.report.records import read_json
 from strategies.durations import duration
+
+A_RUN = 4 * 2**30  # bytes for a server, a client and a Ray, with models of a few hundred MB
 
 Reuse = Callable[[Collection[Path]], None]
 
@@ -97,9 +98,20 @@ def time_left(seconds: float, ran: int, waiting: int) -> str:
     return f", left {duration(seconds / ran * waiting)}" if ran else ""
 
 
-def jobs_for(study: Study, cores: int | None = None) -> int:
-    """Return how many runs fit side by side: each of its clients can keep a core busy."""
-    return max(1, (cores or os.cpu_count() or 1) // max(study.clients.values()))
+def jobs_for(cores: int, memory: int, gpu: bool) -> int:
+    """Return how many runs to do side by side.
+
+    One a core: what a run does by itself (start, sums, plots) is then done while others train. On
+    a GPU one alone, which has its memory.
+
+    Parameters
+    ----------
+    cores : int
+    memory : int
+        Bytes that are free.
+    gpu : bool
+    """
+    return 1 if gpu else max(1, min(cores, memory // A_RUN))
 
 
 def listing(study: Study, folder: Path, jobs: int = 1) -> str:

@@ -22,6 +22,9 @@ from fedlora_app.tasks import About, Rows, Task, make_task
 CHECKED = "FEDLORA_CHECKED"
 """An environment variable that says that a run was checked before it was submitted."""
 
+CORES = "FEDLORA_CORES"
+"""One that says how many cores are for a run that has others beside it."""
+
 CLIENTS = 10  # of a simulation that names no number
 SHOWN = 12  # classes, columns and files that a block names
 

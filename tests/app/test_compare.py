@@ -104,6 +104,12 @@ def test_what_it_took_to_reach_the_target(study, tmp_path):
     # 4 steps of 1e9 + 4·1e6 FLOPs a round, by one client
     assert scores["TFLOP"] == pytest.approx(3 * 4 * 1.004e-3)
     assert scores["TFLOP to target"] == pytest.approx(2 * 4 * 1.004e-3)
+    file = run.folder / "metrics.jsonl"
+    idle = file.read_text().replace(
+        '"bytes_up": 1000000, "steps": 4', '"bytes_up": 1000000, "steps": 0'
+    )
+    file.write_text(idle)
+    assert one(study, tmp_path, "lab", "planned").scores()["TFLOP"] == 0
     assert scores["server s"] == pytest.approx(0.75)
     assert np.isnan(replace(run, target=0.95).scores()["seconds to target"])
 
@@ -180,7 +186,6 @@ def test_a_setting_may_have_its_own_clients_and_target(tmp_path):
     study = Study.read(file)
     found = {run.setting: (run.clients, run.target) for run in study.runs(tmp_path)}
     assert found == {"lab": (3, 0.5), "rural": (30, 0.9)}
-    assert jobs_for(study, 60) == 2
 
 
 def test_a_column_says_how_many_clients_a_setting_has(tmp_path):
@@ -433,9 +438,11 @@ def test_runs_go_side_by_side_but_not_those_that_differ_in_the_clock(
     assert all(run.done for run in seeds.runs(tmp_path))
 
 
-def test_as_many_runs_as_there_are_cores_for_their_clients(study):
-    assert jobs_for(study, 2) == 1
-    assert jobs_for(study, 7) == 2
+def test_one_run_a_core_as_far_as_memory_goes():
+    assert jobs_for(2, 24 * 2**30, gpu=False) == 2
+    assert jobs_for(64, 24 * 2**30, gpu=False) == 6
+    assert jobs_for(64, 2**30, gpu=False) == 1
+    assert jobs_for(64, 2**40, gpu=True) == 1
 
 
 def test_a_link_that_fails_ends_the_study(study, tmp_path, monkeypatch):
