@@ -42,6 +42,7 @@ from strategies.client import (
     profile,
     profile_wanted,
     receive_parameters,
+    timed,
     trained_at,
 )
 from strategies.lora import Adapter
@@ -355,4 +356,4 @@ def client_fn(context: Context) -> Client:
     return LoRAClient(config, dict(context.node_config), context.state).to_client()
 
 
-app = ClientApp(client_fn=client_fn, mods=[discreet])
+app = ClientApp(client_fn=client_fn, mods=[discreet, timed])

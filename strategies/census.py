@@ -83,6 +83,8 @@ class Census:
         self._asked: dict[int, int] = {}  # the round in which a node was asked last
         self._tries: dict[int, int] = {}  # how often in vain, of those that never answered since
         self._doubted: set[int] = set()
+        #: Seconds that the last queries took for which a node has nothing to do.
+        self.trips: list[float] = []
 
     def take(
         self, grid: Grid, policy: RankPolicy, config: ConfigRecord, server_round: int
@@ -112,7 +114,10 @@ class Census:
                 profiled = {node_id: answers.get(node_id) for node_id in new}
                 known = {n: answer for n, answer in answers.items() if "partition-id" in answer}
             rest = [node_id for node_id in new if node_id not in known]
-            known = {**known, **self._ask(grid, rest, settings, self.timeout)}
+            known = {
+                **known,
+                **self._ask(grid, rest, settings, self.timeout, empty=not self.counts),
+            }
             soon = min(self.timeout, AGAIN_SECONDS)
             known = {**known, **self._ask(grid, again, settings, soon)}
             if not any(node_id in known for node_id in again):
@@ -245,9 +250,18 @@ class Census:
         log_each(unusable)
 
     def _ask(
-        self, grid: Grid, node_ids: Sequence[int], config: ConfigRecord, timeout: float
+        self,
+        grid: Grid,
+        node_ids: Sequence[int],
+        config: ConfigRecord,
+        timeout: float,
+        *,
+        empty: bool = False,
     ) -> dict[int, Answer]:
-        """Send one query to each node; who fails to answer is left out."""
+        """Send one query to each node; who fails to answer is left out.
+
+        ``empty``: there is nothing to do for it, so that its seconds are those of the way.
+        """
         messages = [
             Message(self.protocol.query(config), node_id, self.protocol.query_type)
             for node_id in node_ids
@@ -255,11 +269,11 @@ class Census:
         answers: dict[int, Answer] = {}
         silent = set(node_ids)
         failed: list[str] = []
-        began, took = time.monotonic(), dict[int, float]()
+        took: dict[int, float] = {}
 
-        def arrived(message: Message, just_now: bool) -> None:
-            if just_now:  # else nobody looked for a while
-                took[message.metadata.src_node_id] = time.monotonic() - began
+        def arrived(message: Message, seconds: float | None) -> None:
+            if seconds is not None:
+                took[message.metadata.src_node_id] = seconds
 
         for message in exchange(
             grid, messages, timeout, on_arrival=arrived, window=BATCH, batch=BATCH
@@ -281,4 +295,6 @@ class Census:
             f"node {n} gave no answer to a query within {timeout:g} s" for n in sorted(silent)
         ]
         log_each(failed)
+        if empty and took:
+            self.trips = list(took.values())
         return answers

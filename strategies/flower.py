@@ -37,6 +37,8 @@ def require_tested(installed: str) -> None:
 require_tested(version("flwr"))  # before what follows, which another version may lack
 
 # Records of today's API from and to what clients of the old one take and return.
+# The type of what a mod calls.
+from flwr.clientapp.typing import ClientAppCallable as ClientAppCallable  # noqa: E402
 from flwr.compat.common import recorddict_compat as recorddict_compat  # noqa: E402
 
 # What a ClientManager holds; no public module has its name.
@@ -49,6 +51,11 @@ from flwr.serverapp.strategy.strategy_utils import (  # noqa: E402
 
 # Messages are only made by a process that has an identity, which a server of the old style lacks.
 from flwr.supercore.task_identity import TaskIdentity as TaskIdentity  # noqa: E402
+
+
+def is_network(grid: object) -> bool:
+    """Tell whether there is one between a grid and its clients; a simulation's has none."""
+    return type(grid).__name__ != "InMemoryGrid"  # its module has whole servers
 
 
 def is_transport_error(error: Exception) -> bool:

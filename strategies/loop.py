@@ -244,12 +244,11 @@ class StreamingStrategy(Strategy):
         """Return how the log calls a node."""
         return f"node {node_id}"
 
-    def _arrived(self, message: Message, just_now: bool) -> None:
+    def _arrived(self, message: Message, seconds: float | None) -> None:
         """Tell listeners that a reply is in, before its turn to be aggregated."""
         node_id = message.metadata.src_node_id
-        if just_now and node_id in self.round.assignments:
-            sent = self.round.assignments[node_id]
-            sent.elapsed_seconds = time.perf_counter() - self.round.started
+        if seconds is not None and node_id in self.round.assignments:
+            self.round.assignments[node_id].elapsed_seconds = seconds
         self.tell({"kind": "arrived", "round": self.round.number, "node": str(node_id)})
 
     def tell(self, record: Record) -> None:

@@ -40,8 +40,10 @@ QUALITY_KEY = "report-quality"  # whether the reply must have a metric "quality"
 SEND_KEY = "lora-send"  # the factors to send back
 PROXIMAL_KEY = "proximal-mu"  # FedProx's weight, as Flower's own strategy calls it
 COUNT_KEY = "report-num-examples"  # in a query: the answer is to have "num-examples"
-# Metrics of a reply that the clock reads: seconds of local training, and optimiser steps.
+# Metrics of a reply that the clock reads: seconds of local training, those from having the message
+# to having the reply, and optimiser steps.
 TRAIN_SECONDS_KEY = "seconds"
+HELD_SECONDS_KEY = "held-seconds"
 STEPS_KEY = "steps"
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flwr.serverapp import Grid
 
 from strategies.aggregation import Aggregator, Population
 from strategies.clients import Client
+from strategies.flower import is_network
 from strategies.guard import Guard
 from strategies.sampling import Outlook, Sampler
 from strategies.sampling.base import Array
@@ -167,6 +169,13 @@ class Participation:
     def never_answered(self) -> list[int]:
         """Return the indices of those who were asked, and never sent a good reply in time."""
         return sorted(self._asked.keys() - self._answered.keys())
+
+    def begin(
+        self, works: Sequence[Work], server_round: int, grid: Grid, empty: Sequence[float]
+    ) -> RoundTime:
+        """Return the time of a round before it is run; ``empty`` as in ``Clock.begin``."""
+        network = is_network(grid)
+        return self.clock.begin(works, server_round, network=network, empty=empty)
 
     def finish(self, works: Sequence[Work], server_round: int) -> RoundTime:
         """Return the time of a round that is over and add it to ``seconds``."""

@@ -13,6 +13,12 @@ from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 #: Goes up when a field changes its meaning or goes, not when one is added.
 RECORDS_VERSION = 1
 
+#: Fields that only a measured clock fills, of rounds and of clients.
+MEASURED = frozenset(
+    {"queue_seconds"}
+    | {f"{of}_seconds{end}" for of in ("fixed", "mb") for end in ("", "_low", "_high")}
+)
+
 
 class _Timed(TypedDict):
     round: int
@@ -120,7 +126,12 @@ class ClientRecord(_Timed):
     bytes_up: int
     bytes_planned: int
     compute_seconds: float | None
-    upload_seconds: float | None
+    upload_seconds: float | None  # None where nothing was sent over a network
+    fixed_seconds: NotRequired[float | None]  # measured: what every reply takes beside both
+    queue_seconds: NotRequired[float | None]  # in a simulation without a clock: not computing
+    mb_seconds: NotRequired[float | None]  # measured: of each megabyte of its upload
+    mb_seconds_low: NotRequired[float | None]  # ends of its 90 % interval
+    mb_seconds_high: NotRequired[float | None]
     reason: NotRequired[str]  # of a rejected one
     steps: NotRequired[float]  # as reported
     memory_load_mb: NotRequired[float]  # peaks, as ``strategies.memory`` measures them
@@ -166,6 +177,9 @@ class RoundRecord(_Timed):
     clock_total: float | None
     bottleneck: int | None
     planned_seconds: float | None
+    fixed_seconds: NotRequired[float | None]  # as of its clients, with a 90 % interval
+    fixed_seconds_low: NotRequired[float | None]
+    fixed_seconds_high: NotRequired[float | None]
     epsilon_local: NotRequired[float]
     epsilon_central: NotRequired[float]
     warnings: NotRequired[list[RoundWarning]]  # only where there are any

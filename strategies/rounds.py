@@ -13,7 +13,14 @@ import numpy as np
 
 from strategies.clients import Client
 from strategies.durations import duration
-from strategies.messages import SCALE_KEY, STEPS_KEY, TRAIN_SECONDS_KEY, Reply, training_loss
+from strategies.messages import (
+    HELD_SECONDS_KEY,
+    SCALE_KEY,
+    STEPS_KEY,
+    TRAIN_SECONDS_KEY,
+    Reply,
+    training_loss,
+)
 from strategies.packing import Parcel
 from strategies.records import ClientRecord, RoundRecord, RoundWarning
 from strategies.scores import LOSS, Score, shown, undeclared
@@ -55,6 +62,8 @@ class Assignment:
             train_seconds=seconds,
             elapsed_seconds=self.elapsed_seconds,
             answered=self.status == "ok",
+            held_seconds=self.reported.get(HELD_SECONDS_KEY),
+            node=self.client.node_id,
         )
 
     def record(self, server_round: int, time: RoundTime) -> ClientRecord:
@@ -71,8 +80,15 @@ class Assignment:
             "bytes_up": self.bytes_up,
             "bytes_planned": self.parcel.upload_bytes,
             "compute_seconds": _rounded(time.compute_seconds.get(i)),
-            "upload_seconds": _rounded(time.upload_seconds.get(i)),
+            "upload_seconds": None if time.queued else _rounded(time.upload_seconds.get(i)),
         }
+        if time.queued:
+            own["queue_seconds"] = _rounded(time.upload_seconds.get(i))
+        elif i in time.compute_seconds and time.fixed_seconds is not None:
+            own["fixed_seconds"] = _rounded(time.fixed_seconds)
+        if (rate := time.mb_seconds.get(i)) is not None:
+            own["mb_seconds"] = _rounded(rate.value)
+            own["mb_seconds_low"], own["mb_seconds_high"] = _rounded(rate.low), _rounded(rate.high)
         return cast(ClientRecord, {**self.reported, **own})
 
 
@@ -186,6 +202,10 @@ class Round:
             "bottleneck": self.time.bottleneck if self.time else None,
             "planned_seconds": _rounded(self.planned_seconds),
         }
+        if self.time and self.time.fixed_seconds is not None and not self.time.queued:
+            own["fixed_seconds"] = _rounded(self.time.fixed_seconds)
+            low, high = self.time.fixed_between
+            own["fixed_seconds_low"], own["fixed_seconds_high"] = _rounded(low), _rounded(high)
         if self.warnings:
             own["warnings"] = self.warnings
         scores = {f"server_{k}": v for k, v in self.evaluation.items()}

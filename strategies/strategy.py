@@ -250,7 +250,7 @@ class FedLoRA(KeptRun):
         self.tell({"kind": "round-start", "round": server_round, "clients": len(chosen)})
         messages = self.orders.place(chosen, book, packing, config, model_round, self._rng)
         self.outside.check(noise_lacking(self))
-        late = self.participation.clock.forecast(book.works(), server_round).late
+        late = self.participation.begin(book.works(), server_round, grid, self.census.trips).late
         self.intake.open(book, packing, late)
         # Our own loop sends one after the other: where each client's arrays are its own, they
         # need not be there together. Other loops, and strategies around, are used to a list.

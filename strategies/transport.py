@@ -27,7 +27,7 @@ SOON, SLOWER = 0.01, 1.5
 PATIENCE = 60.0
 UNREADABLE = 0  # Flower's code of an unknown error
 
-OnArrival = Callable[[Message, bool], None]
+OnArrival = Callable[[Message, float | None], None]
 
 
 class Meanwhile:
@@ -108,9 +108,9 @@ def exchange(
     timeout : float
         Seconds to wait for all replies; what is missing then is left out.
     on_arrival : callable, optional
-        Called with each reply when it comes in, before its turn, and whether it came just now:
-        false where nobody looked for a while, since it was outside the window or the caller
-        was busy, so that the time says nothing about the client.
+        Called with each reply when it comes in, before its turn, and the seconds since its
+        message was sent: None where nobody looked for a while, since it was outside the window
+        or the caller was busy, so that the time says nothing about the client.
     name : callable
         Returns how the log calls a node. (default: ``node 123``)
     meanwhile : Meanwhile, optional
@@ -124,13 +124,14 @@ def exchange(
     """
     pending: deque[str] = deque()
     asked: dict[str, tuple[int, str]] = {}
+    sent: dict[str, float] = {}
     looked: dict[str, float] = {}  # when a message was last looked at
     rest = iter(messages)
     while some := list(islice(rest, batch)):
         for message_id, message in _push(grid, some):
             pending.append(message_id)
             asked[message_id] = message.metadata.dst_node_id, message.metadata.message_type
-            looked[message_id] = time.monotonic()
+            sent[message_id] = looked[message_id] = time.monotonic()
     if meanwhile is not None:
         meanwhile.start()
     early: dict[str, Message] = {}
@@ -144,7 +145,8 @@ def exchange(
         for message_id, reply in _pull(grid, wanted, asked):
             early[message_id] = reply
             if on_arrival is not None:
-                on_arrival(reply, now - looked[message_id] <= max(BLUR, 2 * poll_seconds))
+                just_now = now - looked[message_id] <= max(BLUR, 2 * poll_seconds)
+                on_arrival(reply, time.monotonic() - sent[message_id] if just_now else None)
         looked.update(dict.fromkeys(wanted, now))
         if meanwhile is not None:
             if meanwhile.running and not late:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from fedlora_app.config.fields import Scalar
 from fedlora_app.config.keys import RunConfig
@@ -21,7 +21,7 @@ from fedlora_app.report.records import (
     write_lines,
 )
 from fedlora_app.report.scores import scores_of
-from strategies.records import Record
+from strategies.records import MEASURED, ClientRecord, Record, RoundRecord
 
 Flat = Mapping[str, Scalar]
 
@@ -132,16 +132,20 @@ def with_times(records: Iterable[Record], times: Sequence[Time]) -> list[Record]
     out: list[Record] = []
     for record in records:
         if record["kind"] == "round":
-            record = record.copy()
+            record = cast(RoundRecord, _without_measured(record))
             time = by_round[record["round"]]
             seconds = time.seconds if record["round"] else 0.0  # round 0 is the start
             total += seconds
             record["clock_seconds"], record["clock_total"] = rounded(seconds), rounded(total)
             record["bottleneck"] = time.bottleneck
         elif record["kind"] == "client" and record["round"] in by_round:
-            record = record.copy()
+            record = cast(ClientRecord, _without_measured(record))
             time, i = by_round[record["round"]], record["client"]
             record["compute_seconds"] = rounded(time.compute_seconds.get(i))
             record["upload_seconds"] = rounded(time.upload_seconds.get(i))
         out.append(record)
     return out
+
+
+def _without_measured(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in MEASURED}

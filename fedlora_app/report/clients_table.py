@@ -91,7 +91,10 @@ def client_table(
         ("moved", {c: bar(n, most) for c, n in moved.items()}),
         ("compute s, mean", {c: _mean(rs, "compute_seconds") for c, rs in own.items()}),
         ("peak MB", {c: _most(rs, MEMORY) for c, rs in own.items()}),
+        ("fixed s, mean", {c: _mean(rs, "fixed_seconds") for c, rs in own.items()}),
         ("upload s, mean", {c: _mean(rs, "upload_seconds") for c, rs in own.items()}),
+        ("s per MB (90 %)", {c: _rate(rs) for c, rs in own.items()}),
+        ("queue s, mean", {c: _mean(rs, "queue_seconds") for c, rs in own.items()}),
         ("bottleneck", {c: slow.get(c) for c in own}),
         *(
             (f"{s.label}, own rows", {c: tested[c].get(s.name) for c in own if c in tested})
@@ -115,6 +118,16 @@ def _count(records: Sequence[ClientRecord], status: str) -> int:
 def _mean(records: Sequence[ClientRecord], key: str) -> float | None:
     known = numbers(records, key)
     return float(sum(known) / len(known)) if known else None
+
+
+def _rate(records: Sequence[ClientRecord]) -> str | None:
+    """Return the last known seconds of a megabyte, with their interval."""
+    keys = ("mb_seconds", "mb_seconds_low", "mb_seconds_high")
+    known = [numbers(records, key) for key in keys]
+    if not all(known):
+        return None
+    value, low, high = (values[-1] for values in known)
+    return f"{value:.3g} ({low:.3g}–{high:.3g})"
 
 
 def _most(records: Sequence[ClientRecord], keys: Sequence[str]) -> float | None:

@@ -30,6 +30,7 @@ from strategies.client.profiling import (
     register_profile,
 )
 from strategies.client.rescaling import trained_at
+from strategies.client.timing import timed
 from strategies.profiling import Profile
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "send",
     "send_parameters",
     "tail_penalty",
+    "timed",
     "trained_at",
     "training_metrics",
 ]

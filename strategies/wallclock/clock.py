@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from strategies.wallclock.objective import ClientProfiles
+from strategies.wallclock.transfers import Estimate
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Work:
         From sending its message to the arrival of the reply; None before the round.
     answered : bool
         Whether a good reply came. (default: True)
+    held_seconds : float, optional
+        What the client reported it took from having the message to having the reply, training
+        and all around it; None before the round, or where it did not say.
+    node : int, optional
+        Its node id.
     """
 
     client: int
@@ -44,6 +50,8 @@ class Work:
     train_seconds: float | None = None
     elapsed_seconds: float | None = None
     answered: bool = True
+    held_seconds: float | None = None
+    node: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,15 @@ class RoundTime:
         By client index. Who is late has no upload seconds: its upload is cut off.
     late : frozenset of int
         Who misses the deadline.
+    fixed_seconds : float, optional
+        What every reply takes beside both, whatever its size; None where that is not looked at.
+    fixed_between : tuple of float
+        Ends of its 90 % interval.
+    mb_seconds : Mapping[int, Estimate]
+        Seconds of each megabyte of upload by client index, as far as they were measured.
+    queued : bool
+        Whether ``upload_seconds`` are seconds of waiting for a turn, since there is no network.
+        (default: False)
     """
 
     seconds: float
@@ -66,6 +83,10 @@ class RoundTime:
     compute_seconds: Mapping[int, float] = field(default_factory=dict)
     upload_seconds: Mapping[int, float] = field(default_factory=dict)
     late: frozenset[int] = frozenset()
+    fixed_seconds: float | None = None
+    fixed_between: tuple[float, float] = (0.0, 0.0)
+    mb_seconds: Mapping[int, Estimate] = field(default_factory=dict)
+    queued: bool = False
 
 
 class Clock(ABC):
@@ -80,6 +101,22 @@ class Clock(ABC):
     deadline: float = 0.0
     #: Seconds of a round in which nobody takes part.
     idle_seconds: float = 0.0
+
+    def begin(
+        self, works: Sequence[Work], server_round: int, *, network: bool, empty: Sequence[float]
+    ) -> RoundTime:
+        """Return the forecast of a round that is about to be run.
+
+        Parameters
+        ----------
+        works, server_round
+            As in ``forecast``.
+        network : bool
+            Whether there is one between the server and its clients.
+        empty : Sequence[float]
+            How long answers without content took, in seconds.
+        """
+        return self.forecast(works, server_round)
 
     @abstractmethod
     def forecast(self, works: Sequence[Work], server_round: int) -> RoundTime:

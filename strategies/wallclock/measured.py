@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,42 +13,51 @@ from numpy.typing import NDArray
 from strategies.wallclock.bandwidth import equal_shares
 from strategies.wallclock.clock import Clock, RoundTime, Work, by_client, reported
 from strategies.wallclock.objective import ClientProfiles
+from strategies.wallclock.transfers import Estimate, Fit, Transfers
 
 # The planner needs an upload that takes time, and an efficiency that is finite.
 _NOTHING = 1e-9
 _LEAST_BYTE_SECONDS = 1e-15
+MB = 1e6
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What is known of one client.
+    """What is known of one client beside its transfers.
 
     Parameters
     ----------
     step_seconds : float
         Of a local step at rank 0, that is without the share that grows with the rank.
     byte_seconds : float
-        Transfer and start-up for each byte of its upload.
+        As a checkpoint of before transfers were looked at has it, for each byte of an upload with
+        all that came with it; counts until there is a transfer. (default: 0)
     steps : float
         Local steps it did last; 1 if it never said, then a step is a whole round.
     """
 
     step_seconds: float
-    byte_seconds: float
+    byte_seconds: float = 0.0
     steps: float = 1.0
 
 
 class MeasuredClock(Clock):
     """Time rounds by what was measured in them [D].
 
-    Of a reply that arrived ``elapsed`` seconds after its message was sent, ``train_seconds`` are
-    compute; the rest is transfer, both ways, and start-up, and is put down to the bytes of the
-    upload. Where the client did not report its training time all of it is compute. The round
+    Of a reply that arrived ``elapsed`` seconds after its message was sent, ``held_seconds`` (or,
+    where the client does not report them, ``train_seconds``) are compute. The rest is fitted by
+    seconds that all replies have in common and seconds for each byte of the client's own upload
+    (``strategies.wallclock.transfers``), both with an interval; a download goes with the upload
+    that belongs to it. Where the client did not report any time all of it is compute. The round
     lasts as long as the slowest answer.
 
-    Per client the seconds of a step and of a byte are smoothed exponentially. Clients not heard
-    of count as the mean of the others. Nobody is called late: a deadline is the strategy's own
-    timeout, and its ``answered=False`` is not learned from.
+    Per client the seconds of a step are smoothed exponentially, and newer transfers weigh more.
+    Clients not heard of count as the mean of the others. Nobody is called late: a deadline is the
+    strategy's own timeout, and its ``answered=False`` is not learned from.
+
+    In a simulation clients wait for a core instead of a network: what they waited is told as such.
 
     Parameters
     ----------
@@ -77,60 +86,65 @@ class MeasuredClock(Clock):
         if not (math.isfinite(rank_share) and rank_share >= 0):
             raise ValueError(f"rank_share must be finite and ≥ 0, got {rank_share!r}")
         self.smoothing, self.rank_share, self.shared_band = smoothing, rank_share, shared_band
+        self._network = True
         self._paces: dict[int, Pace] = {}
+        self._transfers = Transfers(smoothing)
+
+    def begin(
+        self, works: Sequence[Work], server_round: int, *, network: bool, empty: Sequence[float]
+    ) -> RoundTime:
+        """Return the forecast of a round that is about to be run."""
+        self._network = network
+        if empty:
+            self._transfers.add_empty(empty)
+        return self.forecast(works, server_round)
 
     def forecast(self, works: Sequence[Work], server_round: int) -> RoundTime:
         """Return the time expected from what was measured; NaN seconds if that is nothing yet."""
         works = by_client(works)
         if not works or not self._paces:
             return RoundTime(math.nan if works else 0.0)
-        paces = self._known([work.client for work in works])
-        compute = np.array([self._compute(p, w) for p, w in zip(paces, works, strict=True)])
-        upload = np.array(
-            [p.byte_seconds * w.upload_bytes for p, w in zip(paces, works, strict=True)]
-        )
+        clients, fit = [work.client for work in works], self._transfers.fit()
+        step, byte, steps = self._known(clients, fit).T
+        done = np.array([reported(work.steps) for work in works], dtype=np.float64)  # None: NaN
+        steps = np.where(np.isnan(done), steps, done)
+        compute = steps * step * (1 + self.rank_share * np.array([work.rank for work in works]))
+        upload = byte * np.array([work.upload_bytes for work in works], dtype=np.float64)
         if self.shared_band:
-            shares = equal_shares(compute, upload, 1.0)[0]
-            upload = upload / shares
-        total = compute + upload
-        clients = [work.client for work in works]
-        return RoundTime(
-            seconds=float(total.max()),
-            bottleneck=clients[int(total.argmax())],
-            compute_seconds=dict(zip(clients, compute.tolist(), strict=True)),
-            upload_seconds=dict(zip(clients, upload.tolist(), strict=True)),
-        )
+            upload = upload / equal_shares(compute, upload, 1.0)[0]
+        return self._time(clients, compute, upload, fit)
 
     def finish(self, works: Sequence[Work], server_round: int) -> RoundTime:
         """Return the time of the round as measured, and learn from those who answered."""
         compute: dict[int, float] = {}
-        upload: dict[int, float] = {}
+        rest: dict[int, float] = {}
         works = by_client(works)
         for work in works:
-            trained, elapsed = reported(work.train_seconds), reported(work.elapsed_seconds)
+            trained, elapsed = _held(work), reported(work.elapsed_seconds)
             if elapsed is None:
                 elapsed = trained
             if elapsed is not None:
                 compute[work.client] = elapsed if trained is None else min(trained, elapsed)
-                upload[work.client] = elapsed - compute[work.client]
+                rest[work.client] = elapsed - compute[work.client]
         if not compute:
             return RoundTime(0.0)
-        usual: Pace | None = None  # looked up once: there may be thousands of clients
         for work in works:
             if work.answered and work.client in compute:
-                i = work.client
-                # On a shared line the transfer alone would have been this much faster.
-                alone = upload[i] / (len(compute) if self.shared_band else 1)
+                self._learn(work, compute[work.client])
                 # Of who was not looked at when it answered, only the training is known.
-                if reported(work.elapsed_seconds) is None:
-                    if i not in self._paces and usual is None and self._paces:
-                        usual = self._mean()
-                    pace = self._paces.get(i, usual)
-                    alone = (pace.byte_seconds if pace else 0.0) * max(work.upload_bytes, 1)
-                self._learn(work, compute[i], alone)
-        slowest = max(compute, key=lambda i: compute[i] + upload[i])
-        seconds = compute[slowest] + upload[slowest]
-        return RoundTime(seconds, slowest, compute, upload)
+                if reported(work.elapsed_seconds) is not None and _held(work) is not None:
+                    # On a shared line the transfer alone would have been this much faster.
+                    shared = len(compute) if self.shared_band else 1
+                    nbytes = max(work.upload_bytes, 1) * shared
+                    self._transfers.add(work.client, nbytes, rest[work.client])
+        clients, fit = list(compute), self._transfers.fit()
+        if not self._network:  # nothing was sent: all of it was waiting for a turn
+            fit = Fit(Estimate(0.0, 0.0, 0.0), fit.byte_seconds)
+        sent = np.array([max(rest[i] - fit.fixed.value, 0.0) for i in clients])
+        whole = {i: compute[i] + rest[i] for i in clients}
+        slowest = max(whole, key=whole.__getitem__)
+        time = self._time(clients, np.array(list(compute.values())), sent, fit)
+        return replace(time, seconds=whole[slowest], bottleneck=slowest)
 
     def profiles(
         self,
@@ -141,7 +155,7 @@ class MeasuredClock(Clock):
         full_rank: int,
         server_round: int,
     ) -> ClientProfiles:
-        """Return what was measured.
+        """Return what was measured; the seconds all replies have in common count as compute.
 
         Lines of their own take nothing from each other: their transfers are then counted as
         compute, and an upload of a nanosecond is left.
@@ -157,15 +171,16 @@ class MeasuredClock(Clock):
                 "before a plan; plan after the first round"
             )
         fixed, per_rank = max(upload_bytes[0], 0.0), upload_bytes[1]
-        paces = self._known(clients)
-        step_seconds, byte_seconds, steps = _table(paces).T
+        fit = self._transfers.fit()
+        step_seconds, byte_seconds, steps = self._known(clients, fit).T
         base, slope = steps * step_seconds, steps * step_seconds * self.rank_share
+        base = base + fit.fixed.value
         if self.shared_band:
             efficiency = 8 / np.maximum(byte_seconds, _LEAST_BYTE_SECONDS)
             constant_bits, bits_per_rank = 8 * fixed, 8 * per_rank
         else:
             base, slope = base + byte_seconds * fixed, slope + byte_seconds * per_rank
-            efficiency = np.ones(len(paces))
+            efficiency = np.ones(len(clients))
             constant_bits, bits_per_rank = _NOTHING, 0.0
         return ClientProfiles(
             weights=weights,
@@ -182,40 +197,62 @@ class MeasuredClock(Clock):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is known of every client."""
-        return {"clients": {str(client): asdict(pace) for client, pace in self._paces.items()}}
+        return {
+            "clients": {str(client): asdict(pace) for client, pace in self._paces.items()},
+            "transfers": self._transfers.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what ``state_dict`` returned."""
+        """Put back what ``state_dict`` returned, also before it had transfers."""
         self._paces = {int(client): Pace(**pace) for client, pace in state["clients"].items()}
+        self._transfers = Transfers(self.smoothing)
+        if "transfers" in state:
+            self._transfers.load_state_dict(state["transfers"])
 
     def summary(self) -> str:
         """Return the clock and its settings in one line."""
         lines = "one shared band" if self.shared_band else "lines of their own"
         return f"{self.name} ({lines}, smoothing {self.smoothing:g})"
 
-    def _learn(self, work: Work, compute: float, transfer: float) -> None:
-        old = self._paces.get(work.client)
-        steps = reported(work.steps) or (old.steps if old else 1.0)
+    def _time(self, clients: Sequence[int], compute: Array, upload: Array, fit: Fit) -> RoundTime:
+        """Return the time of a round in which clients are busy for so long."""
+        total = compute + fit.fixed.value + upload
+        known = fit.byte_seconds if self._network else dict[int, Estimate]()
+        return RoundTime(
+            seconds=float(total.max()),
+            bottleneck=clients[int(total.argmax())],
+            compute_seconds=dict(zip(clients, compute.tolist(), strict=True)),
+            upload_seconds=dict(zip(clients, upload.tolist(), strict=True)),
+            fixed_seconds=fit.fixed.value,
+            fixed_between=(fit.fixed.low, fit.fixed.high),
+            mb_seconds={i: known[i].times(MB) for i in clients if i in known},
+            queued=not self._network,
+        )
+
+    def _learn(self, work: Work, compute: float) -> None:
+        old = self._paces.get(work.client, Pace(0.0))
+        steps = reported(work.steps) or old.steps
         step = compute / (steps * (1 + self.rank_share * work.rank))
-        byte = transfer / max(work.upload_bytes, 1)
-        if old:
+        if work.client in self._paces:
             step = old.step_seconds + self.smoothing * (step - old.step_seconds)
-            byte = old.byte_seconds + self.smoothing * (byte - old.byte_seconds)
-        self._paces[work.client] = Pace(step, byte, steps)
+        self._paces[work.client] = Pace(step, old.byte_seconds, steps)
 
-    def _known(self, clients: Sequence[int]) -> list[Pace]:
-        """Return what is known of clients; others count as the mean of all that are known."""
-        usual = self._mean()
-        return [self._paces.get(client, usual) for client in clients]
+    def _known(self, clients: Sequence[int], fit: Fit) -> Array:
+        """Return step seconds, byte seconds and steps, one row a client.
 
-    def _mean(self) -> Pace:
-        return Pace(*_table(list(self._paces.values())).mean(axis=0).tolist())
+        Others than those heard of count as the mean of all that are known.
+        """
+        rows = {i: (p.step_seconds, p.byte_seconds, p.steps) for i, p in self._paces.items()}
+        bytes_known = {i: e.value for i, e in fit.byte_seconds.items()}
+        bytes_known = {i: row[1] for i, row in rows.items() if row[1]} | bytes_known
+        usual = np.mean(list(rows.values()), axis=0)
+        usual[1] = np.mean(list(bytes_known.values())) if bytes_known else 0.0
+        table = np.array([rows.get(client, usual) for client in clients], dtype=np.float64)
+        table[:, 1] = [bytes_known.get(client, usual[1]) for client in clients]
+        return table
 
-    def _compute(self, pace: Pace, work: Work) -> float:
-        steps = reported(work.steps) or pace.steps
-        return steps * pace.step_seconds * (1 + self.rank_share * work.rank)
 
-
-def _table(paces: Sequence[Pace]) -> NDArray[np.float64]:
-    """Return one row a client."""
-    return np.array([(p.step_seconds, p.byte_seconds, p.steps) for p in paces])
+def _held(work: Work) -> float | None:
+    """Return the seconds a reply was at its client, as far as it said."""
+    held = reported(work.held_seconds)
+    return reported(work.train_seconds) if held is None else held

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.report import page
 from fedlora_app.report.charts import ticks
+from fedlora_app.report.clients_table import client_table
 from fedlora_app.report.folder import RunFolder, table
 from fedlora_app.report.html import data_size, seconds_text, spans
 from fedlora_app.report.page import RunFiles
@@ -91,6 +92,19 @@ def clocked_run():
         out.append(round_record(n, clock_seconds=spent, clock_total=total, bottleneck=slowest,
                                 planned_seconds=planned, late=int(n == 3)))  # fmt: skip
     return out
+
+
+def test_what_was_waiting_for_a_turn_is_not_called_an_upload():
+    rate = {"mb_seconds": 1.6, "mb_seconds_low": 1.51, "mb_seconds_high": 1.75}
+    sent = [client_record(1, 0, compute_seconds=1.0, upload_seconds=2.0, fixed_seconds=1.2, **rate)]
+    columns = client_table(sent, sent, [])
+    assert all(f"{of} s, mean" in columns for of in ("compute", "fixed", "upload"))
+    assert "1.6 (1.51–1.75)" in columns
+    assert "queue" not in columns
+    waited = [client_record(1, 0, compute_seconds=1.0, upload_seconds=None, queue_seconds=9.0)]
+    columns = client_table(waited, waited, [])
+    assert "queue s, mean" in columns
+    assert "upload s" not in columns
 
 
 def write_run(folder: Path, records, *, tail="", config=None, summary=None) -> Path:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from fedlora_app.launch.superlink import MARK, SuperLink
 from strategies.checkpoint import Checkpoints
+from strategies.records import MEASURED
 from strategies.saving import Saver
 from tests.integration.conftest import ROOT, SMALL, records, wait_for
 
@@ -174,5 +175,6 @@ def descendants(process: psutil.Process) -> list[psutil.Process]:
 def untimed(folder: Path, kind: str) -> list[dict]:
     """Return records without what two runs never have in common: times, and ids of nodes."""
     timed = {"at", "node", "seconds", "train_seconds", "aggregate_seconds", "clock_seconds",
-             "clock_total", "compute_seconds", "upload_seconds", "bottleneck"}  # fmt: skip
+             "clock_total", "compute_seconds", "upload_seconds", "bottleneck",
+             "held-seconds", *MEASURED}  # fmt: skip
     return [{k: v for k, v in record.items() if k not in timed} for record in records(folder, kind)]

@@ -20,6 +20,7 @@ from strategies.client import (
     make_reply,
     receive_parameters,
     send_parameters,
+    timed,
     training_metrics,
 )
 from strategies.lora import Adapter
@@ -256,6 +257,37 @@ def test_a_numpy_client_of_two_lines(whole):
         torch.testing.assert_close(read.arrays[key], tensor + 1)
     adapter = Adapter.from_state_dict(read.arrays, SCALE)
     assert set(adapter.ranks.values()) == {2}
+
+
+def test_a_reply_says_how_long_it_was_at_its_client_unless_it_is_private():
+    model, tensors = make_model(4), state(2, seed=1)
+    app = ClientApp(mods=[timed])
+
+    @app.train()
+    def train(msg, context):
+        time.sleep(0.05)  # the model is built
+        apply_adapter(model, msg)
+        return make_reply(model, msg, num_examples=3)
+
+    context = Context(1, 7, {}, RecordDict(), {})
+    told = (
+        MessageProtocol()
+        .read_train(app(train_message(tensors), context).content, list(tensors))
+        .metrics
+    )
+    assert told["held-seconds"] - told["seconds"] >= 0.05
+    private = app(train_message(tensors, **{"dp-clip": 0.5, "dp-noise-multiplier": 1.0}), context)
+    assert dict(private.content["metrics"]) == {"num-examples": 1}
+
+    class Numbers(NumPyClient):
+        def fit(self, parameters, config):
+            receive_parameters(model, parameters, config)
+            return fit_reply(model, config, num_examples=12)
+
+    protocol = NumPyProtocol()
+    app = ClientApp(client_fn=lambda context: Numbers().to_client(), mods=[timed])
+    reply = app(message(protocol.train(to_record(tensors), settings())), context)
+    assert protocol.read_train(reply.content, list(tensors)).metrics["held-seconds"] > 0
 
 
 def test_parameters_without_their_names():

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,22 +30,63 @@ def test_measured_round():
 
 def test_estimates_are_smoothed_and_unknown_clients_are_as_the_mean():
     clock = MeasuredClock(smoothing=0.25)
-    clock.finish([done(0, 10.0, 12.0), done(1, 30.0, 30.5)], 1)
-    clock.finish([done(0, 40.0, 44.0, steps=20.0, size=4000)], 2)
-    step = 0.75 * 1.0 + 0.25 * 2.0
-    byte = 0.75 * 0.002 + 0.25 * 0.001
-    known = [20 * step + byte * 500, 10 * 3.0 + 0.0005 * 500]
-    works = [Work(i, 4, 500) for i in range(3)]
-    time = clock.forecast(works, 3)
-    finish = [time.compute_seconds[i] + time.upload_seconds[i] for i in range(3)]
-    unknown = 15 * (step + 3.0) / 2 + (byte + 0.0005) / 2 * 500
-    assert finish == pytest.approx([*known, unknown])
-    assert (time.seconds, time.bottleneck) == (pytest.approx(unknown), 2)
+    # Every reply takes half a second, and each byte 1 ms or 2 ms.
+    for number, size in enumerate((1000, 4000, 2000)):
+        clock.finish(
+            [done(0, 10.0 * (number + 1), 10.5 * (number + 1), steps=10.0 * (number + 1), size=0),
+             done(1, 30.0, 30.5 + 0.001 * size, size=size),
+             done(2, 30.0, 30.5 + 0.002 * size, size=size)], number + 1,
+        )  # fmt: skip
+    works = [Work(i, 4, 500) for i in range(4)]
+    time = clock.forecast(works, 4)
+    assert time.fixed_seconds == pytest.approx(0.5, abs=0.05)
+    assert time.compute_seconds == pytest.approx({0: 30.0, 1: 30.0, 2: 30.0, 3: 50 / 3 * 7 / 3})
+    assert time.upload_seconds[1] == pytest.approx(0.5, abs=0.02)
+    assert time.upload_seconds[2] == pytest.approx(1.0, abs=0.02)
+    mean = sum(time.upload_seconds[i] for i in range(3)) / 3
+    assert time.upload_seconds[3] == pytest.approx(mean)
+    assert time.mb_seconds[1].value == pytest.approx(1000, rel=0.05)
+    assert time.mb_seconds[1].low <= 1000 <= time.mb_seconds[1].high
+    assert 3 not in time.mb_seconds
+    total = {i: time.compute_seconds[i] + time.upload_seconds[i] for i in range(4)}
+    assert time.bottleneck == max(total, key=total.get)
+    assert time.seconds == pytest.approx(max(total.values()) + time.fixed_seconds)
     # a plan's own count of steps goes before that of the last round
-    assert clock.forecast([Work(0, 4, 0, steps=2)], 3).seconds == pytest.approx(2 * step)
-    profiles = clock.profiles([0, 1, 2], [1 / 3] * 3, [[4]] * 3, (100, 100), 4, 3)
-    total = profiles.compute_seconds(np.full(3, 4.0)) + profiles.upload_seconds(np.full(3, 4.0))
-    assert total == pytest.approx(finish)
+    assert clock.forecast([Work(0, 4, 0, steps=2)], 3).compute_seconds[0] == pytest.approx(2.0)
+    profiles = clock.profiles([0, 1, 2, 3], [1 / 4] * 4, [[4]] * 4, (100, 100), 4, 3)
+    found = profiles.compute_seconds(np.full(4, 4.0)) + profiles.upload_seconds(np.full(4, 4.0))
+    assert found == pytest.approx([total[i] + time.fixed_seconds for i in range(4)])
+
+
+def test_what_surrounds_training_at_the_client_is_not_the_network():
+    clock = MeasuredClock()
+    work = replace(done(0, 2.0, 9.0), held_seconds=5.0)
+    time = clock.finish([work], 1)
+    assert time.compute_seconds == {0: 5.0}
+    assert time.upload_seconds == {0: 4.0}
+    # one that says what cannot be is not believed
+    time = clock.finish([replace(work, held_seconds=-1.0)], 2)
+    assert time.compute_seconds == {0: 2.0}
+
+
+def test_answers_without_content_say_what_is_fixed():
+    clock = MeasuredClock()
+    works = [done(i, 1.0, 1.0 + 1.5 + i, size=1000 * i) for i in (1, 2)]
+    clock.begin(works, 1, network=True, empty=[1.5, 1.4, 1.5, 30.0])
+    time = clock.finish(works, 1)
+    assert time.fixed_seconds == pytest.approx(1.5, abs=0.1)
+    assert time.mb_seconds[2].value == pytest.approx(1000, rel=0.1)
+    assert time.fixed_between[0] <= 1.5 <= time.fixed_between[1]
+
+
+def test_without_a_network_clients_wait_for_their_turn():
+    clock = MeasuredClock()
+    assert not clock.begin([Work(0, 4, 1000)], 1, network=False, empty=()).queued  # nothing known
+    time = clock.finish([done(0, 1.0, 11.0), done(1, 1.0, 3.0)], 1)
+    assert time.queued
+    assert time.upload_seconds == {0: 10.0, 1: 2.0}
+    assert not time.mb_seconds
+    assert time.fixed_seconds == 0
 
 
 def test_what_is_measured_at_one_rank_holds_at_another():
@@ -91,6 +133,17 @@ def test_measured_state_survives_json_and_goes_on_alike():
         one.finish([done(0, 0.4, 0.9), done(5, 2.0, 2.2)], 2)
     assert again.forecast(planned, 3) == clock.forecast(planned, 3)
     assert clock.summary() == "measured (lines of their own, smoothing 0.3)"
+
+
+def test_a_state_of_before_transfers_were_looked_at():
+    clock = MeasuredClock()
+    clock.load_state_dict(
+        {"clients": {"0": {"step_seconds": 1.0, "byte_seconds": 0.002, "steps": 10.0}}}
+    )
+    time = clock.forecast([Work(0, 4, 1000)], 2)
+    assert (time.compute_seconds, time.upload_seconds) == ({0: 10.0}, {0: 2.0})
+    clock.finish([done(0, 10.0, 13.0)], 2)
+    assert clock.forecast([Work(0, 4, 1000)], 3).upload_seconds == {0: 3.0}
 
 
 def test_nothing_measured_yet():
