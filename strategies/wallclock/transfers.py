@@ -7,8 +7,8 @@ fitted by least absolute deviations, so that a single late reply moves neither: 
 is left is convex in ``fixed``. Newer replies weigh more; two in a row outweigh all before them
 where a quarter or more of the weight is the newest's.
 
-The intervals are asymptotic ones for normal errors, 90 %. Where a node's bytes never differ, the two
-parts cannot be told apart, and the intervals say so by their width.
+The intervals are asymptotic ones for normal errors, 90 %. Where a node's bytes never differ, the
+two parts cannot be told apart, and the intervals say so by their width.
 """
 
 from __future__ import annotations
