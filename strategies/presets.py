@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from strategies import ranks as policies
+from strategies.aggregation import make_aggregator
 from strategies.sampling import PlannedSampling
 from strategies.strategy import FedLoRA
 from strategies.wallclock import Clock
@@ -173,3 +174,69 @@ class FLoRA(FedLoRA):
     ) -> None:
         policy = policies.ListRank(ranks, cycle=True)
         super().__init__(**{"aggregation": "flora", "ranks": policy, **settings})
+
+
+class FedPLoRA(FedLoRA):
+    """Each client trains some rank-one terms, the others folded into its weights: arXiv 2602.16936.
+
+    Parameters
+    ----------
+    max_rank : int (default: 32)
+        Terms that there are; a client trains as many as its device allows.
+    **settings
+        As in ``FedLoRA``.
+    """
+
+    def __init__(self, *, max_rank: int = 32, **settings: Any) -> None:
+        policy = policies.ReportedRank(max_rank)
+        super().__init__(**{"aggregation": "fold", "ranks": policy, **settings})
+
+
+class FedRotLoRA(FedLoRA):
+    """Factors rotated onto those that were sent before they are averaged: arXiv 2602.23638.
+
+    Parameters
+    ----------
+    rank : int (default: 8)
+        Of all clients, as in the paper; with unequal ranks by ``ranks`` choose another
+        ``aggregation`` with ``align=True``, which is this project's own.
+    **settings
+        As in ``FedLoRA``.
+    """
+
+    def __init__(self, *, rank: int = 8, **settings: Any) -> None:
+        rule = make_aggregator("fedit", align=True)
+        policy = policies.UniformRank(rank)
+        super().__init__(**{"aggregation": rule, "ranks": policy, **settings})
+
+
+class FedSVD(FedLoRA):
+    """Only B travels up; then the product's SVD gives an orthonormal A: arXiv 2505.12805.
+
+    Parameters
+    ----------
+    rank : int (default: 8)
+        Of all clients.
+    **settings
+        As in ``FedLoRA``.
+    """
+
+    def __init__(self, *, rank: int = 8, **settings: Any) -> None:
+        policy = policies.UniformRank(rank)
+        super().__init__(**{"aggregation": "fedsvd", "ranks": policy, **settings})
+
+
+class FedMomentum(FedLoRA):
+    """The mean product's leading values become the factors, the rest the base's: arXiv 2603.08014.
+
+    Parameters
+    ----------
+    rank : int (default: 8)
+        Of all clients.
+    **settings
+        As in ``FedLoRA``.
+    """
+
+    def __init__(self, *, rank: int = 8, **settings: Any) -> None:
+        policy = policies.UniformRank(rank)
+        super().__init__(**{"aggregation": "fedmomentum", "ranks": policy, **settings})

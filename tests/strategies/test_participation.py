@@ -12,10 +12,11 @@ from strategies import (
     AdaptiveSampling,
     AutoRank,
     FedLoRA,
-    FlexLoRA,
-    FLoRA,
-    HetLoRA,
-    Replication,
+    FedMomentum,
+    FedPLoRA,
+    FedRotLoRA,
+    FedSVD,
+    presets,
 )
 from strategies.checkpoint import Checkpoints
 from strategies.lora import Adapter, factor_of
@@ -28,6 +29,8 @@ from strategies.sampling import FractionSampling, IndependentSampling, PlannedSa
 from strategies.saving import Saver
 from strategies.wallclock import SimulatedClock
 from tests.fakes import FakeGrid, query_reply, random_adapter, same
+
+PRESETS = [p for p in vars(presets).values() if isinstance(p, type) and issubclass(p, FedLoRA)]
 
 NODES = [901, 17, 455, 230, 78, 333]
 PARTITION = {node: i for i, node in enumerate(NODES)}
@@ -300,10 +303,25 @@ def test_another_setting_is_refused_or_warned_of_by_name(tmp_path, caplog):
 
 
 def test_presets_take_any_setting_of_the_strategy():
-    for preset in (AdaptiveSampling, AutoRank, FLoRA, FlexLoRA, HetLoRA, Replication):
+    for preset in PRESETS:
         strategy = preset(scale=2.0, seed=7, client_api="numpy")
         assert (strategy.scale, strategy.seed) == (2.0, 7)
     assert AutoRank(aggregation="flexlora").aggregation.name == "flexlora"
+
+
+@pytest.mark.parametrize(
+    ("preset", "rule"),
+    [(FedPLoRA, "fold"), (FedRotLoRA, "fedit"), (FedSVD, "fedsvd"), (FedMomentum, "fedmomentum")],
+)
+def test_published_methods_run_by_their_names(preset, rule):
+    own = {"max_rank": 4} if preset is FedPLoRA else {"rank": 4}
+    strategy = preset(**own, scale=2.0, evaluate_fraction=0.0)
+    start = to_record(random_adapter(4, seed=0).to_state_dict())
+    strategy.start(FakeGrid(NODES, client), start, num_rounds=2, timeout=1, evaluate_fn=evaluated)
+    assert strategy.aggregation.name == rule
+    assert strategy.round.number == 2
+    assert strategy.round.accepted > 0
+    assert FedRotLoRA().aggregation.align
 
 
 def test_adaptive_sampling_runs_by_its_name():
