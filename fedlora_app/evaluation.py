@@ -49,7 +49,8 @@ def evaluate(
             sums[name] = sums[name] + found if name in sums else found
         return task.losses(logits, batch)
 
-    losses = _losses(judged, task.target, model, inputs, batch_size, precision)
+    order = _order(inputs, batch_size)
+    losses = _losses(judged, task.target, model, inputs, order, precision)
     return {"loss": float(losses.mean()), **task.summary(sums)}
 
 
@@ -60,7 +61,33 @@ def per_sample_losses(
 
     Parameters are those of ``evaluate``.
     """
-    return _losses(task.losses, task.target, model, inputs, batch_size, precision)
+    order = _order(inputs, batch_size)
+    return _losses(task.losses, task.target, model, inputs, order, precision)
+
+
+def row_logits(task: Task, model: nn.Module, inputs: Inputs) -> Tensor:
+    """Return the logits of each row, float32 of shape (n, …), in the order of the rows.
+
+    For models whose logits have the same shape for every row. The run config says how many rows
+    make a batch, and in which precision.
+    """
+    found: dict[int, Tensor] = {}
+    order = _order(inputs, task.config.evaluate.batch_size)
+    places = iter(order)
+
+    def keep(logits: Tensor, batch: dict[str, Any]) -> Tensor:
+        found.update(zip(next(places).tolist(), logits.cpu(), strict=True))
+        return torch.zeros(len(logits))
+
+    _losses(keep, task.target, model, inputs, order, task.config.train.precision)
+    return torch.stack([found[row] for row in range(len(inputs))])
+
+
+def _order(inputs: Inputs, batch_size: int) -> list[NDArray[np.int64]]:
+    """Return the rows of each batch."""
+    cpu = default_device().type == "cpu"
+    most = THREAD_TOKENS * torch.get_num_threads() if cpu else None
+    return list(evaluation_batches(inputs, batch_size, most))
 
 
 def _losses(
@@ -68,17 +95,18 @@ def _losses(
     target: str,
     model: nn.Module,
     inputs: Inputs,
-    batch_size: int,
+    order: list[NDArray[np.int64]],
     precision: str,
 ) -> NDArray[np.float64]:
-    if not len(inputs):
+    if not order:
         raise ValueError("expected rows to evaluate on, got none")
-    device = default_device()
-    most = THREAD_TOKENS * torch.get_num_threads() if device.type == "cpu" else None
-    order = list(evaluation_batches(inputs, batch_size, most))
     found = sample_losses(
-        model.to(device), map(inputs.batch, order), of, precision=precision, withhold={target}
+        model.to(default_device()),
+        map(inputs.batch, order),
+        of,
+        precision=precision,
+        withhold={target},
     )
-    losses = np.empty(len(inputs), dtype=np.float64)
+    losses = np.empty(len(found), dtype=np.float64)
     losses[np.concatenate(order)] = found
     return losses

@@ -66,7 +66,8 @@ def main(grid: Grid, context: Context) -> None:
     model, adapter = initial_adapter(parts, data.about)
     saver = make_saver(config, path, data.about)
     resumed = resumed_here(saver, path)
-    folder = RunFolder(path, config, data.about, resume_round=resumed)
+    columns = data.test.origin.columns
+    folder = RunFolder(path, config, data.about, columns=columns, resume_round=resumed)
     log(INFO, "%s: %s on %s in %s, %s", config.method, config.model.name, config.data.name,
         config.train.precision, adapter)  # fmt: skip
 

@@ -106,6 +106,76 @@ def taken_columns(table: Table, wanted: str) -> tuple[Format, dict[str, str]]:
     return kind, {kind.columns[0]: names[0]}
 
 
+def asked_columns(
+    table: Table, wanted: str, trained: Mapping[str, str]
+) -> tuple[Format, dict[str, str]]:
+    """Return the format of a table without answers, and the columns of its questions by role.
+
+    Parameters
+    ----------
+    table : Table
+        May have answers, which are not looked at.
+    wanted : str
+        As of ``taken_columns``; of two columns the first.
+    trained : mapping
+        The columns by role that the model was tested on; empty: not known.
+
+    Raises
+    ------
+    DataError
+        If there are no such columns.
+    """
+    by_name = {name.lower(): name for name in table.columns}
+    before = next((f for f in FORMATS if trained.keys() >= {*f.columns}), None)
+    if wanted != "auto":
+        first = wanted.partition(",")[0].strip()
+        kind = before or (FORMATS[2] if "," in wanted else FORMATS[-1])
+    elif before and trained[before.columns[0]] in table.columns:
+        kind, first = before, trained[before.columns[0]]
+    else:
+        found = next((f for f in FORMATS if f.columns[0] in by_name), None)
+        kind, first = found or FORMATS[-1], by_name[found.columns[0]] if found else "text"
+    if first not in table.columns:
+        names = ", ".join(dict.fromkeys(f.columns[0] for f in FORMATS))
+        raise DataError(
+            table.place(None)[0],
+            f"expected a column of what is asked: {names if wanted == 'auto' else repr(first)}",
+            ", ".join(table.columns),
+            "rename it, or set data.text-column",
+        )
+    values = table.columns[first][:1]
+    if values and isinstance(values[0], list | tuple):
+        kind = FORMATS[0]
+    elif kind.columns[0] in ("messages", "conversations"):
+        kind = FORMATS[2]
+    extra = {kind.extra: by_name[kind.extra]} if kind.extra in by_name else {}
+    return kind, {kind.columns[0]: first, **extra}
+
+
+def asked_turns(kind: Format, values: Mapping[str, Any], fail: Fail) -> Turns | None:
+    """Return the turns before an answer that is still to be written; None where nobody asks."""
+    if kind.columns[0] in ("messages", "conversations"):
+        found = values[kind.columns[0]]
+        messages = list(found) if isinstance(found, list | tuple) else found
+        if not messages:
+            return None
+        said = messages[-1] if isinstance(messages, list) else None
+        role = str(said.get("role", said.get("from", ""))) if isinstance(said, Mapping) else ""
+        if ROLES.get(role.lower()) == ANSWERS:
+            messages = messages[:-1]  # it is what the model is to write itself
+        elif not isinstance(messages, list):
+            messages = [messages]
+        turns = _messages([*messages, {"role": ANSWERS, "content": "…"}], fail)
+        return turns[:-1] if turns else None
+    texts = {role: _text(role, value, fail) for role, value in values.items()}
+    asked = texts[kind.columns[0]]
+    if not asked.strip():
+        return None
+    if kind.extra and (more := texts.get(kind.extra, "")).strip():
+        asked = f"{asked}\n\n{more}"
+    return ((TEXT if kind.columns == (TEXT,) else "user", asked),)
+
+
 def turns_of(kind: Format, values: Mapping[str, Any], fail: Fail) -> Turns | None:
     """Return the turns of a row; None where there is nothing to learn from.
 

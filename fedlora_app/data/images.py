@@ -130,6 +130,22 @@ def image_splits(name: str, column: str) -> dict[str, Table]:
     return {split: _located(table, column) for split, table in splits.items()}
 
 
+def loose(name: str, column: str) -> Table:
+    """Return images that need no label: of a folder, one image, or a table as of ``image_splits``.
+
+    Of a folder all images are taken, those of its folders too.
+    """
+    path = Path(name).expanduser()
+    alone = path.is_file() and path.suffix.lower() in ENDINGS
+    if not alone and not (
+        path.is_dir() and any(f.suffix.lower() in ENDINGS for f in path.iterdir())
+    ):
+        return image_splits(name, column)["train"]
+    found = [path] if alone else _images_in(path)
+    names = [file.relative_to(path.parent if alone else path).as_posix() for file in found]
+    return Table({"image": found}, parts=(Part(path, "image", names),))
+
+
 def packaged_splits(name: str, split: str = "") -> dict[str, Table]:
     """Return ``train`` and ``test`` of a packaged data set, or the ``pretraining`` part alone.
 

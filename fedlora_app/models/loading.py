@@ -113,6 +113,18 @@ def build_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+def saved_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer that a run kept beside its adapter; None where it did not."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    with loading(str(folder), True):
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+
+
 def build_model(
     config: ModelConfig,
     *,

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import io
 import json
+import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from logging import INFO, WARNING
 from pathlib import Path
 from types import MappingProxyType
@@ -33,11 +35,14 @@ from fedlora_app.report.records import (
     write_lines,
 )
 from fedlora_app.report.scores import first_of
-from fedlora_app.tasks import LOSS, Sample, Score, make_task
+from fedlora_app.tasks import LOSS, Sample, Score, Task, make_task
 from strategies.records import EndRecord, Record, RoundRecord
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import
+
+MODEL_FORMAT = 1  #: of ``model.json``; goes up when a field changes its meaning
+PACKAGES = ("flwr", "peft", "torch", "transformers")  # whose versions may matter later
 
 
 class RunFolder:
@@ -47,11 +52,13 @@ class RunFolder:
     ----------
     path : Path
         Created by ``begin``, and nothing before. Holds afterwards ``config.json``,
-        ``metrics.jsonl``, ``summary.json``, ``adapter/`` and the plots.
+        ``metrics.jsonl``, ``summary.json``, ``adapter/``, ``model.json`` and the plots.
     config : RunConfig
         Written by ``begin``, as it is in effect.
     about : mapping
         What the task says of its data; for ``summary.json`` and the adapter.
+    columns : mapping, optional
+        The columns by role of the test rows; kept for who asks the model later.
     resume_round : int, optional
         Go on with the run in this folder after this round: its records are kept, later ones
         are dropped. (default: begin a new run)
@@ -74,6 +81,7 @@ class RunFolder:
         config: RunConfig,
         about: Mapping[str, Any] = MappingProxyType({}),
         *,
+        columns: Mapping[str, str] = MappingProxyType({}),
         resume_round: int | None = None,
     ) -> None:
         self.path = path.expanduser().absolute()
@@ -81,6 +89,7 @@ class RunFolder:
             refuse_used(self.path)
         self.config = config
         self.about = dict(about)
+        self.columns = dict(columns)
         self.rounds: list[RoundRecord] = []
         self.last_reason = "nobody was asked"
         self._end: EndRecord | None = None
@@ -168,7 +177,7 @@ class RunFolder:
             self._metrics.close()
         adapter = self.path / "adapter"
         task = make_task(self.config)
-        save_adapter(model, adapter, self.config.model.name, self.about, task.peft_type)
+        save_model(self.path, model, task, self.about, self.columns)
         end: Fields = self._end or {}
         summary = {
             "method": self.config.method,
@@ -219,12 +228,50 @@ class RunFolder:
                 metrics, ", ".join(map(str, lost)))  # fmt: skip
 
 
+def save_model(
+    run: Path,
+    model: PeftModel,
+    task: Task,
+    about: Mapping[str, Any],
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write ``adapter/`` and ``model.json``: with ``config.json`` all that ``load_run`` needs.
+
+    Parameters
+    ----------
+    run : Path
+        The run's folder.
+    model : PeftModel
+    task : Task
+    about : mapping
+        What the task says of its data.
+    columns : mapping, optional
+        The columns by role of the test rows.
+    """
+    from fedlora_app.models.identity import base_identity  # torch comes with it
+
+    name = task.config.model.name
+    save_adapter(model, run / "adapter", name, about, task.peft_type, encoder=task.save_encoder)
+    versions = {package: version(package) for package in PACKAGES}
+    kept = {
+        "format": MODEL_FORMAT,
+        "task": task.name,
+        "base": base_identity(name),
+        "about": dict(about),
+        "columns": dict(columns),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+    write_json(run / "model.json", kept)
+
+
 def save_adapter(
     model: PeftModel,
     folder: Path,
     model_name: str,
     about: Mapping[str, Any],
     peft_type: str | None = None,
+    *,
+    encoder: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the adapter so that PEFT finds its base, and beside it what the task says of its data.
 
@@ -239,6 +286,8 @@ def save_adapter(
         for it.
     peft_type : str, optional
         PEFT's name of the task, set where the base is a model of transformers' own.
+    encoder : callable, optional
+        Writes into the folder what makes the model's inputs of rows.
     """
     config = model.peft_config["default"]
     path = Path(model_name).expanduser()
@@ -251,6 +300,8 @@ def save_adapter(
         for name, value in about.items():
             text = json.dumps(value, ensure_ascii=False, indent=2)
             (new / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        if encoder is not None:
+            encoder(new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_app.config.plugins import load
+from fedlora_app.tasks.use import Use
 from strategies.naming import Registry
 from strategies.scores import LOSS as LOSS  # a task imports them from here
 from strategies.scores import Score as Score
@@ -115,7 +116,7 @@ class Inputs(Protocol):
         ...
 
 
-class Task(ABC):
+class Task(Use, ABC):
     """What a run fine-tunes for. One object in each process, made from the run config.
 
     A task of one's own is a subclass with a ``name``, registered with ``register_task`` in a

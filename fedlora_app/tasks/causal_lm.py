@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
@@ -43,6 +43,7 @@ from fedlora_app.tasks.base import (
 from fedlora_app.tasks.generation import generation_problems, scorer_of, tried
 from fedlora_app.tasks.packing import Packed, packing_problem
 from fedlora_app.tasks.sequences import IGNORED, Sequences, trained_tokens
+from fedlora_app.tasks.writing import Writing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,7 +55,7 @@ KINDS = 50  # orders of turns that are tried out at the door
 
 
 @register_task
-class CausalLM(Task):
+class CausalLM(Writing, Task):
     """The next token: of an assistant's answers, or of everything (``data.train-on``).
 
     The loss is in nats a trained token. AutoRank's profile takes a row's loss as the mean over its
@@ -191,13 +192,6 @@ class CausalLM(Task):
         return [*lines, "  first, what is trained in ⟦⟧:", *shown]
 
     # ----- the model
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the model, with a padding token."""
-        from fedlora_app.models.loading import build_tokenizer
-
-        return build_tokenizer(self.config.model)
 
     @property
     def _most(self) -> int:

@@ -17,9 +17,10 @@ from fedlora_app.data.labels import HOLES, NUMBER, Fail, encode, hidden, label_n
 from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
 from fedlora_app.tasks.base import About, Origin, Rows, Score, Sums, Task
+from fedlora_app.tasks.use import Asked, read_asked, trained_columns
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class Classification(Task):
@@ -155,6 +156,51 @@ class Classification(Task):
         f1 = 2 * sums["hits"][both > 0] / both[both > 0]
         accuracy = sums["hits"].sum() / sums["true"].sum()
         return {"accuracy": float(accuracy), "macro_f1": float(f1.mean())}
+
+    # ----- put to use
+
+    def asked(self, table: Table, columns: Mapping[str, str], about: About) -> Asked:
+        """Return the items of a table, whether or not it has labels."""
+        if getattr(self.config.data, self.key.rpartition(".")[2].replace("-", "_")) != "auto":
+            columns = {}
+        roles = {*columns} - {"label", "client"}
+        found = trained_columns(table, columns, roles) or self.item_columns(
+            table, _label_of(table, self.config.data.label_column)
+        )
+
+        def read(values: Mapping[str, Any], fail: Fail) -> Any:
+            if any(map(_blank, values.values())):
+                return None
+            return self.item({found[role]: value for role, value in values.items()}, fail)
+
+        return read_asked(table, found, read, f"{'two' if len(found) > 1 else 'a'} "
+                          f"{next(iter(found))}{'s' if len(found) > 1 else ''}")  # fmt: skip
+
+    def answers(self, model: nn.Module, items: Sequence[Any], about: About) -> list[dict[str, Any]]:
+        """Return the likeliest label of each item, and the probabilities of all."""
+        names = list(about["labels"])
+        chances = self.chances(model, Rows(items, np.zeros(len(items), np.int64), about))
+        return [
+            {
+                "label": names[int(row.argmax())],
+                "probability": float(row.max()),
+                "probabilities": dict(zip(names, map(float, row), strict=True)),
+            }
+            for row in chances
+        ]
+
+    def chances(self, model: nn.Module, rows: Rows) -> NDArray[np.float64]:
+        """Return the probability of each label of each row, shape (n, labels)."""
+        from fedlora_app.evaluation import row_logits
+
+        return row_logits(self, model, self.encode(rows)).double().softmax(-1).numpy()
+
+
+def _label_of(table: Table, wanted: str) -> str:
+    """Return the column of labels of a table that may have none; "": it has none."""
+    if wanted != "auto":
+        return wanted if wanted in table.columns else ""
+    return next((name for name in table.columns if name.lower() in LABEL_COLUMNS), "")
 
 
 def _blank(value: Any) -> bool:

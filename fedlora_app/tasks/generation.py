@@ -100,14 +100,7 @@ def tried(
     count = min(config.evaluate.generate, len(rows))
     order = stream(config.seed, "generate").permutation(len(rows))[:count]
     chosen = [rows[i] for i in sorted(order.tolist())]
-    given = answers(
-        model,
-        tokenizer,
-        [prompt_of(tokenizer, turns) for turns in chosen],
-        tokens=config.evaluate.generate_tokens,
-        batch_size=config.evaluate.batch_size,
-        precision=config.train.precision,
-    )
+    given = written(model, tokenizer, [prompt_of(tokenizer, turns) for turns in chosen], config)
     samples = []
     for turns, answer in zip(chosen, given, strict=True):
         value = float(scorer.score(answer, turns[-1][1]))
@@ -118,6 +111,20 @@ def tried(
         samples.append(Sample(turns[-2][1], turns[-1][1], answer, value))
     mean = float(np.mean([sample.score for sample in samples]))
     return {scorer.as_score.name: mean}, samples[:SHOWN]
+
+
+def written(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], config: RunConfig
+) -> list[str]:
+    """Return what a model answers to each prompt, as the run config says."""
+    return answers(
+        model,
+        tokenizer,
+        prompts,
+        tokens=config.evaluate.generate_tokens,
+        batch_size=config.evaluate.batch_size,
+        precision=config.train.precision,
+    )
 
 
 def prompt_of(tokenizer: Any, turns: Turns) -> str:

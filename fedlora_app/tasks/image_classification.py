@@ -21,6 +21,8 @@ from fedlora_app.tasks.base import About, Indices, Rows, register_task
 from fedlora_app.tasks.classification import Classification
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
 READ_WHOLE = 20_000  # images at most, at the door: about 2 ms each for photos of 500 pixels a side
@@ -36,7 +38,8 @@ class ImageClassification(Classification):
     normalisation stay those of pretraining: clients would each drift to their own.
     """
 
-    name = "image-classification"
+    name = pipeline = "image-classification"
+    asked_column = "image"
     key = "data.image-column"
 
     # ----- rows
@@ -58,6 +61,10 @@ class ImageClassification(Classification):
                 remedy="correct data-path in its node config",
             )
         return images.image_splits(path, self.config.data.image_column)["train"]
+
+    def asked_table(self, path: str) -> Table:
+        """Return the images of a folder, whether or not it has a folder for each class."""
+        return images.loose(path, self.config.data.image_column)
 
     def item_columns(self, table: Table, label: str) -> dict[str, str]:
         """Return the column of the images."""
@@ -112,15 +119,10 @@ class ImageClassification(Classification):
         ValueError
             If the model has none.
         """
-        import transformers
-
         from fedlora_app.models.pretrained import locate
 
-        source, local = locate(self.config.model.name)
         try:
-            return transformers.AutoImageProcessor.from_pretrained(
-                source, backend="pil", trust_remote_code=False, local_files_only=local
-            )
+            return _processor(*locate(self.config.model.name))
         except (OSError, ValueError, TypeError) as error:
             reason = str(error).strip().partition("\n")[0].partition(". ")[0]
             raise ValueError(
@@ -128,6 +130,15 @@ class ImageClassification(Classification):
                 f"(preprocessor_config.json), which says size and normalisation: {reason}; save it "
                 "beside config.json, or name a model for images"
             ) from error
+
+    def save_encoder(self, folder: Path) -> None:
+        """Write the image processor."""
+        self.processor.save_pretrained(folder)
+
+    def read_encoder(self, folder: Path) -> None:
+        """Take the image processor that was written."""
+        if (folder / "preprocessor_config.json").exists():
+            self.processor = _processor(str(folder), True)
 
     def encode(self, rows: Rows) -> Pixels:
         """Return the pixels as the model's processor cuts them, still as bytes."""
@@ -264,6 +275,14 @@ class Pixels:
         values = self.pixels[torch.from_numpy(chosen)].float() * self.factor
         labels = torch.from_numpy(self.labels[chosen])
         return {"pixel_values": (values - self.mean) / self.std, "labels": labels}
+
+
+def _processor(source: str, local: bool) -> Any:
+    import transformers
+
+    return transformers.AutoImageProcessor.from_pretrained(
+        source, backend="pil", trust_remote_code=False, local_files_only=local
+    )
 
 
 def _every(rows: int) -> int:

@@ -26,6 +26,7 @@ from fedlora_app.discretion import DataError
 from fedlora_app.tasks.base import About, Indices, Inputs, Rows, Score, Task, register_task
 from fedlora_app.tasks.causal_lm import CausalLM
 from fedlora_app.tasks.sequences import IGNORED, Sequences
+from fedlora_app.tasks.use import Asked, read_asked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -152,6 +153,38 @@ class Preference(CausalLM):
     def quality(self, scores: Mapping[str, float]) -> float:
         """Return the share of the pairs that are told apart."""
         return Task.quality(self, scores)
+
+    # ----- put to use
+
+    def asked(self, table: Table, columns: Mapping[str, str], about: About) -> Asked:
+        """Return pairs of answers to be told apart, or else what an answer is to be written to."""
+        if not self.knows(table):
+            prompts = {"prompt": columns.get("prompt", "")} if "prompt" in columns else {}
+            return super().asked(table, prompts, about)
+        found = self._columns(table)
+        return read_asked(table, found, _pair, "two answers that differ")
+
+    def answers(self, model: nn.Module, items: Sequence[Any], about: About) -> list[dict[str, Any]]:
+        """Return which answer of each pair is preferred, and by how much; or one that is written.
+
+        ``probability`` is that of the Bradley-Terry model which DPO fits.
+        """
+        from fedlora_app.evaluation import row_logits
+
+        if not items or not _is_pair(items[0]):
+            return super().answers(model, items, about)
+        rows = Rows(items, np.zeros(len(items), np.int64), about)
+        gains = row_logits(self, model, self.encode(rows)).double()
+        found = []
+        for margin in (gains[:, 0] - gains[:, 1]).tolist():
+            chance = 1 / (1 + float(np.exp(-abs(margin))))
+            side = ROLES[int(margin < 0)]
+            found.append({"preferred": side, "probability": chance, "margin": abs(margin)})
+        return found
+
+
+def _is_pair(item: Any) -> bool:
+    return not isinstance(item[0][0], str)
 
 
 def _side(rows: Rows, side: int) -> Rows:

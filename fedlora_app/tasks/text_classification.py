@@ -19,8 +19,11 @@ from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
 from fedlora_app.tasks.base import About, Indices, Rows, register_task
 from fedlora_app.tasks.classification import Classification
+from fedlora_app.tasks.use import Asked
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
 LOOKED_AT = 200  # texts that show whether the tokenizer knows their words
@@ -36,6 +39,7 @@ class TextClassification(Classification):
 
     name = "text-classification"
     peft_type = "SEQ_CLS"
+    pipeline = "text-classification"
     key = "data.text-column"
 
     # ----- rows
@@ -106,6 +110,17 @@ class TextClassification(Classification):
 
         return build_tokenizer(self.config.model)
 
+    def save_encoder(self, folder: Path) -> None:
+        """Write the tokenizer, with its chat template if it has one."""
+        self.tokenizer.save_pretrained(folder)
+
+    def read_encoder(self, folder: Path) -> None:
+        """Take the tokenizer that was written."""
+        from fedlora_app.models.loading import saved_tokenizer
+
+        if (found := saved_tokenizer(folder)) is not None:
+            self.tokenizer = found
+
     def encode(self, rows: Rows) -> Tokens:
         """Return token ids, at most ``data.max-length`` (and what the model takes) each."""
         return tokenize(rows, self.tokenizer, self.config.data.max_length)
@@ -136,6 +151,20 @@ class TextClassification(Classification):
             precision=precision,
             shapes_only=shapes_only,
         )
+
+    def asked(self, table: Table, columns: Mapping[str, str], about: About) -> Asked:
+        """Return the texts or pairs of a table, of the kind that was trained."""
+        found = super().asked(table, columns, about)
+        first = next(iter(found.items.values()), None)
+        if first is not None and isinstance(first, tuple) != about.get("pairs", False):
+            kinds = ("single texts", "pairs of texts")
+            raise DataError(
+                table.place(None)[0],
+                f"expected {kinds[about.get('pairs', False)]}, which the run was trained on",
+                kinds[isinstance(first, tuple)],
+                "set data.text-column",
+            )
+        return found
 
     def problems(self, model: nn.Module, rows: Rows) -> list[str]:
         """Return what of tokenizer, texts, lengths and model does not go together."""

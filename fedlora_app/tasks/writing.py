@@ -1,0 +1,63 @@
+"""What language models are used for once they are trained: they go on where a row ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from fedlora_app.data.conversations import ANSWERS, TEXT, Turns, asked_columns, asked_turns
+from fedlora_app.tasks.generation import prompt_of, written
+from fedlora_app.tasks.use import Asked, Use, read_asked
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from fedlora_app.config.keys import RunConfig
+    from fedlora_app.data.tables import Table
+
+
+class Writing(Use):
+    """A language model writes the answer to a row, or of a plain text what comes next."""
+
+    pipeline = "text-generation"
+    asked_column = "prompt"
+    config: RunConfig
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model, with a padding token."""
+        from fedlora_app.models.loading import build_tokenizer
+
+        return build_tokenizer(self.config.model)
+
+    def save_encoder(self, folder: Path) -> None:
+        """Write the tokenizer, with its chat template if it has one."""
+        self.tokenizer.save_pretrained(folder)
+
+    def read_encoder(self, folder: Path) -> None:
+        """Take the tokenizer that was written."""
+        from fedlora_app.models.loading import saved_tokenizer
+
+        if (found := saved_tokenizer(folder)) is not None:
+            self.tokenizer = found
+
+    def asked(self, table: Table, columns: Mapping[str, str], about: Mapping[str, Any]) -> Asked:
+        """Return the turns before an answer; one that stands there already is not looked at."""
+        kind, names = asked_columns(table, self.config.data.text_column, columns)
+        what = "a text" if kind.columns == (TEXT,) else "a question"
+        return read_asked(table, names, partial(asked_turns, kind), what)
+
+    def answers(
+        self, model: nn.Module, items: Sequence[Any], about: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return the likeliest answer to each item, of ``evaluate.generate-tokens`` at most."""
+        prompts = [self._prompt(turns) for turns in items]
+        return [{"answer": text} for text in written(model, self.tokenizer, prompts, self.config)]
+
+    def _prompt(self, turns: Turns) -> str:
+        if turns[0][0] == TEXT:
+            return turns[0][1]
+        return prompt_of(self.tokenizer, (*turns, (ANSWERS, "")))
