@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fedlora_app.config.keys import RunConfig
+from fedlora_app.config.keys import ConfigError, RunConfig
 from strategies.capacity import RankCost
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
 from strategies.losses import autocast_type, on_device
+from strategies.seeding import stream
 from strategies.wallclock import (
     PROFILES,
     Clock,
@@ -21,6 +22,7 @@ from strategies.wallclock import (
     MeasuredClock,
     SimulatedClock,
     devices_from_csv,
+    make_availability,
     rank_flops,
     rank_memory,
 )
@@ -55,6 +57,14 @@ class Timing:
                     f"{self.keys.profile!r}"
                 )
             self.devices = devices_from_csv(path, self.keys.surroundings)
+        try:
+            self.availability = make_availability(
+                self.keys.availability,
+                rng=stream(config.seed, "availability"),
+                **self.keys.availability_settings(),
+            )
+        except (TypeError, ValueError, OSError) as error:
+            raise ConfigError([f"clock.availability: {error}"]) from error
 
     def clock_on(
         self, model: PeftModel, inputs: Inputs, config: RunConfig, *, max_rank: int, blind: bool
@@ -101,6 +111,7 @@ class Timing:
             change_share=c.change_share,
             change_factor=c.change_factor,
             seed=self.config.seed,
+            availability=self.availability,
         )
 
 

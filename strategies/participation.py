@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +31,10 @@ class Participation:
     Under independent sampling an update weighs ``η a / (q p)`` with ``p`` the share of times
     that its client answered when it was asked, counted as if it had once answered before.
     So the estimate stays consistent when replies are lost or late by chance; a client that
-    never answers is never counted. ``1/p`` ends at 5: who answers more rarely than one time in five
-    is counted too little (this project's decisions).
+    never answers is never counted. Where clients come and go on the clock, ``p`` is that share
+    times the share of the time that a client is there, and who is away is not asked. ``1/p`` ends
+    at 5: who answers more rarely than one time in five is counted too little (this project's
+    decisions).
 
     Parameters
     ----------
@@ -131,11 +134,27 @@ class Participation:
         )  # fmt: skip
         sampler.prepare(outlook)
         trained = dict(zip((c.index for c in clients), sampler.ranks(clients, ranks), strict=True))
-        chosen = sampler.sample(clients, server_round, rng)
+        chosen = sampler.sample(self._there(clients), server_round, rng)
         self._weigh(clients, a, trained, sampler.probabilities(clients))
         for client in chosen:
             self._asked[client.index] = self._asked.get(client.index, 0) + 1
         return [(client, trained[client.index]) for client in chosen]
+
+    def _there(self, clients: Sequence[Client]) -> Sequence[Client]:
+        """Return who is there by the clock; where that is nobody, wait for the first to come."""
+        indices = [client.index for client in clients]
+        present = self.clock.availability.look(indices, self.clock.now)
+        if clients and not present.here.any():
+            back = float(present.until.min())
+            if math.isinf(back):
+                raise ValueError(
+                    f"after {self.clock.now:g} s of the clock none of {len(clients)} clients is "
+                    "there, nor comes back; give them more times to be there, or repeat these"
+                )
+            self.seconds += back - self.clock.now
+            self.clock.now = back
+            present = self.clock.availability.look(indices, back)
+        return [client for client, here in zip(clients, present.here, strict=True) if here]
 
     def _weigh(
         self, clients: Sequence[Client], a: Array, trained: Mapping[int, int], q: Array | None
@@ -144,11 +163,12 @@ class Participation:
         if q is None:
             return
         masses: dict[int, float] = {}
-        for client, share, probability in zip(clients, a, q, strict=True):
+        time_there = self.clock.availability.share([client.index for client in clients])
+        for client, share, probability, there in zip(clients, a, q, time_there, strict=True):
             i = client.index
             masses[trained[i]] = masses.get(trained[i], 0.0) + float(share)
             rate = (self._answered.get(i, 0) + 1) / (self._asked.get(i, 0) + 1)
-            rate = max(rate, 1 / MOST_MADE_UP)
+            rate = max(rate * there, 1 / MOST_MADE_UP)
             self.chances[i] = float(probability)
             self.weights[i] = self.sampler.server_rate * float(share) / (probability * rate)
         self.population = Population(masses, self.ratio)
@@ -181,6 +201,7 @@ class Participation:
         """Return the time of a round that is over and add it to ``seconds``."""
         time = self.clock.finish(works, server_round)
         self.seconds += time.seconds
+        self.clock.now = self.seconds
         return time
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,6 +225,7 @@ class Participation:
         self._answered = {int(i): n for i, n in state["answered"].items()}
         self.sampler.load_state_dict(state["sampler"])
         self.clock.load_state_dict(state["clock"])
+        self.clock.now = self.seconds
 
 
 def data_weights(clients: Sequence[Client]) -> Array:

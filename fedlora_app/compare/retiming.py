@@ -52,7 +52,7 @@ Timer = Callable[[Sequence[Record], RunConfig], Sequence[Time]]
 def training_of(flat: Flat) -> dict[str, Scalar] | None:
     """Return the part of a config that training depends on; None if it depends on the clock.
 
-    It does where a planner or a deadline acts on the clock's seconds, and may with a sampler
+    It does where a planner, a deadline or who is there acts on the seconds, and may with a sampler
     of a plug-in that does not declare ``clock_blind``. A run on the real clock cannot be timed
     again: what its machine did is not known to a simulated one.
     """
@@ -60,7 +60,8 @@ def training_of(flat: Flat) -> dict[str, Scalar] | None:
 
     parts = read_config(flat)
     config = parts.config
-    acts = not declares(parts.sampler, "clock_blind") or config.clock.deadline > 0
+    acts = not declares(parts.sampler, "clock_blind")
+    acts = acts or config.clock.deadline > 0 or config.clock.availability != "always"
     if acts or not config.clock.simulated or config.method == "local":
         return None
     return {

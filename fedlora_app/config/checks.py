@@ -166,6 +166,18 @@ def _clock(parts: Parts) -> Iterator[str]:
         key = "deadline" if clock.deadline else "change-round"
         instead = ", or use round-timeout" if clock.deadline else ""
         yield f"clock.{key} is for simulated clocks; set clock.profile{instead}"
+    if clock.availability == "always":
+        return
+    if not clock.simulated:
+        yield (
+            f"clock.availability = {clock.availability!r} is for simulated clocks; set "
+            "clock.profile, or leave it out: real nodes come and go by themselves"
+        )
+    if parts.privacy is not None:
+        yield (
+            f"clock.availability = {clock.availability!r}: who is there would move the chance to "
+            "join that the guarantee of privacy.noise-multiplier counts with; leave one of them out"
+        )
 
 
 def _together(parts: Parts) -> Iterator[str]:

@@ -248,11 +248,29 @@ class ClockConfig:
     )
     change_share: float = option(0.5, "their share", above=0, high=1)
     change_factor: float = option(0.1, "what is left of their rate", above=0, high=1)
+    availability: str = option(
+        "always",
+        "simulated: who is there when, or a csv file with the columns client, start and end (times "
+        "there, in seconds)",
+        named_in="strategies.wallclock:AVAILABILITIES",
+        on_resume="fatal",
+    )
+    availability_options: str = option(
+        "",
+        "its options, as in 'share=0.8, seconds=600, clients=0.1' (diurnal, exponential: a tenth "
+        "of the clients are there 80 % of the time; diurnal also spread=0.25) or 'repeat=86400' "
+        "(csv)",
+        on_resume="fatal",
+    )
 
     @property
     def simulated(self) -> bool:
         """Whether the seconds are those of devices that are not there."""
         return self.profile != "measured"
+
+    def availability_settings(self) -> dict[str, Scalar]:
+        """Return ``availability-options`` as keyword arguments."""
+        return dict(key_values(self.availability_options))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The wall clock: how long a round takes, how many are needed, and the plan that ends soonest."""
 
+from strategies.wallclock.availability import AVAILABILITIES, Always, Availability, Presence
 from strategies.wallclock.bandwidth import (
     allocate_bandwidth,
     batch_round_seconds,
@@ -16,6 +17,7 @@ from strategies.wallclock.channel import (
     spectral_efficiency,
 )
 from strategies.wallclock.clock import Clock, RoundTime, Work
+from strategies.wallclock.comings import Diurnal, Exponential
 from strategies.wallclock.convergence import (
     ConvergenceEstimate,
     Pilot,
@@ -24,24 +26,32 @@ from strategies.wallclock.convergence import (
     sampling_variance,
 )
 from strategies.wallclock.flops import rank_flops, training_flops
+from strategies.wallclock.intervals import Intervals
 from strategies.wallclock.measured import MeasuredClock
 from strategies.wallclock.memory import rank_memory, saved_bytes
 from strategies.wallclock.objective import ClientProfiles
 from strategies.wallclock.planner import Plan, plan
-from strategies.wallclock.registry import CLOCKS, make_clock
+from strategies.wallclock.registry import CLOCKS, make_availability, make_clock
 from strategies.wallclock.retime import retime
 from strategies.wallclock.simulated import SimulatedClock
 
 __all__ = [
+    "AVAILABILITIES",
     "CLOCKS",
     "PROFILES",
+    "Always",
+    "Availability",
     "ClientProfiles",
     "Clock",
     "ConvergenceEstimate",
     "Devices",
+    "Diurnal",
+    "Exponential",
+    "Intervals",
     "MeasuredClock",
     "Pilot",
     "Plan",
+    "Presence",
     "Profile",
     "RoundTime",
     "SimulatedClock",
@@ -51,6 +61,7 @@ __all__ = [
     "devices_from_csv",
     "equal_shares",
     "estimate_convergence",
+    "make_availability",
     "make_clock",
     "plan",
     "rank_flops",

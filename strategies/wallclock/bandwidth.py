@@ -172,6 +172,46 @@ def batch_round_seconds(
     return np.where(masks.any(axis=1), seconds, idle_seconds)
 
 
+def without_whom_soonest(compute_seconds: Array, upload_seconds: Array) -> int:
+    """Return the place of the client without whom the others would be done soonest.
+
+    With optimal shares all finish together, so that who is last says nothing.
+
+    Parameters
+    ----------
+    compute_seconds : ndarray, shape (n,)
+        n ≥ 1.
+    upload_seconds : ndarray, shape (n,)
+        Of each alone on the whole band.
+    """
+    sends = upload_seconds > 0
+    mine = np.arange(compute_seconds.size)
+
+    def without(client: int) -> float:
+        masks = (mine != client)[None]
+        return float(batch_round_seconds(compute_seconds, upload_seconds, masks)[0])
+
+    # Who computes longest, of all and of those who upload, is tried by itself: without it the
+    # others may be done before it would be ready.
+    slowest = int(np.where(sends, compute_seconds, -1.0).argmax())
+    found = {i: without(i) for i in {0, int(compute_seconds.argmax()), slowest}}
+    # Without another one, i, they are done when all shares but its own, u/(T - τ), fit into the
+    # band: soonest for whose share is largest just then. Every step is to an earlier T.
+    rest = sends & (mine != slowest)
+    everybody = np.ones((1, mine.size), bool)
+    seconds = float(batch_round_seconds(compute_seconds, upload_seconds, everybody)[0])
+    while rest.any():
+        left = np.maximum(seconds - compute_seconds, np.finfo(np.float64).tiny)
+        client = int(np.where(rest, upload_seconds / left, -1.0).argmax())
+        if client in found and found[client] >= seconds:
+            break
+        found[client] = without(client)
+        if found[client] >= seconds:
+            break
+        seconds = found[client]
+    return min(found, key=lambda client: (found[client], client))
+
+
 def _wait(lag: Array, upload: Array) -> Array:
     """Solve ``Σ upload / (u + lag) = 1`` for ``u > 0`` in every row; 0 in rows without upload.
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from strategies.wallclock.availability import Always, Availability
 from strategies.wallclock.objective import ClientProfiles
 from strategies.wallclock.transfers import Estimate
 
@@ -66,7 +67,7 @@ class RoundTime:
     compute_seconds, upload_seconds : Mapping[int, float]
         By client index. Who is late has no upload seconds: its upload is cut off.
     late : frozenset of int
-        Who misses the deadline.
+        Whose reply does not come in time: who misses the deadline, or goes away before it is done.
     fixed_seconds : float, optional
         What every reply takes beside both, whatever its size; None where that is not looked at.
     fixed_between : tuple of float
@@ -76,6 +77,8 @@ class RoundTime:
     queued : bool
         Whether ``upload_seconds`` are seconds of waiting for a turn, since there is no network.
         (default: False)
+    gone : Mapping[int, float]
+        Who of these goes away, and how many seconds after the round began.
     """
 
     seconds: float
@@ -87,6 +90,7 @@ class RoundTime:
     fixed_between: tuple[float, float] = (0.0, 0.0)
     mb_seconds: Mapping[int, Estimate] = field(default_factory=dict)
     queued: bool = False
+    gone: Mapping[int, float] = field(default_factory=dict)
 
 
 class Clock(ABC):
@@ -101,6 +105,10 @@ class Clock(ABC):
     deadline: float = 0.0
     #: Seconds of a round in which nobody takes part.
     idle_seconds: float = 0.0
+    #: Who is there when, by the seconds of this clock.
+    availability: Availability = Always()
+    #: Seconds of the clock that went by before the round at hand; set by who runs the rounds.
+    now: float = 0.0
 
     def begin(
         self, works: Sequence[Work], server_round: int, *, network: bool, empty: Sequence[float]

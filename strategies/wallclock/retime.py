@@ -64,6 +64,7 @@ def retime(records: Iterable[Mapping[str, Any]], clock: SimulatedClock) -> list[
     for number in rounds:
         clock.forecast(plans.get(number, []), number)
         times.append(clock.finish(works.get(number, []), number))
+        clock.now += times[-1].seconds
     return times
 
 

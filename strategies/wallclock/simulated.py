@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from strategies.wallclock.availability import Always, Availability
 from strategies.wallclock.bandwidth import (
     Array,
     Mask,
     allocate_bandwidth,
-    batch_round_seconds,
     equal_shares,
+    without_whom_soonest,
 )
 from strategies.wallclock.channel import (
     Devices,
@@ -84,6 +85,10 @@ class SimulatedClock(Clock):
         rounded at random. (default: 0.5)
     change_factor : float
         What their spectral efficiency is multiplied by, > 0. (default: 0.1)
+    availability : Availability, optional
+        Who is there when. Who goes away before it is done is late, and the server hears of it at
+        once: the round lasts until the others are done, and until all who go have gone.
+        (default: everybody is always there)
 
     Raises
     ------
@@ -108,6 +113,7 @@ class SimulatedClock(Clock):
         change_round: int = 0,
         change_share: float = 0.5,
         change_factor: float = 0.1,
+        availability: Availability | None = None,
     ) -> None:
         self.devices = devices if isinstance(devices, Devices) else None
         if isinstance(devices, Devices):
@@ -146,20 +152,23 @@ class SimulatedClock(Clock):
         self.deadline, self.idle_seconds, self.seed = deadline, idle_seconds, seed
         self.change_round, self.change_share = change_round, change_share
         self.change_factor = change_factor
+        if availability is not None:
+            self.availability = availability
         self._devices: dict[int, tuple[float, float, bool]] = {}
         self._steps: dict[int, float] = {}  # what each client did last
-        self._verdict: tuple[int, frozenset[int]] = (0, frozenset())  # round, who is late
+        # Of a round: who is late, and who of these goes away when.
+        self._verdict: tuple[int, frozenset[int], Mapping[int, float]] = (0, frozenset(), {})
 
     def forecast(self, works: Sequence[Work], server_round: int) -> RoundTime:
         """Return the time of a round as planned, and who will miss the deadline."""
         time = self._time(works, server_round, None)
-        self._verdict = (server_round, time.late)
+        self._verdict = (server_round, time.late, time.gone)
         return time
 
     def finish(self, works: Sequence[Work], server_round: int) -> RoundTime:
         """Return the time of the round as it was; without a forecast of it, also who was late."""
-        forecast_round, late = self._verdict
-        time = self._time(works, server_round, late if forecast_round == server_round else None)
+        known = self._verdict[0] == server_round
+        time = self._time(works, server_round, self._verdict[1:] if known else None)
         self._steps.update({work.client: self._steps_of(work) for work in works})
         return time
 
@@ -200,6 +209,8 @@ class SimulatedClock(Clock):
     def summary(self) -> str:
         """Return the clock and its settings in one line."""
         parts = [f"{self.label}, {self.bandwidth_hz / 1e6:g} MHz, {self.bandwidth} shares"]
+        if not isinstance(self.availability, Always):
+            parts.append(self.availability.summary())
         if self.deadline:
             parts.append(f"deadline {self.deadline:g} s")
         if self.change_round:
@@ -210,7 +221,10 @@ class SimulatedClock(Clock):
         return f"{self.name} ({', '.join(parts)})"
 
     def _time(
-        self, works: Sequence[Work], server_round: int, late: Collection[int] | None
+        self,
+        works: Sequence[Work],
+        server_round: int,
+        verdict: tuple[Collection[int], Mapping[int, float]] | None,
     ) -> RoundTime:
         works = by_client(works)
         if not works:
@@ -224,10 +238,12 @@ class SimulatedClock(Clock):
         step_flops = self.base_flops + self.rank_flops * np.array([work.rank for work in works])
         compute = np.array([self._steps_of(work) for work in works]) * step_flops / flops
         upload = 8 * np.array([work.upload_bytes for work in works]) / efficiency
-        if late is None:
+        if verdict is None:
             misses = self._misses(compute, upload)
+            misses, gone = self._leave(clients, compute, upload, misses)
         else:
-            misses = np.array([client in late for client in clients])
+            misses = np.array([client in verdict[0] for client in clients])
+            gone = {client: verdict[1][client] for client in clients if client in verdict[1]}
         kept = ~misses
         if self.bandwidth == "optimal":
             shares, seconds = allocate_bandwidth(compute[kept], upload[kept], self.bandwidth_hz)
@@ -240,13 +256,43 @@ class SimulatedClock(Clock):
             bottleneck = int(finish.argmax())
         sending = np.divide(upload[kept], shares, out=np.zeros(kept.sum()), where=shares > 0)
         on_time = [client for client, stays in zip(clients, kept, strict=True) if stays]
+        # Those who are only slow are waited for until the deadline, those who go until they do.
+        slow = int(misses.sum()) > len(gone)
         return RoundTime(
-            seconds=max(seconds, self.deadline) if misses.any() else seconds,
+            seconds=max(seconds, self.deadline if slow else 0.0, *gone.values()),
             bottleneck=clients[bottleneck],
             compute_seconds=dict(zip(clients, compute.tolist(), strict=True)),
             upload_seconds=dict(zip(on_time, sending.tolist(), strict=True)),
             late=frozenset(clients) - frozenset(on_time),
+            gone=gone,
         )
+
+    def _leave(
+        self, clients: Sequence[int], compute: Array, upload: Array, misses: Mask
+    ) -> tuple[Mask, dict[int, float]]:
+        """Return who misses the round, and who of these goes away before it is done, and when.
+
+        Whoever goes first is the first not to be done; the others then share the band anew.
+        """
+        present = self.availability.look(clients, self.now)
+        left = np.where(present.here, present.until - self.now, 0.0)
+        misses = misses.copy()
+        if np.isinf(left).all():
+            return misses, {}
+        gone = np.zeros(len(clients), bool)
+        if self.bandwidth == "equal":
+            gone = left < compute + upload * len(clients) / self.bandwidth_hz
+            gone &= ~misses | (left < self.deadline)
+        else:
+            gone = misses & (left < self.deadline)
+            for client in np.argsort(left, kind="stable").tolist():
+                kept = ~(misses | gone)
+                seconds = allocate_bandwidth(compute[kept], upload[kept], self.bandwidth_hz)[1]
+                if left[client] >= seconds:
+                    break
+                gone[client] = gone[client] or kept[client]
+        when = {clients[i]: float(left[i]) for i in np.flatnonzero(gone).tolist()}
+        return misses | gone, when
 
     def _misses(self, compute: Array, upload: Array) -> Mask:
         """Return who misses the deadline, shape (n,).
@@ -307,46 +353,6 @@ class SimulatedClock(Clock):
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=purpose))
-
-
-def without_whom_soonest(compute_seconds: Array, upload_seconds: Array) -> int:
-    """Return the place of the client without whom the others would be done soonest.
-
-    With optimal shares all finish together, so that who is last says nothing.
-
-    Parameters
-    ----------
-    compute_seconds : ndarray, shape (n,)
-        n ≥ 1.
-    upload_seconds : ndarray, shape (n,)
-        Of each alone on the whole band.
-    """
-    sends = upload_seconds > 0
-    mine = np.arange(compute_seconds.size)
-
-    def without(client: int) -> float:
-        masks = (mine != client)[None]
-        return float(batch_round_seconds(compute_seconds, upload_seconds, masks)[0])
-
-    # Who computes longest, of all and of those who upload, is tried by itself: without it the
-    # others may be done before it would be ready.
-    slowest = int(np.where(sends, compute_seconds, -1.0).argmax())
-    found = {i: without(i) for i in {0, int(compute_seconds.argmax()), slowest}}
-    # Without another one, i, they are done when all shares but its own, u/(T - τ), fit into the
-    # band: soonest for whose share is largest just then. Every step is to an earlier T.
-    rest = sends & (mine != slowest)
-    everybody = np.ones((1, mine.size), bool)
-    seconds = float(batch_round_seconds(compute_seconds, upload_seconds, everybody)[0])
-    while rest.any():
-        left = np.maximum(seconds - compute_seconds, np.finfo(np.float64).tiny)
-        client = int(np.where(rest, upload_seconds / left, -1.0).argmax())
-        if client in found and found[client] >= seconds:
-            break
-        found[client] = without(client)
-        if found[client] >= seconds:
-            break
-        seconds = found[client]
-    return min(found, key=lambda client: (found[client], client))
 
 
 def _check_devices(devices: Devices) -> None:

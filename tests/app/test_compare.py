@@ -270,7 +270,7 @@ def test_training_does_not_depend_on_a_clock_that_nobody_asks():
     assert training_of({"clock.profile": "lab", "clock.bandwidth": "equal"}) == lab
     planned = {"sampling.policy": "planned", "sampling.alpha": 1.0, "sampling.beta": 1.0}
     for acts in (planned, {"clock.deadline": 5.0}, {"method": "local"},
-                 {"clock.profile": "measured"}):  # fmt: skip
+                 {"clock.availability": "diurnal"}, {"clock.profile": "measured"}):  # fmt: skip
         assert training_of({"clock.profile": "lab", **acts}) is None
 
 

@@ -67,6 +67,27 @@ def test_defaults_are_valid_and_flat_is_the_inverse():
         ({"ranks.policy": "reported", "ranks.fallback": 64}, "ranks.fallback .64. must not exceed"),
         ({"sampling.estimator": "ratio"}, "sampling.estimator = 'ratio' is for independent"),
         ({"sampling.server-rate": 0.5}, "sampling.server-rate = 0.5 is for independent"),
+        ({"clock.availability": "diurnal"}, "clock.availability = 'diurnal' is for simulated"),
+        (
+            {"clock.profile": "lab", "clock.availability": "diurnl"},
+            "clock.availability: .*did you mean 'diurnal'",
+        ),
+        (
+            {"clock.availability": "exponential", "clock.availability-options": "share=2"},
+            "clock.availability: invalid exponential availability: share",
+        ),
+        (
+            {"clock.availability": "exponential", "clock.availability-options": "ratio=2"},
+            "clock.availability: .*ratio",
+        ),
+        (
+            {
+                "clock.profile": "lab",
+                "clock.availability": "diurnal",
+                "privacy.noise-multiplier": 8,
+            },
+            "who is there would move the chance to join",
+        ),
         ({"privacy.noise-multiplier": 8}, "privacy.noise-multiplier: .*evaluate.clients = 0"),
         (
             {"privacy.noise-multiplier": 8, "evaluate.clients": 0, "ranks.policy": "autorank"},

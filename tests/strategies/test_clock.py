@@ -18,9 +18,8 @@ from strategies.wallclock import (
     make_clock,
     retime,
 )
-from strategies.wallclock.bandwidth import batch_round_seconds
+from strategies.wallclock.bandwidth import batch_round_seconds, without_whom_soonest
 from strategies.wallclock.channel import efficiency_at, harmonic_efficiency
-from strategies.wallclock.simulated import without_whom_soonest
 
 COST = {"base_flops": 2e9, "rank_flops": 1e8, "steps": 10.0}
 
