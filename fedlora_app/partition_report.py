@@ -1,22 +1,21 @@
 """Look at how simulated clients would share the rows, without training.
 
-    python -m fedlora_app.partition_report --config data.partition=shards --output shares.png
+    fedlora partition data.partition=shards --output shares.png
 
 prints clients × classes and draws them. It needs no torch.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_app.config.fields import pair, typed_value
+from fedlora_app.config.fields import typed_value
 from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.config.plugins import load
 from fedlora_app.launch.inspection import clients_of
@@ -190,39 +189,35 @@ def draw(shared: Shared, file: Path) -> None:
     save(figure, file)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedlora_app.partition_report",
-        description="Show how simulated clients would share the rows, without training.",
-    )
-    parser.add_argument("--clients", type=int, help="as in run_simulation.py (default: as there)")
-    parser.add_argument(
-        "--config",
-        type=pair,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="key=value",
-        help="keys of the run config, as in data.partition=shards data.shards-per-client=2",
-    )
-    parser.add_argument("--output", type=Path, help="PNG to draw (default: none is drawn)")
-    args = parser.parse_args(argv)
+def show(
+    pairs: Iterable[tuple[str, str]], clients: int | None = None, output: Path | None = None
+) -> int:
+    """Print who gets what with these keys of the run config, and return the exit code.
+
+    ``output`` : a PNG to draw (default: none is drawn).
+    """
     kinds = RunConfig().to_flat()
     try:
-        config = RunConfig.from_flat({k: typed_value(v, kinds.get(k)) for k, v in args.config})
+        config = RunConfig.from_flat({k: typed_value(v, kinds.get(k)) for k, v in pairs})
         if problems := load(config.plugins):
             raise ConfigError(problems)
-        shared = look(config, args.clients)
+        shared = look(config, clients)
         print(shared)
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            draw(shared, args.output)
-            print(f"drawn in {args.output}")
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            draw(shared, output)
+            print(f"drawn in {output}")
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit code."""
+    from fedlora_app.cli.main import run_as
+
+    return run_as("partition", argv, "python -m fedlora_app.partition_report")
 
 
 if __name__ == "__main__":

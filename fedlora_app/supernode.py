@@ -1,9 +1,9 @@
 """A Flower SuperNode that starts its ClientApps warm.
 
-    python -m fedlora_app.supernode [--preload MODULE,…] [--poll SECONDS] [--patience SECONDS]
-                                    [--unchecked] ARGUMENTS
+    fedlora supernode [--preload MODULE,…] [--poll SECONDS] [--patience SECONDS] [--unchecked]
+                      ARGUMENTS
 
-with the arguments of ``flower-supernode``.
+(or ``python -m fedlora_app.supernode``) with the arguments of ``flower-supernode``.
 
 Flower's SuperNode starts a new Python for every message, and each imports torch, transformers
 and PEFT anew, which takes longer than many a message's training. Here one process imports them
@@ -52,60 +52,54 @@ GRACE = 10.0
 """Seconds a SuperNode may take to end after its executor has."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Become a SuperNode, with a warm executor as its child."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedlora_app.supernode",
-        description="flower-supernode, with the imports of its ClientApps done once. All other "
-        "arguments are those of flower-supernode.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--preload",
-        default=",".join(PRELOAD),
-        metavar="MODULE,…",
-        help="what to import once (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--poll",
-        type=float,
-        default=POLL,
-        metavar="SECONDS",
-        help="pause between two looks at the SuperLink for a message (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--patience",
-        type=float,
-        default=PATIENCE,
-        metavar="SECONDS",
-        help="how long a message may be here without a live client or a reply before this "
-        "SuperNode ends with 1 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--unchecked",
-        action="store_true",
-        help="do not look at the node config before starting: it is that of another app",
-    )
-    ours, theirs = parser.parse_known_args(argv)
+def become(
+    arguments: Sequence[str],
+    preload: Sequence[str] = PRELOAD,
+    poll: float = POLL,
+    patience: float = PATIENCE,
+    *,
+    unchecked: bool = False,
+) -> None:
+    """Become a SuperNode, with a warm executor as its child.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        Those of ``flower-supernode``.
+    preload : sequence of str
+        What to import once (default: ``PRELOAD``).
+    poll : float
+        Seconds between two looks at the SuperLink for a message (default: 1).
+    patience : float
+        Seconds a message may be here without a live client or a reply before this SuperNode
+        ends with 1 (default: 180).
+    unchecked : bool
+        Do not look at the node config before: it is that of another app (default: False).
+
+    Raises
+    ------
+    ValueError
+        If it cannot be one so: what is wrong and what to do.
+    """
+    theirs = list(arguments)
     if sys.platform != "linux":  # elsewhere a copy of a process is missing or not sound
-        parser.error(f"this needs Linux, and this is {sys.platform}; use flower-supernode")
-    for name in ("poll", "patience"):
-        if not getattr(ours, name) > 0:
-            value = getattr(ours, name)
-            parser.error(f"--{name}: expected a number of seconds above 0, got {value}")
-    connect = _runtime_api(theirs, parser)
-    if not ours.unchecked:
-        _check(theirs, parser)
+        raise ValueError(f"this needs Linux, and this is {sys.platform}; use flower-supernode")
+    for name, value in (("poll", poll), ("patience", patience)):
+        if not value > 0:
+            raise ValueError(f"--{name}: expected a number of seconds above 0, got {value}")
+    connect = _runtime_api(theirs)
+    if not unchecked:
+        _check(theirs)
     node = os.getpid()
     executor = os.fork()
     if executor == 0:
         die_with(node)
-        run_executor([*connect, "--parent-pid", str(node)], ours.preload.split(","))
+        run_executor([*connect, "--parent-pid", str(node)], preload)
         return
     threading.Thread(target=_need, args=(executor,), daemon=True).start()
     # From here on this process is the SuperNode: its signals and its exit code are Flower's,
     # unless the watch has a reason of its own.
-    watch = Watch(ours.poll, ours.patience)
+    watch = Watch(poll, patience)
     watch.install()
     sys.argv = ["flower-supernode", *theirs, "--isolation", "process"]
     try:
@@ -120,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os._exit(EXIT_CODE)
 
 
-def _check(arguments: list[str], parser: argparse.ArgumentParser) -> None:
+def _check(arguments: list[str]) -> None:
     """End with 2 if the node config names data or limits that cannot be worked with."""
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--node-config")
@@ -141,7 +135,7 @@ def _check(arguments: list[str], parser: argparse.ArgumentParser) -> None:
         if "data-path" in config or {"partition-id", "num-partitions"} <= config.keys():
             print(check_own_data(config), file=sys.stderr, flush=True)
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
+        print(f"this SuperNode does not start: {error}", file=sys.stderr, flush=True)
         code = 2
     os._exit(code)
 
@@ -154,7 +148,7 @@ def _need(executor: int) -> None:
     os._exit(1)
 
 
-def _runtime_api(arguments: list[str], parser: argparse.ArgumentParser) -> list[str]:
+def _runtime_api(arguments: list[str]) -> list[str]:
     """Return how a SuperExec reaches the SuperNode with these arguments."""
     constant = part("supercore_constants")
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -166,7 +160,7 @@ def _runtime_api(arguments: list[str], parser: argparse.ArgumentParser) -> list[
     known.add_argument("--isolation")
     found = known.parse_known_args(arguments)[0]
     if found.isolation is not None:
-        parser.error("--isolation is set by this command; use flower-supernode to choose it")
+        raise ValueError("--isolation is set by this command; use flower-supernode to choose it")
     host = f"[{found.host}]" if ":" in found.host else found.host
     words = ["--runtime-api-address", f"{host}:{found.port}"]
     if found.ssl_ca_certfile:
@@ -180,5 +174,12 @@ def _runtime_api(arguments: list[str], parser: argparse.ArgumentParser) -> list[
     return words
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit code."""
+    from fedlora_app.cli.main import run_as
+
+    return run_as("supernode", argv, "python -m fedlora_app.supernode")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

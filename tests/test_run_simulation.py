@@ -11,23 +11,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-import run_simulation
-from fedlora_app.config.keys import ConfigError, RunConfig, Scalar
+from fedlora_app.cli.shared import pairs_of
+from fedlora_app.config.keys import ConfigError
+from fedlora_app.launch import simulation
 from fedlora_app.launch.console import Console
+from run_simulation import main
 from tests.integration.conftest import alive
 
-ROOT = Path(run_simulation.__file__).parent
+ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "integration" / "tiny_app"
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start a run of the tiny app as a user would, from ``folder``."""
-    script = (
-        "import sys; from pathlib import Path; import run_simulation;"
-        f"sys.exit(run_simulation.main(sys.argv[1:], Path({str(TINY)!r})))"
-    )
+    program = [sys.executable, str(ROOT / "run_simulation.py"), "--project", str(TINY)]
     return subprocess.Popen(
-        [sys.executable, "-c", script, "--clients", "3", *arguments],
+        [*program, "--clients", "3", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -87,9 +86,9 @@ def test_wrong_config_is_said_once_and_nothing_starts(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a SuperLink was started")
 
-    monkeypatch.setattr(run_simulation, "SuperLink", refuse)
+    monkeypatch.setattr(simulation, "SuperLink", refuse)
     monkeypatch.chdir(tmp_path)
-    code = run_simulation.main(["--config", "aggregaton=rbla", "train.steps=ten"], TINY)
+    code = main(["--project", str(TINY), "--config", "aggregaton=rbla", "train.steps=ten"])
 
     shown = capsys.readouterr()
     assert code == 2
@@ -100,34 +99,47 @@ def test_wrong_config_is_said_once_and_nothing_starts(
     assert not list(tmp_path.iterdir())
 
 
-def read(*arguments: str) -> tuple[RunConfig, dict[str, Scalar]]:
-    args = run_simulation._parser().parse_args(arguments)
-    return run_simulation.read_arguments(TINY, args)
+def read(pairs: list[str], **asked: object) -> simulation.Plan:
+    return simulation.read_plan(TINY, simulation.Asked(pairs=pairs_of(pairs), **asked))
 
 
 def test_values_of_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    config, changes = read(
-        "--config", "lora.dora=true", "ranks.list=4", "--config", "model.name=a b", "data.alpha=1",
-        "--rounds", "9", "--output", "here",
+    plan = read(
+        ["lora.dora=true", "ranks.list=4", "model.name=a b", "data.alpha=1"],
+        rounds=9, output="here",
     )  # fmt: skip
+    config = plan.config
     assert config.lora.dora is True
     assert config.ranks.list == "4"
     assert config.model.name == "a b"
     assert config.data.alpha == 1.0
     assert config.rounds == 9
-    assert changes["output"] == str(tmp_path / "here")
+    assert plan.folder == tmp_path / "here"
+
+
+def test_keys_with_and_without_the_option_and_several_after_one(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(simulation, "start", lambda what, _: asked.append(what) or 0)
+    for words in (
+        ["--config", "seed=1", "rounds=2", "--config", "data.alpha=1"],
+        ["seed=1", "--config", "rounds=2", "data.alpha=1", "--clients", "4"],
+        ["-c", "seed=1", "data.alpha=1", "-c", "rounds=2"],
+    ):
+        assert main(words) == 0
+        assert sorted(asked[-1].pairs) == [("data.alpha", "1"), ("rounds", "2"), ("seed", "1")]
+    assert [found.clients for found in asked] == [None, 4, None]
 
 
 @pytest.mark.parametrize("wrong", [["--clients", "0"], ["--config", "rounds"], ["--rounds", "x"]])
-def test_wrong_command_line(wrong: list[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        read(*wrong)
+def test_wrong_command_line(wrong: list[str], capsys) -> None:
+    assert main(wrong) == 2
+    assert "Invalid value" in capsys.readouterr().err
 
 
 def test_fewer_clients_than_the_run_waits_for() -> None:
     with pytest.raises(ConfigError, match="wait for 2 nodes, but has 1"):
-        read("--clients", "1")
+        read([], clients=1)
 
 
 @pytest.mark.parametrize(

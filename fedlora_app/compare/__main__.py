@@ -1,8 +1,8 @@
-"""``python -m fedlora_app.compare``."""
+"""``python -m fedlora_app.compare``, which is ``fedlora compare``."""
 
 import sys
 
-from fedlora_app.compare.runs import main
+from fedlora_app.cli.main import run_as
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as("compare", None, "python -m fedlora_app.compare"))

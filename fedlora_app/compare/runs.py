@@ -1,6 +1,6 @@
 """Compare settings: the same seeded partitions, several arms, several seeds, one table.
 
-``python -m fedlora_app.compare studies/autorank.toml`` runs every arm of the study that
+``fedlora compare studies/autorank.toml`` runs every arm of the study that
 has not run yet, in Flower's simulation, and prints one table per setting. A study that
 was interrupted goes on where it stopped: what has a ``summary.json`` is not run again. Runs go
 side by side, one a core.
@@ -13,11 +13,10 @@ in a setting instead; in one of a natural partition its column says how many the
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,12 +32,11 @@ from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.data.kept import shares_of
 from fedlora_app.launch.copies import Copies
 from fedlora_app.launch.inspection import CORES
+from fedlora_app.launch.project import project_folder
 from fedlora_app.launch.ray_head import RayHead
 from fedlora_app.launch.superlink import SuperLink, exit_on_signals
 from fedlora_app.report.records import RecordsError, of_kind, read_json, read_records
 from fedlora_app.tasks import Rows, make_task
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 def check_shares(study: Study, folder: Path) -> None:
@@ -84,18 +82,19 @@ def execute(study: Study, folder: Path, jobs: int = 1) -> int:
                 simulation=True, copies=copies, ray_head=ray_head, environment={CORES: f"{cores}"}
             )
             links.append(open_now.enter_context(link))
+        project = open_now.enter_context(project_folder())
         open_now.callback(queue.close)
-        working = [threads.submit(_work, queue, link) for link in links]
+        working = [threads.submit(_work, queue, link, project) for link in links]
         for ended in wait(working, return_when=FIRST_EXCEPTION).done:
             ended.result()
     return queue.failed
 
 
-def _work(queue: StudyQueue, link: SuperLink) -> None:
+def _work(queue: StudyQueue, link: SuperLink, project: Path) -> None:
     """Run what the queue hands out on one SuperLink, one after the other."""
     while (run := queue.next()) is not None:
         federation: Flat = {"num-supernodes": run.clients, "client-resources-num-cpus": 1}
-        run_id = link.run(PROJECT, run.config, federation)
+        run_id = link.run(project, run.config, federation)
         for _ in link.stream(run_id):
             pass
         queue.over(run, link.status(run_id))
@@ -128,37 +127,43 @@ def reuse(study: Study, folder: Path, running: Collection[Path] = ()) -> None:
             print(f"{run.name}: timed again from {source.folder}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedlora_app.compare",
-        description=(__doc__ or "").split("\n", 1)[0],
-    )
-    parser.add_argument("study", type=Path, help="the study file (TOML)")
-    parser.add_argument("--output", type=Path, default=Path("runs"), help="(default: runs)")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=0,
-        help="runs side by side (default: one a core where memory allows, with a GPU one)",
-    )
-    parser.add_argument("--only-table", action="store_true", help="run nothing, print the tables")
-    parser.add_argument("--list", action="store_true", help="run nothing, say what is to do")
-    parser.add_argument("--against", metavar="ARM", help="the baseline (default: the study's)")
-    args = parser.parse_args(argv)
+def compare(
+    file: Path,
+    output: Path = Path("runs"),
+    *,
+    jobs: int = 0,
+    only_table: bool = False,
+    listed: bool = False,
+    against: str | None = None,
+) -> int:
+    """Run what a study lacks, print its tables, and return the exit code.
+
+    Parameters
+    ----------
+    file : Path
+        The study file.
+    output : Path
+        Folder of the study's own folder (default: ``runs``).
+    jobs : int
+        Runs side by side; 0: one a core where memory allows, with a GPU one (default).
+    only_table, listed : bool
+        Run nothing: print the tables, or say what is to do (default: False).
+    against : str, optional
+        The baseline (default: the study's).
+    """
     try:
-        study = Study.read(args.study, baseline=args.against)
+        study = Study.read(file, baseline=against)
     except (OSError, tomllib.TOMLDecodeError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
-    folder = (args.output / study.name).expanduser().absolute()
-    jobs = args.jobs if args.jobs > 0 else _jobs()
+    folder = (output / study.name).expanduser().absolute()
+    jobs = jobs if jobs > 0 else _jobs()
     failed = 0
     try:
-        if args.list:
+        if listed:
             print(listing(study, folder, jobs))
             return 0
-        if not args.only_table:
+        if not only_table:
             check_shares(study, folder)
             with exit_on_signals():
                 failed = execute(study, folder, jobs)

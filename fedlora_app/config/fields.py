@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import math
 import tomllib
@@ -180,10 +179,10 @@ def typed_value(text: str, default: Scalar | None) -> Scalar:
 
 
 def pair(text: str) -> tuple[str, str]:
-    """Read "key=value" of a command line."""
+    """Read "key=value" of a command line; a ValueError says what it is not."""
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+        raise ValueError(f"expected key=value, got {text!r}")
     return key.strip(), value.strip()
 
 

@@ -1,6 +1,6 @@
 """What a run leaves behind: one folder with config, metrics, summary, adapter and plots.
 
-``python -m fedlora_app.report RUN`` writes ``RUN/report.html``, also while the run goes on.
+``fedlora report RUN`` writes ``RUN/report.html``, also while the run goes on.
 """
 
 from __future__ import annotations

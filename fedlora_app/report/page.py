@@ -1,12 +1,10 @@
-"""One page about a run, from the files in its folder: ``python -m fedlora_app.report RUN``.
+"""One page about a run, from the files in its folder: ``fedlora report RUN``.
 
 The page holds everything it shows: no scripts, no requests. It suits light, dark and paper.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +19,6 @@ from fedlora_app.report.html import bar_rows, data_size, number, seconds_text, s
 from fedlora_app.report.plots import TOP, bottlenecks, megabytes, points
 from fedlora_app.report.records import (
     Fields,
-    RecordsError,
     numbers,
     of_kind,
     plan_periods,
@@ -356,21 +353,3 @@ def configuration(config: Mapping[str, Any]) -> str:
     rest = [[k, str(v)] for k, v in config.items() if k not in defaults or defaults[k] == v]
     out = table(["changed key", "value", "default"], changed) if changed else ""
     return out + f"<div class=columns>{table(['key', 'value'], rest)}</div>" if rest else out
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedlora_app.report", description=(__doc__ or "").split("\n", 1)[0]
-    )
-    parser.add_argument("run", type=Path, help="output folder of a run, finished or not")
-    parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html)")
-    args = parser.parse_args(argv)
-    file = args.output or args.run / "report.html"
-    try:
-        file.write_text(page(RunFiles.read(args.run)), encoding="utf-8")
-    except (OSError, RecordsError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(file)
-    return 0

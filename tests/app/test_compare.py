@@ -211,8 +211,8 @@ def test_what_is_to_do_is_listed_and_nothing_starts(study, tmp_path, capsys):
     assert lines[1] == "lab    planned  done 1  to do 2, each about 0:09"
     assert lines[2] == "rural  uniform  done none  to do 1,2, 2 to time again"
     assert lines[-1] == "2 of 8 runs are done; left: 0:36"
-    argv = [str(tmp_path / "small.toml"), "--output", str(tmp_path / "none"), "--list"]
-    assert compare.main(argv) == 0
+    file, folder = tmp_path / "small.toml", tmp_path / "none"
+    assert compare.compare(file, folder, listed=True) == 0
     assert "0 of 8 runs are done; left: 0:00 and 6 runs of unknown" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
 
@@ -464,7 +464,7 @@ def test_shares_that_cannot_be_are_refused_before_any_run(tmp_path, capsys):
     file.write_text(
         STUDY + f'[settings.skewed.data]\nname = "{rows}"\npartition = "double-imbalance"\n'
     )
-    assert compare.main([str(file), "--output", str(tmp_path / "out")]) == 2
+    assert compare.compare(file, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.startswith("skewed, seed 1: data.partition = 'double-imbalance'")
     assert "data.min-samples" in error

@@ -9,15 +9,15 @@ import pytest
 import torch
 import transformers
 
-import run_simulation
 from fedlora_app.config.keys import ConfigError, LoraConfig, RunConfig
 from fedlora_app.config.read import read_config
-from fedlora_app.launch import door
+from fedlora_app.launch import door, simulation
 from fedlora_app.launch.door import resource_problems
 from fedlora_app.launch.inspection import Report
 from fedlora_app.models.loading import build_model, positions
 from fedlora_app.resuming import check_resume, make_saver
 from fedlora_app.tasks import Rows
+from run_simulation import main
 from strategies.checkpoint import Checkpoints
 from tests.app.test_models import folders  # noqa: F401
 from tests.app.test_pretrained import checkpoint  # noqa: F401
@@ -146,11 +146,11 @@ def test_the_command_line_refuses_and_leaves_no_folder(
     def start(*args, **kwargs):
         raise AssertionError("a SuperLink was started")
 
-    monkeypatch.setattr(run_simulation, "SuperLink", start)
+    monkeypatch.setattr(simulation, "SuperLink", start)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "devices.csv").write_text("snr_db\n3\n")
     output = ["--output", "out"]
-    assert run_simulation.main([*arguments, *output]) == 2
+    assert main([*arguments, *output]) == 2
     assert expected in capsys.readouterr().err
     assert [file.name for file in Path(tmp_path).iterdir()] == ["devices.csv"]
 

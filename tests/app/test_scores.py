@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fedlora_app.compare import runs as compare
+from fedlora_app.cli.main import main as fedlora
 from fedlora_app.compare.runs import tables
 from fedlora_app.compare.study import Study
 from fedlora_app.compare.study_plots import plot_study
 from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.report.folder import RunFolder, table
 from fedlora_app.report.page import RunFiles, page
-from fedlora_app.report.page import main as show_page
 from fedlora_app.report.plots import plot_run
 from fedlora_app.report.records import RecordsError, of_kind, read_json, read_records
 from fedlora_app.report.scores import LOSSES, file_name, first_of, score_curves, scores_of
@@ -146,10 +145,10 @@ def test_records_of_a_newer_program_are_refused_by_every_command(tmp_path, capsy
         read_records(file)
     with pytest.raises(ConfigError, match=r"resume-from: .* got 99"):
         RunFolder(run.folder, RunConfig(), resume_round=1)
-    assert show_page([str(run.folder)]) == 2
+    assert fedlora(["report", str(run.folder)]) == 2
     assert capsys.readouterr().err.startswith(said)
     arguments = [str(tmp_path / "words.toml"), "--output", str(tmp_path), "--only-table"]
-    assert compare.main(arguments) == 2
+    assert fedlora(["compare", *arguments]) == 2
     assert capsys.readouterr().err.startswith(said)
 
 

@@ -49,7 +49,6 @@ def test_what_is_private_is_gathered() -> None:
                 for module, name in imports(path)
                 if module not in PUBLIC or name not in importlib.import_module(module).__all__
             ]
-    private += [found for found in imports(ROOT / "run_simulation.py") if found[0] not in PUBLIC]
     assert not private
 
 

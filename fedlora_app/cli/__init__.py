@@ -1,0 +1,1 @@
+"""The command ``fedlora``: one file a subcommand, which imports what it needs when called."""
