@@ -173,7 +173,8 @@ class RunConfig:
     )
     weight_by: str = option(
         "rows",
-        "what clients of unequal size count by: rows, or of language models trained-tokens",
+        "what clients of unequal size count by: rows, clients (all the same), or of language "
+        "models trained-tokens",
         on_resume="fatal",
     )
     min_replies: int = option(1, "fewer good replies leave the model as it was", low=1)

@@ -127,7 +127,7 @@ class Task(Use, ABC):
     scores: tuple[Score, ...] = ()
     """Of the class, or by its config of an object. Best first: the primary score is what
     ``checkpoint-best`` and ``stop-score`` look at."""
-    units: ClassVar[tuple[str, ...]] = ("rows",)
+    units: ClassVar[tuple[str, ...]] = ("rows", "clients")
     """What clients may be weighed by (``weight-by``), the default first; see ``size``."""
     keeps_base: ClassVar[bool] = False
     """Whether it needs the frozen weights as they were, so that no rule may merge into them."""
@@ -268,7 +268,7 @@ class Task(Use, ABC):
         Whatever a client says of its size is this, in every message: samplers and estimators
         compare what it said before a round with what it says after.
         """
-        return len(inputs)
+        return min(1, len(inputs)) if self.config.weight_by == "clients" else len(inputs)
 
     def fill(self) -> dict[str, int]:
         """Return with what rows are filled up to the same length, by tensor; empty: they have it.

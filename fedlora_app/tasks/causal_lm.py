@@ -64,7 +64,7 @@ class CausalLM(Writing, Task):
 
     name = "causal-lm"
     peft_type = "CAUSAL_LM"
-    units: ClassVar[tuple[str, ...]] = ("rows", "trained-tokens")
+    units: ClassVar[tuple[str, ...]] = ("rows", "clients", "trained-tokens")
     quantizable = True
     _few_logits = False
     scores: tuple[Score, ...] = (
@@ -319,10 +319,10 @@ class CausalLM(Writing, Task):
         return AnswersAlone(rows) if self._few_logits and not shared else rows
 
     def size(self, inputs: Inputs) -> int:
-        """Return the number of rows, or of the tokens in them that are trained."""
-        if self.config.weight_by == "rows":
-            return len(inputs)
-        return trained_tokens(inputs).size
+        """Return what ``weight-by`` counts, the tokens that are trained among it."""
+        if self.config.weight_by == "trained-tokens":
+            return trained_tokens(inputs).size
+        return super().size(inputs)
 
     def fill(self) -> dict[str, int]:
         """Return the padding of ids, mask and labels."""

@@ -43,7 +43,7 @@ class Preference(CausalLM):
     """
 
     name = "preference"
-    units = ("rows",)
+    units = ("rows", "clients")
     keeps_base = True
     one_pass = False
     scores = (

@@ -144,9 +144,13 @@ def test_columns_of_categories(folder, tmp_path):  # noqa: F811
 
 
 def test_units_are_the_task_s(flat):
-    with pytest.raises(ValueError, match="weight-by: expected rows or trained-tokens for task"):
+    with pytest.raises(
+        ValueError, match="weight-by: expected rows or clients or trained-tokens for task"
+    ):
         read_config({**flat, "weight-by": "bytes"})
-    with pytest.raises(ValueError, match="weight-by: expected rows for task = 'text-classific"):
+    with pytest.raises(
+        ValueError, match="weight-by: expected rows or clients for task = 'text-classific"
+    ):
         read_config({"weight-by": "trained-tokens"})
 
 

@@ -50,6 +50,7 @@ OPTIONS = [
     {"lora.target-modules": "key,value,dense", "aggregation": "flexlora"},
     {"lora.dropout": 0.5},
     {"lora.scale": 0.5},
+    {"weight-by": "clients", "data.partition": "quantity"},
     {"model.head": "mean-pool"},
     {"method": "head"},
     {"method": "local"},
@@ -143,6 +144,8 @@ def test_a_run_with_each_option(files, tmp_path, monkeypatch, option):
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     clients = [r for r in records if r["kind"] == "client"]
     assert {r["status"] for r in clients} == {"ok"}, clients
+    if flat["weight-by"] == "clients":
+        assert {r["num-examples"] for r in clients} == {1}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["labels"] == ["bank", "oil"]
     assert summary["accuracy"] >= 0
