@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from fedlora_app.config.build import Parts
+from fedlora_app.config.keys import RunConfig
 from fedlora_app.models.lora import variant_problem
-from fedlora_app.tasks import LOSS, primary
+from fedlora_app.tasks import LOSS, TASKS, primary
 from strategies.optimizers import refuse_optimizer
 from strategies.participation import Participation
 from strategies.privacy import refuse_private
@@ -80,6 +81,21 @@ def _units(parts: Parts) -> Iterator[str]:
             f"weight-by: expected {' or '.join(task.units)} for task = {task.name!r}, got "
             f"{wanted!r}"
         )
+
+
+def _of_other_tasks(parts: Parts) -> Iterator[str]:
+    """Refuse what other tasks read and this one would pass over in silence."""
+    flat, usual = parts.config.to_flat(), RunConfig().to_flat()
+    readers: dict[str, list[str]] = {}
+    for name, task in TASKS.items():
+        for key in task.reads - parts.task.reads:
+            readers.setdefault(key, []).append(name)
+    for key, names in sorted(readers.items()):
+        if flat[key] != usual[key]:
+            yield (
+                f"{key} = {flat[key]!r}: task = {parts.task.name!r} does not read it, only "
+                f"{', '.join(names)}; leave it out"
+            )
 
 
 def _resume(parts: Parts) -> Iterator[str]:
@@ -249,6 +265,7 @@ CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _dora,
     _scores,
     _units,
+    _of_other_tasks,
     _resume,
     _natural,
     _unequal_ranks,

@@ -129,6 +129,9 @@ class Task(Use, ABC):
     ``checkpoint-best`` and ``stop-score`` look at."""
     units: ClassVar[tuple[str, ...]] = ("rows", "clients")
     """What clients may be weighed by (``weight-by``), the default first; see ``size``."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the run config that mean something to few tasks, of those that some task names here;
+    others are refused, for they would be without effect."""
     keeps_base: ClassVar[bool] = False
     """Whether it needs the frozen weights as they were, so that no rule may merge into them."""
     quantizable: ClassVar[bool] = False

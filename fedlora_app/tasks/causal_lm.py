@@ -65,6 +65,9 @@ class CausalLM(Writing, Task):
     name = "causal-lm"
     peft_type = "CAUSAL_LM"
     units: ClassVar[tuple[str, ...]] = ("rows", "clients", "trained-tokens")
+    reads: ClassVar[frozenset[str]] = frozenset(
+        {"data.train-on", "data.packing", "evaluate.generate"}
+    )
     quantizable = True
     _few_logits = False
     scores: tuple[Score, ...] = (

@@ -39,6 +39,7 @@ class ImageClassification(Classification):
     """
 
     name = pipeline = "image-classification"
+    reads = frozenset({"data.image-column"})
     asked_column = "image"
     key = "data.image-column"
 

@@ -44,6 +44,7 @@ class Preference(CausalLM):
 
     name = "preference"
     units = ("rows", "clients")
+    reads = CausalLM.reads | {"train.beta"}
     keeps_base = True
     one_pass = False
     scores = (

@@ -143,6 +143,21 @@ def test_columns_of_categories(folder, tmp_path):  # noqa: F811
     assert found.origin.columns["category"] == "source"
 
 
+def test_keys_that_the_task_would_pass_over_are_refused(flat):
+    for key, value in {
+        "evaluate.generate": 3,
+        "data.packing": True,
+        "data.train-on": "all",
+    }.items():
+        with pytest.raises(ValueError, match=f"{key} = .*'text-class.*only causal-lm, preference"):
+            read_config({key: value})
+        assert read_config({**flat, key: value})
+    with pytest.raises(ValueError, match=r"train\.beta = 0\.5: task = 'causal-lm' does not"):
+        read_config({**flat, "train.beta": 0.5})
+    with pytest.raises(ValueError, match=r"data\.image-column = 'scan': task = 'causal-lm'"):
+        read_config({**flat, "data.image-column": "scan"})
+
+
 def test_units_are_the_task_s(flat):
     with pytest.raises(
         ValueError, match="weight-by: expected rows or clients or trained-tokens for task"
