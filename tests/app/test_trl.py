@@ -97,6 +97,47 @@ def test_our_masks_are_those_of_trl(folder, tmp_path, kind):  # noqa: F811
         assert masks(folder, path, template) == expected
 
 
+def test_the_loss_of_pairs_is_that_of_the_dpo_trainer(folder, tmp_path):  # noqa: F811
+    rows = [
+        {"prompt": [{"role": "user", "content": f"what is {WORDS[i]}"}],
+         "chosen": [{"role": "assistant", "content": WORDS[i + 1]}],
+         "rejected": [{"role": "assistant", "content": f"{WORDS[i + 2]} again {WORDS[i]}"}]}
+        for i in range(6)
+    ]  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = MARKED
+    model = lora(folder)
+    args = trl().DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", max_length=64, beta=0.3,
+        disable_tqdm=True, logging_strategy="no", gradient_checkpointing=False, bf16=False,
+    )  # fmt: skip
+    trainer = trl().DPOTrainer(
+        model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    rng = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():  # only now: their reference is the start
+        if "lora_B" in name and "ref" not in name:
+            parameter.data = 0.5 * torch.randn(parameter.shape, generator=rng)
+    state = adapter_state(model)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    with torch.no_grad():
+        theirs = float(trainer.compute_loss(model.eval(), batch))
+
+    path = written(tmp_path, rows)
+    flat = {"train.beta": 0.3, "data.max-length": 64, "data.test-rows": 0}
+    task = make_task(config(folder, path, task="preference", **flat))
+    task.tokenizer.chat_template = MARKED
+    table = next(iter(task.splits(str(path)).values()))
+    inputs = task.encode(task.rows(table, None, "rows"))
+    how = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    ours = peft.get_peft_model(task.model({}, seed=0), how)
+    peft.set_peft_model_state_dict(ours, {k: torch.as_tensor(v) for k, v in state.items()})
+    with torch.no_grad():
+        own = float(ours.eval()(**inputs.batch(range(6))).loss)
+    assert abs(own - np.log(2)) > 0.01  # the adapter does something
+    assert own == pytest.approx(theirs, rel=1e-5)
+
+
 def lora(folder, rank=4):  # noqa: F811
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     how = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"])
