@@ -316,19 +316,21 @@ def _proportional(config: RunConfig) -> dict[str, Any]:
 def _planned(config: RunConfig) -> dict[str, Any]:
     s = config.sampling
     if bool(s.alpha) != bool(s.beta):
-        raise ConfigError(["sampling.alpha and sampling.beta: set both, or neither for pilots"])
+        raise ConfigError(["sampling.alpha and sampling.beta: set both, or neither"])
     pilots = 2 * s.pilot_rounds
-    if not s.alpha and config.rounds <= pilots:
+    if s.pilots and s.alpha:
+        raise ConfigError(["sampling.pilots find alpha and beta; leave out one or the other"])
+    if s.pilots and config.rounds <= pilots:
         raise ConfigError(
             [
                 f"sampling.pilot-rounds: two pilots take {pilots} of rounds = {config.rounds}, and "
-                "nothing would be planned; have more rounds or shorter pilots, or set "
-                "sampling.alpha and sampling.beta"
+                "nothing would be planned; have more rounds or shorter pilots, or leave "
+                "out sampling.pilots"
             ]
         )
     return {
-        "pilot_rounds": s.pilot_rounds,
-        "pilot_fractions": s.pilots(),
+        "pilot_rounds": s.pilot_rounds if s.pilots else None,
+        "pilot_fractions": s.fractions_of_pilots() if s.pilots else None,
         "alpha": s.alpha or None,
         "beta": s.beta or None,
         "replan_every": s.replan_every,

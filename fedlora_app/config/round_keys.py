@@ -145,7 +145,7 @@ class SamplingConfig:
         "fraction",
         "fraction (so many, without replacement); each client by its own coin: independent (given "
         "probabilities), weighted (in proportion to its rows), statistical (rows times the size of "
-        "its updates), planned (what reaches the target soonest on the clock, by two pilots); or "
+        "its updates), planned (what reaches the target soonest on the clock); or "
         "one of your own (see plugins)",
         on_resume="fatal",
     )
@@ -174,9 +174,15 @@ class SamplingConfig:
     server_rate: float = option(
         1.0, "with coins and unbiased: factor on the aggregated change", above=0
     )
+    pilots: bool = option(
+        False,
+        "planned: estimate alpha and beta by two pilots first, as published; false: begin with "
+        "alpha = beta = 1, and let the run's own losses refine beta",
+        on_resume="fatal",
+    )
     pilot_rounds: int = option(
         5,
-        "planned: rounds of each of the two pilots that estimate alpha and beta",
+        "planned: rounds of each of the two pilots",
         low=2,
         on_resume="fatal",
     )
@@ -190,11 +196,11 @@ class SamplingConfig:
     )
     alpha: float = option(
         0.0,
-        "planned: with beta, instead of pilots: rounds = alpha / (beta - s); 0: pilots",
+        "planned: with beta, rounds = alpha / (beta - s), as given and not refined; 0: not given",
         low=0,
         on_resume="fatal",
     )
-    beta: float = option(0.0, "planned: see alpha; 0: pilots", low=0, on_resume="fatal")
+    beta: float = option(0.0, "planned: see alpha; 0: not given", low=0, on_resume="fatal")
     sketch_cost: float = option(
         1.0,
         "planned with fslora: exponent of how much a sketch of k of R entries adds to the "
@@ -209,7 +215,7 @@ class SamplingConfig:
         """Return ``q`` as numbers, or the share for all."""
         return each_of(self.q, float) or self.fraction
 
-    def pilots(self) -> Sequence[float]:
+    def fractions_of_pilots(self) -> Sequence[float]:
         """Return ``pilot-fractions`` as numbers."""
         return each_of(self.pilot_fractions, float)
 

@@ -94,7 +94,10 @@ class KeptRun(StreamingStrategy):
             self.progress.rounds += 1
         if not self.participation.sampler.wants_loss:
             self.progress.aside = None  # the pilots are over, and nobody goes back
-        loss = self.round.evaluation.get("loss", self.round.loss)
+        loss = self.round.evaluation.get("loss")
+        tested = any("loss" in scores for scores in result.evaluate_metrics_serverapp.values())
+        if loss is None and not tested:  # always of one kind
+            loss = self.round.loss
         if loss is not None:
             self.participation.sampler.learn_loss(server_round, loss)
         if server_round and self.saver is not None:

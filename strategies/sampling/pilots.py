@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from logging import INFO, WARNING
 from typing import Any
 
 import numpy as np
+from flwr.common import log
 
+from strategies.records import PilotsRecord
 from strategies.sampling.base import Restart
 from strategies.wallclock.convergence import ConvergenceEstimate, Pilot, estimate_convergence
 
@@ -113,6 +116,34 @@ class Pilots:
             if not self._span(pilot, self._variances):
                 raise ValueError(f"pilot {pilot + 1} did not run; start at round 1")
         return estimate_convergence([Pilot(self.variance(p), self.curve(p)) for p in (0, 1)])
+
+    def conclude(self, server_round: int) -> tuple[tuple[float, float] | None, PilotsRecord]:
+        """Return α and β, None if the pilots say nothing of them, and what to tell of it."""
+        told: PilotsRecord = {
+            "kind": "pilots",
+            "round": server_round,
+            "losses": [self.curve(pilot) for pilot in (0, 1)],
+            "continued": self.better() + 1,
+            "alpha": None,
+            "beta": None,
+            "reliable": False,
+            "reason": "",
+            "variances": None,
+            "spread": None,
+            "residual": None,
+        }
+        try:
+            found = self.estimate()
+        except ValueError as error:
+            reason = f"{error}; sampling stays uniform with q = {max(self.fractions):g}"
+            log(WARNING, "pilots: no estimate of alpha and beta: %s", reason)
+            return None, {**told, "reason": reason}
+        log(INFO if found.reliable else WARNING, "pilots: %s", found.summary())
+        spread, residual = (x if np.isfinite(x) else None for x in (found.spread, found.residual))
+        told |= {"alpha": found.alpha, "beta": found.beta, "reliable": found.reliable}
+        told |= {"reason": found.reason, "variances": [self.variance(p) for p in (0, 1)]}
+        told |= {"spread": spread, "residual": residual}
+        return (found.alpha, found.beta), told
 
     def _span(self, pilot: int, values: Mapping[int, float]) -> list[int]:
         first = pilot * self.rounds + 1

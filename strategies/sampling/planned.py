@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any
 
@@ -17,6 +16,8 @@ from strategies.records import PilotsRecord, PlanRecord
 from strategies.sampling.base import Array, Estimator, Outlook, Restart, register
 from strategies.sampling.independent import BernoulliSampling
 from strategies.sampling.pilots import Pilots
+from strategies.sampling.plans import Basis, Draw, plan_of, plan_record, plan_state
+from strategies.sampling.refining import Refining
 from strategies.seeding import stream
 from strategies.wallclock.convergence import sampling_variance
 from strategies.wallclock.objective import Phi
@@ -24,41 +25,30 @@ from strategies.wallclock.planner import Plan, plan
 
 # Data weights that moved by more than this share of their sum are worth another plan.
 _MOVED = 0.1
-
-
-@dataclass(frozen=True)
-class _Basis:
-    """What a plan was made for."""
-
-    server_round: int
-    clients: list[int]
-    ranks: list[int]
-    weights: list[float]
-
-    @classmethod
-    def of(cls, outlook: Outlook) -> _Basis:
-        return cls(
-            outlook.server_round,
-            [client.index for client in outlook.clients],
-            [int(rank) for rank in outlook.ranks],
-            [float(a) for a in outlook.weights],
-        )
+# So is a β that moved by a quarter.
+_REFINED = 1.25
 
 
 @register
 class PlannedSampling(BernoulliSampling):
-    """Measure how training converges, then plan whom to ask how often, for how much rank.
+    """Plan whom to ask how often, for how much rank, so that a run ends soonest.
 
     Adaptive federated LoRA [R]; the planner is `strategies.wallclock.planner`, with the certainty
-    of each step. A run has three parts:
+    of each step. With a sketching rule the plan chooses each client's rank up to the one it was
+    given, and the variance of its update grows by ``φ = R/k``; otherwise ranks stay, with φ = 1.
+
+    A run is planned from its first round, with α = β = 1: m clients a round need m/(m − 1) times
+    the rounds of all (and where not even all of them reached that, with twice the least β that
+    they do). The run's own losses then refine β, see `Refining`, and another plan is made when it
+    has moved by a quarter [D]. α only scales the number of rounds, so it moves no plan.
+
+    With pilots, as published, it has three parts instead:
 
     - Pilot 1, rounds 1 to ``P = pilot_rounds``: everyone joins with the same probability, the
       first of ``pilot_fractions``, at the rank the policy gives.
     - Pilot 2, rounds P + 1 to 2 P, with the second, from the initial model again. α and β are
       then fitted to the loss curves of both (`estimate_convergence`).
-    - The run itself, from the better of the two models, as planned. With a sketching rule the
-      plan chooses each client's rank up to the one it was given, and the variance of its update
-      grows by ``φ = R/k``; otherwise ranks stay, with φ = 1.
+    - The run itself, from the better of the two models, as planned.
 
     It plans again every ``replan_every`` rounds, and when clients come or go, the policy gives
     other ranks, or a tenth of the data weights moved to other clients [D].
@@ -71,13 +61,15 @@ class PlannedSampling(BernoulliSampling):
 
     Parameters
     ----------
-    pilot_rounds : int (default: 5)
-        ``P``, at least 2.
-    pilot_fractions : (float, float) (default: (0.2, 0.05))
+    pilot_rounds : int, optional
+        ``P``, at least 2. (default: 5 if ``pilot_fractions`` are given, else no pilots)
+    pilot_fractions : (float, float), optional
         Probabilities of the pilots, different, in (0, 1]. A pilot needs participants in most of
-        its rounds: with few clients take larger ones.
+        its rounds: with few clients take larger ones. (default: (0.2, 0.05) if ``pilot_rounds``
+        is given, else no pilots)
     alpha, beta : float, optional
-        Constants of the number of rounds, > 0. With both there are no pilots.
+        Constants of the number of rounds, > 0. With both there are no pilots, and nothing is
+        refined.
     replan_every : int (default: 0)
         Plan again, with fresh estimates of speeds and channels, after this many rounds; 0: only
         when it must.
@@ -110,8 +102,8 @@ class PlannedSampling(BernoulliSampling):
     def __init__(
         self,
         *,
-        pilot_rounds: int = 5,
-        pilot_fractions: Sequence[float] = (0.2, 0.05),
+        pilot_rounds: int | None = None,
+        pilot_fractions: Sequence[float] | None = None,
         alpha: float | None = None,
         beta: float | None = None,
         replan_every: int = 0,
@@ -145,11 +137,18 @@ class PlannedSampling(BernoulliSampling):
         self.candidates = None if ranks is None else sorted(set(ranks))
         self.sketch_cost = sketch_cost
         self.seed = seed
-        self.pilots = Pilots(pilot_rounds, pilot_fractions) if alpha is None else None
-        #: α and β, once they are known.
+        wanted = pilot_rounds is not None or pilot_fractions is not None
+        self.pilots: Pilots | None = None
+        if wanted and alpha is None:
+            rounds = 5 if pilot_rounds is None else pilot_rounds
+            fractions = (0.2, 0.05) if pilot_fractions is None else pilot_fractions
+            self.pilots = Pilots(rounds, fractions)
+        #: α and β, as far as they are known.
         self.convergence = None if alpha is None or beta is None else (alpha, beta)
         self._concluded = False  # whether the pilots were evaluated
-        self._basis: _Basis | None = None
+        self._refining = Refining() if alpha is None and self.pilots is None else None
+        self._draw: Draw | None = None  # of this round
+        self._basis: Basis | None = None
         self._plan: Plan | None = None  # None where there could be none
         self._k: dict[int, int] = {}
         self._told: list[PilotsRecord | PlanRecord] = []
@@ -177,11 +176,40 @@ class PlannedSampling(BernoulliSampling):
             return
         if self.pilots and not self._concluded:
             self._conclude(self.pilots, outlook.server_round)
+        cause = self._refine(self._refining, outlook) if self._refining else ""
         if self.convergence is not None:
-            if cause := self._due(outlook):
+            if cause := self._due(outlook) or cause:
                 self._make(outlook, *self.convergence, cause)
         elif self.pilots:
             self._uniform(outlook, max(self.pilots.fractions))
+        if self._refining:
+            self._draw = Draw.of(outlook, self._q, self._phi(outlook)(self._planned(outlook)))
+
+    def _planned(self, outlook: Outlook) -> Array:
+        return np.array(self.ranks(outlook.clients, outlook.ranks), np.float64)
+
+    def _refine(self, book: Refining, outlook: Outlook) -> str:
+        """Take what the losses say of β; return why that is worth another plan, or nothing."""
+        if self.convergence is None:
+            phi = [float(self._phi(outlook)(np.array(self._options(rank, outlook.sketches))).min())
+                   for rank in outlook.ranks]  # fmt: skip
+            book.beta = max(1.0, 2 * float((outlook.weights**2 * phi).sum()))
+            self.convergence = 1.0, book.beta
+            return ""
+        beta, before = book.estimate(), self.convergence[1]
+        if max(beta, before) < _REFINED * min(beta, before):
+            return ""
+        self.convergence = self.convergence[0], beta
+        return f"beta, by the losses so far, is {beta:.3g} rather than {before:.3g}"
+
+    def sample(
+        self, clients: Sequence[Client], server_round: int, rng: np.random.Generator
+    ) -> list[Client]:
+        """Return the clients whose coin says so; possibly none."""
+        chosen = super().sample(clients, server_round, rng)
+        if self._refining and self._draw:
+            self._draw.tell(self._refining, server_round, chosen)
+        return chosen
 
     def _uniform(self, outlook: Outlook, chance: float) -> None:
         self._q = {client.index: chance for client in outlook.clients}
@@ -190,39 +218,14 @@ class PlannedSampling(BernoulliSampling):
     def _conclude(self, pilots: Pilots, server_round: int) -> None:
         """Fit α and β, once."""
         self._concluded = True
-        told: PilotsRecord = {
-            "kind": "pilots",
-            "round": server_round,
-            "losses": [pilots.curve(pilot) for pilot in (0, 1)],
-            "continued": pilots.better() + 1,
-            "alpha": None,
-            "beta": None,
-            "reliable": False,
-            "reason": "",
-            "variances": None,
-            "spread": None,
-            "residual": None,
-        }
-        try:
-            found = pilots.estimate()
-        except ValueError as error:
-            chance = max(pilots.fractions)
-            reason = f"{error}; sampling stays uniform with q = {chance:g}"
-            log(WARNING, "pilots: no estimate of alpha and beta: %s", reason)
-            self._told.append({**told, "reason": reason})
-            return
-        self.convergence = found.alpha, found.beta
-        log(INFO if found.reliable else WARNING, "pilots: %s", found.summary())
-        told |= {"alpha": found.alpha, "beta": found.beta, "reliable": found.reliable}
-        told |= {"reason": found.reason, "variances": [pilots.variance(p) for p in (0, 1)]}
-        told |= {"spread": _finite(found.spread), "residual": _finite(found.residual)}
+        self.convergence, told = pilots.conclude(server_round)
         self._told.append(told)
 
     # ----- plans ---------------------------------------------------------------------------
 
     def _due(self, outlook: Outlook) -> str:
         """Return why to plan before this round; empty: the last plan holds."""
-        old, new = self._basis, _Basis.of(outlook)
+        old, new = self._basis, Basis.of(outlook)
         if old is None:
             return "first plan"
         if old.clients != new.clients:
@@ -237,7 +240,7 @@ class PlannedSampling(BernoulliSampling):
 
     def _make(self, outlook: Outlook, alpha: float, beta: float, cause: str) -> None:
         began = time.perf_counter()
-        basis = _Basis.of(outlook)
+        basis = Basis.of(outlook)
         same = self._basis is not None and self._basis.clients == basis.clients
         options = [self._options(rank, outlook.sketches) for rank in basis.ranks]
         reason, measured = "", False
@@ -272,7 +275,10 @@ class PlannedSampling(BernoulliSampling):
         # A clock that has yet to measure may know in a round; an unreachable target stays one.
         self._basis = basis if measured else None
         seconds = time.perf_counter() - began
-        self._told.append(self._plan_record(basis, alpha, beta, cause, reason, seconds))
+        told = {"cause": cause, "reason": reason, "planner_seconds": round(seconds, 4)}
+        self._told.append(
+            plan_record(basis, self._plan, self._q, self._k, alpha=alpha, beta=beta, **told)
+        )
 
     def _phi(self, outlook: Outlook) -> Phi:
         """Return what maps ranks to variance factors: ``(R/k)^γ`` for sketches [D], else 1."""
@@ -294,30 +300,6 @@ class PlannedSampling(BernoulliSampling):
             return sorted({rank, *(2**i for i in range(rank.bit_length()))})
         return [k for k in self.candidates if k <= rank] or [rank]
 
-    def _plan_record(
-        self, basis: _Basis, alpha: float, beta: float, cause: str, reason: str, seconds: float
-    ) -> PlanRecord:
-        made = self._plan
-        alternatives = {} if made is None else made.alternatives
-        rows = zip(basis.clients, basis.ranks, strict=True)
-        return {
-            "kind": "plan",
-            "round": basis.server_round,
-            "cause": cause,
-            "feasible": made is not None,
-            "reason": reason,
-            "alpha": alpha,
-            "beta": beta,
-            "round_seconds": None if made is None else made.round_seconds,
-            "rounds": None if made is None else made.rounds,
-            "total_seconds": None if made is None else made.total_seconds,
-            "alternatives": {name: _finite(total) for name, total in alternatives.items()},
-            "clients": [
-                {"client": i, "q": self._q[i], "rank": self._k.get(i, rank)} for i, rank in rows
-            ],
-            "planner_seconds": round(seconds, 4),
-        }
-
     # ----- what the strategy asks and says ---------------------------------------------------
 
     @property
@@ -336,30 +318,24 @@ class PlannedSampling(BernoulliSampling):
         return [min(rank, self._k.get(client.index, rank)) for client, rank in pairs]
 
     def learn_loss(self, server_round: int, loss: float) -> None:
-        """Take the global loss during the pilots: always of one kind, on the same data."""
-        if self.pilots:
-            self.pilots.learn_loss(server_round, loss)
+        """Take the global loss: always of one kind, on the same data."""
+        for book in (self.pilots, self._refining):
+            if book:
+                book.learn_loss(server_round, loss)
 
     def record(self) -> PilotsRecord | PlanRecord | None:
         """Return the next untold result of the pilots, or plan; None when all are told."""
         return self._told.pop(0) if self._told else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the pilots' book, the estimate, the plan and what it was made for."""
-        made = self._plan
+        """Return the books of losses, the estimate, the plan and what it was made for."""
         return {
+            **({"refining": self._refining.state_dict()} if self._refining else {}),
             "pilots": None if self.pilots is None else self.pilots.state_dict(),
             "concluded": self._concluded,
             "convergence": None if self.convergence is None else list(self.convergence),
             "basis": None if self._basis is None else dict(vars(self._basis)),
-            "plan": None
-            if made is None
-            else {
-                **vars(made),
-                "q": made.q.tolist(),
-                "k": made.k.tolist(),
-                "alternatives": {name: _finite(t) for name, t in made.alternatives.items()},
-            },
+            "plan": plan_state(self._plan),
             "q": {str(index): q for index, q in sorted(self._q.items())},
             "k": {str(index): k for index, k in sorted(self._k.items())},
             "told": list(self._told),
@@ -370,15 +346,19 @@ class PlannedSampling(BernoulliSampling):
         if self.pilots and state["pilots"]:
             self.pilots.load_state_dict(state["pilots"])
         self._concluded = bool(state["concluded"])
+        if not self.pilots and state["pilots"] and not self._concluded:
+            raise ValueError(
+                f"{self.name}: the saved run was in its pilots, and this one has none; go on with "
+                "pilot_rounds as they were (sampling.pilots = true)"
+            )
+        if self._refining and state.get("refining"):
+            self._refining.load_state_dict(state["refining"])
+        elif state["convergence"] is not None:  # saved by a run that had pilots
+            self._refining = None
         if (found := state["convergence"]) is not None:
             self.convergence = float(found[0]), float(found[1])
-        self._basis = None if state["basis"] is None else _Basis(**state["basis"])
-        self._plan = None
-        if (made := state["plan"]) is not None:
-            totals = made["alternatives"].items()
-            alternatives = {name: math.inf if t is None else t for name, t in totals}
-            q, k = np.array(made["q"], np.float64), np.array(made["k"], np.int64)
-            self._plan = Plan(**{**made, "q": q, "k": k, "alternatives": alternatives})
+        self._basis = None if state["basis"] is None else Basis(**state["basis"])
+        self._plan = plan_of(state["plan"])
         self._q = {int(index): float(q) for index, q in state["q"].items()}
         self._k = {int(index): int(k) for index, k in state["k"].items()}
         self._told = list(state["told"])
@@ -389,12 +369,10 @@ class PlannedSampling(BernoulliSampling):
         if self.pilots:
             first, second = self.pilots.fractions
             parts.append(f"pilots of {self.pilots.rounds} rounds with q = {first:g} and {second:g}")
+        elif self._refining:
+            parts.append("refined as it goes")
         elif self.convergence:
             parts.append("alpha {:g}, beta {:g}".format(*self.convergence))
         if self.replan_every:
             parts.append(f"again every {self.replan_every} rounds")
         return f"{self.name} ({', '.join(parts)})"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -23,6 +23,7 @@ PLANNED = {
     "ranks.policy": "uniform",
     "ranks.rank": 8,
     "sampling.policy": "planned",
+    "sampling.pilots": True,
     "sampling.pilot-rounds": 2,
     "sampling.pilot-fractions": "0.9,0.4",
     "clock.profile": "phones",
@@ -107,7 +108,19 @@ def test_a_message_cannot_ask_a_private_client_for_less(caplog):
     ("keys", "problem"),
     [
         ({"sampling.policy": "planned", "sampling.alpha": 1.0}, "set both"),
-        ({"sampling.policy": "planned", "rounds": 10}, "nothing would be planned"),
+        (
+            {"sampling.policy": "planned", "sampling.pilots": True, "rounds": 10},
+            "nothing would be planned",
+        ),
+        (
+            {
+                "sampling.policy": "planned",
+                "sampling.pilots": True,
+                "sampling.alpha": 1.0,
+                "sampling.beta": 1.0,
+            },
+            "leave out one or the other",
+        ),
         ({"sampling.q": "0.5,2"}, "above 0 and up to 1"),
         ({"sampling.policy": "independent", "aggregation": "hetlora"}, "norms"),
         ({"clock.profile": "nowhere"}, "clock.profile: expected measured"),

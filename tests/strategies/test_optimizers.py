@@ -171,7 +171,7 @@ def test_rules_whose_factors_are_made_anew_have_no_optimiser():
         with pytest.raises(ValueError, match=f"{rule} makes its factors anew .* use one of fedit"):
             strategy.check(arrays)
     planned = FedLoRA(
-        aggregation="fslora", ranks=UniformRank(4), sampling=PlannedSampling(),
+        aggregation="fslora", ranks=UniformRank(4), sampling=PlannedSampling(pilot_rounds=2),
         server_optimizer="momentum",
     )  # fmt: skip
     with pytest.raises(ValueError, match="the pilots of sampling 'planned' start the model anew"):

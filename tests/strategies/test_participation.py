@@ -173,7 +173,7 @@ def test_a_rule_that_cannot_be_sampled_is_refused_before_anything_is_sent():
     with pytest.raises(ValueError, match=r"hetlora.*independent.*norms"):
         run(grid, aggregation="hetlora", sampling=IndependentSampling(0.5))
     with pytest.raises(ValueError, match=r"fedsa.*keeps a part"):
-        run(grid, aggregation="fedsa", sampling=PlannedSampling())
+        run(grid, aggregation="fedsa", sampling=PlannedSampling(pilot_rounds=2))
     with pytest.raises(ValueError, match=r"server_rate.*estimator = 'unbiased'"):
         run(grid, sampling=IndependentSampling(0.5, server_rate=0.5))
     assert not grid.sent

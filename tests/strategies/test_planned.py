@@ -8,6 +8,7 @@ import pytest
 
 from strategies.clients import Client
 from strategies.sampling import Outlook, PlannedSampling
+from strategies.sampling.refining import Refining
 from strategies.wallclock.bandwidth import allocate_bandwidth
 from strategies.wallclock.clock import Clock, RoundTime
 from strategies.wallclock.measured import MeasuredClock
@@ -224,6 +225,126 @@ def test_slow_channels_are_asked_less():
     world.clock.base[:] = 0.01
     q = world.play(PlannedSampling(alpha=3.0, beta=0.6), [1])[0]["q"]
     assert np.mean(q[:10]) < 0.5 * np.mean(q[10:])
+
+
+# ----- without pilots -------------------------------------------------------------------------
+
+
+def test_a_run_is_planned_from_its_first_round():
+    """As with α = β = 1 given, for as long as the losses say nothing else."""
+    world, given = World(), World()
+    sampler = PlannedSampling()
+    assert not sampler.wants_loss
+    assert "refined as it goes" in sampler.summary()
+    trace = world.play(sampler, span(1, 5))
+    assert all(t["restart"] is None for t in trace)
+    assert kinds(trace) == [(1, "plan")]
+    assert sampler.convergence == (1.0, 1.0)
+    fixed = given.play(PlannedSampling(alpha=1.0, beta=1.0), span(1, 5))
+    assert [t["q"] for t in trace] == [t["q"] for t in fixed]
+
+
+def test_a_guess_that_not_even_everybody_meets_is_widened():
+    world = World(n=8, sketches=True)
+    world.given = [1, 2] * 4
+    sampler = PlannedSampling()
+    (record,) = world.play(sampler, [1])[0]["told"]
+    assert record["feasible"]
+    view = world.outlook(1)
+    least = float((view.weights**2 * 16 / np.array(world.given)).sum())
+    assert record["beta"] == pytest.approx(2 * least) != 1.0
+
+
+@pytest.mark.parametrize("loss_at_start", [True, False])
+def test_losses_of_the_run_move_beta_and_the_plan(loss_at_start):
+    """In a world where the variance of the draw, as it fell, holds the model up."""
+    world = Falling(beta=0.35, loss_at_start=loss_at_start)
+    sampler = PlannedSampling(q_min=0.1)
+    trace = world.play(sampler, span(1, 40))
+    causes = [record["cause"] for t in trace for record in t["told"]]
+    assert causes[0] == "first plan"
+    assert any("beta, by the losses so far" in cause for cause in causes[1:])
+    assert 0.3 < sampler.convergence[1] < 0.75  # from 1, slowly
+    assert sum(trace[-1]["q"]) > 1.2 * sum(trace[0]["q"])
+    # Interrupted, it goes on the same.
+    again, place = PlannedSampling(q_min=0.1), Falling(beta=0.35, loss_at_start=loss_at_start)
+    half = place.play(again, span(1, 22))
+    state = json.loads(json.dumps(again.state_dict(), allow_nan=False))
+    again = PlannedSampling(q_min=0.1)
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    assert half + place.play(again, span(23, 40)) == trace
+
+
+class Falling(World):
+    """A world that gets ``β − x`` further, with x the variance of the draw itself."""
+
+    def round(self, sampler, server_round, losses):
+        before = self.progress
+        began = self.loss()
+        told = super().round(sampler, server_round, False)
+        view, q = self.outlook(server_round), np.array(told["q"])
+        joined = np.isin(self.present, told["chosen"])
+        error = (view.weights**2 * (joined / q - 1) ** 2).sum() + (view.weights**2).sum()
+        weight = (view.weights * joined / q).sum()
+        self.progress = before + (self.beta - error + 0.3 * (weight - 1)) / 10
+        sampler.learn_loss(server_round, self.loss() if self.loss_at_start else began)
+        return told
+
+
+@pytest.mark.parametrize("noise", [0.3, 3.0])
+def test_noise_alone_moves_beta_little(noise):
+    """Steps as uneven as in real runs, and a loss that sampling does not hold up at all."""
+    rng, found = np.random.default_rng(4), []
+    for _ in range(40):
+        book, loss = Refining(), 2.0
+        book.learn_loss(0, loss)
+        a, q = np.full(50, 0.02), np.full(50, 0.2)
+        for server_round in range(1, 41):
+            book.learn_draw(server_round, a, q, np.ones(50), rng.random(50) < q)
+            loss -= 0.02 * (1 + noise * rng.normal())
+            book.learn_loss(server_round, loss)
+        found.append(book.estimate())
+    # Between the bounds of what may be learned at all; half of the runs near the guess.
+    assert 0.3 < min(found) < max(found) < 4.0
+    assert 0.7 < np.median(found) < 1.5
+
+
+def test_the_variance_of_a_draw_has_the_mean_that_is_planned_with():
+    rng = np.random.default_rng(1)
+    a = rng.dirichlet(np.ones(12))
+    q, phi = rng.uniform(0.1, 1, 12), rng.uniform(1, 4, 12)
+    book = Refining()
+    for server_round in range(1, 61):
+        book.learn_draw(server_round, a, q, phi, rng.random(12) < q)
+    xs = []
+    for _ in range(400):
+        book.learn_draw(61, a, q, phi, rng.random(12) < q)
+        xs.append(book.state_dict()["draws"]["61"])
+    x, weight = np.mean(xs, axis=0)
+    assert x == pytest.approx((a**2 * phi / q).sum(), rel=0.15)
+    assert weight == pytest.approx(1.0, abs=0.1)
+
+
+def test_old_rounds_are_forgotten():
+    book = Refining()
+    for server_round in range(1, 500):
+        book.learn_draw(server_round, np.ones(1), np.ones(1), np.ones(1), np.ones(1, bool))
+        book.learn_loss(server_round, 1.0 / server_round)
+    assert max(len(part) for part in list(book.state_dict().values())[1:]) < 65
+    assert book.estimate() == 1.0  # always everybody: nothing to learn from
+
+
+def test_a_run_saved_in_its_pilots_is_not_gone_on_with_without_them():
+    world, sampler = World(), PlannedSampling(**PILOTS)
+    world.play(sampler, span(1, 3))
+    with pytest.raises(ValueError, match="was in its pilots"):
+        PlannedSampling().load_state_dict(sampler.state_dict())
+    world.play(sampler, span(4, 2 * ROUNDS + 1))
+    after = PlannedSampling()
+    after.load_state_dict(sampler.state_dict())
+    assert after.convergence == sampler.convergence
+    assert after.state_dict()["plan"] == sampler.state_dict()["plan"]
 
 
 # ----- sketches -------------------------------------------------------------------------------
