@@ -5,7 +5,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from copy import copy
 from importlib.metadata import version
+from typing import Any, NamedTuple
+
+from flwr.app import Message
 
 TESTED = ((1, 41), (1, 43))
 """The first version of Flower this was tested with, and the first it was not.
@@ -71,3 +77,92 @@ def is_transport_error(error: Exception) -> bool:
     if isinstance(error, httpx.HTTPStatusError):
         return bool(error.response.status_code != httpx.codes.REQUEST_ENTITY_TOO_LARGE)
     return isinstance(error, httpx.HTTPError)
+
+
+class Announced(NamedTuple):
+    """The head of a reply that is on the SuperLink; not all of its parts need be there yet."""
+
+    reply_to: str
+    response: Any  # of Flower's protocol, as if it had been asked after alone
+
+
+def is_http(grid: object) -> bool:
+    """Tell whether a grid is Flower's to a SuperLink, so that what follows works with it."""
+    return type(grid).__name__ == "HttpGrid"
+
+
+class _Asking:
+    """The client of a grid, but replies are only announced."""
+
+    def __init__(self, client: Any) -> None:
+        self.client: Any = client
+        self.response: Any = None
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802
+        self.response = self.client.PullMessages(request)
+        return type(self.response)()
+
+
+class _Fetching:
+    """The client of a grid, for one reply that was announced."""
+
+    def __init__(self, client: Any, response: Any) -> None:
+        self.client, self.response = client, response
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802
+        return self.response
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802
+        for _ in range(_TRIES):  # parts are sent two at a time: one may come after the last
+            answer = self.client.PullObject(request)
+            if answer.object_available or not answer.object_found:
+                break
+            time.sleep(_PAUSE)
+        return answer
+
+    def ConfirmMessageReceived(self, request: Any) -> Any:  # noqa: N802
+        return self.client.ConfirmMessageReceived(request)
+
+
+_TRIES, _PAUSE = 50, 0.05
+
+
+def _pull(grid: Any, client: Any, ids: Sequence[str]) -> list[Message]:
+    """Pull messages with the grid's own code, but over another client."""
+    own = copy(grid)
+    own._client = client
+    return list(own.pull_messages(ids))
+
+
+def announced(grid: Any, ids: Sequence[str]) -> list[Announced]:
+    """Return the replies of which the SuperLink has the head, each one time only.
+
+    The grid itself would then wait for their parts, one reply after the other.
+    """
+    asking = _Asking(grid._runtime_client)
+    _pull(grid, asking, ids)
+    whole: Any = asking.response
+    if whole is None:  # too many at once; the grid has said so
+        return []
+    return [
+        Announced(
+            message.metadata.reply_to_message_id,
+            type(whole)(messages_list=[message], message_object_trees=[tree]),
+        )
+        for message, tree in zip(whole.messages_list, whole.message_object_trees, strict=True)
+    ]
+
+
+def last_part_is_there(grid: Any, reply: Announced) -> bool:
+    """Tell whether the part that a SuperNode sends last is on the SuperLink, or never will be."""
+    from flwr.proto.message_pb2 import PullObjectRequest
+
+    root = reply.response.message_object_trees[0].object_id
+    request = PullObjectRequest(node=grid.node, run_id=grid.run.run_id, object_id=root)
+    answer = grid._runtime_client.PullObject(request)
+    return bool(answer.object_available or not answer.object_found)
+
+
+def fetch(grid: Any, reply: Announced) -> list[Message]:
+    """Return a reply whose last part is there."""
+    return _pull(grid, _Fetching(grid._runtime_client, reply.response), [reply.reply_to])

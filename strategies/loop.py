@@ -14,7 +14,9 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from strategies.arrivals import PromptGrid
 from strategies.durations import duration
+from strategies.flower import is_http
 from strategies.records import RECORDS_VERSION, EndRecord, Record
 from strategies.rounds import Round
 from strategies.scores import Score
@@ -85,6 +87,8 @@ class StreamingStrategy(Strategy):
         """
         self.num_rounds = num_rounds
         self.led = True
+        if is_http(grid):
+            grid = PromptGrid(grid)
         self.summary()
         self.check(initial_arrays)
         result = Result(arrays=initial_arrays)

@@ -13,6 +13,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
+from strategies.arrivals import PromptGrid
 from strategies.durations import duration
 from strategies.flower import is_transport_error
 from strategies.listing import listed
@@ -146,7 +147,10 @@ def exchange(
             early[message_id] = reply
             if on_arrival is not None:
                 just_now = now - looked[message_id] <= max(BLUR, 2 * poll_seconds)
-                on_arrival(reply, time.monotonic() - sent[message_id] if just_now else None)
+                took = time.monotonic() - sent[message_id] if just_now else None
+                if isinstance(grid, PromptGrid):
+                    took = grid.seconds(message_id)
+                on_arrival(reply, took)
         looked.update(dict.fromkeys(wanted, now))
         if meanwhile is not None:
             if meanwhile.running and not late:
