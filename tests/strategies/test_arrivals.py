@@ -103,7 +103,7 @@ def time(monkeypatch):
 
 def make(time, ways):
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    link, grid = SuperLink(time, ways), HttpGrid(token="t")  # noqa: S106
+    link, grid = SuperLink(time, ways), HttpGrid(token="t")
     grid._client = link
     grid.set_run(Run.create_empty(run_id=1))
     return link, PromptGrid(grid), [Message(RecordDict(), node, "train") for node in ways]
@@ -135,7 +135,7 @@ def test_a_slow_upload_holds_up_nobody_and_each_is_timed(time):
 
 def test_who_is_outside_the_window_is_timed_too_and_its_arrays_stay_there(time):
     ways = {1: (9.0, 0.01), **{node: (0.1 * node, 0.01) for node in range(2, 9)}}
-    link, grid, messages = make(time, ways)
+    _, grid, messages = make(time, ways)
     took = {}
 
     def arrived(reply, seconds):
@@ -151,7 +151,7 @@ def test_who_is_outside_the_window_is_timed_too_and_its_arrays_stay_there(time):
 
 
 def test_one_that_cannot_be_read_costs_itself_alone(time):
-    ways = {node: (0.1, 0.0) for node in (1, 2, 3)}
+    ways = dict.fromkeys((1, 2, 3), (0.1, 0.0))
     link, grid, messages = make(time, ways)
     link.broken = {2}
     replies = list(exchange(grid, messages, 60))
