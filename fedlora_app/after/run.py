@@ -169,7 +169,7 @@ def load_run(
     task = make_task(settings)
     about = known.get("about")
     if about is None:  # of before there was a model.json
-        about = _about_of(folder / "adapter")
+        about = _about_of(folder / "adapter") or task.train_rows().about
     if known.get("base"):
         from fedlora_app.models.identity import refuse_another
 

@@ -8,17 +8,29 @@ from typing import Annotated, Any
 
 import typer
 
-from fedlora_app.cli import check, compare, config, partition, report, run, supernode
+from fedlora_app.cli import (
+    check,
+    compare,
+    config,
+    evaluate,
+    partition,
+    predict,
+    report,
+    run,
+    supernode,
+)
 from fedlora_app.cli.shared import BARE
 
 EXTRA = "pip install 'fedlora[app]'"
 EXITS = """Exit codes: 0 done · 1 a run failed · 2 asked for what cannot be · 130 Ctrl-C"""
 
-TRAIN, LOOK, SITES = "Train", "Look", "At a site"
+TRAIN, USE, LOOK, SITES = "Train", "Use what was trained", "Look", "At a site"
 COMMANDS: tuple[tuple[Callable[..., None], str, str, dict[str, Any]], ...] = (
     (run.run, "run", TRAIN, {}),
     (check.check, "check", TRAIN, {}),
     (compare.compare, "compare", TRAIN, {}),
+    (predict.predict, "predict", USE, {}),
+    (evaluate.evaluate, "evaluate", USE, {}),
     (report.report, "report", LOOK, {}),
     (config.config, "config", LOOK, {}),
     (partition.partition, "partition", LOOK, {}),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from fedlora_app.config.fields import pair
+
+if TYPE_CHECKING:
+    from fedlora_app.config.fields import Scalar
 
 BARE = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Of a command that passes on what it does not know."""
@@ -45,6 +48,30 @@ RunFolder = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="Output folder of a run.", show_default=False),
 ]
+
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Where the base model is here, or its id on the hub (default: where it was).",
+        show_default=False,
+    ),
+]
+
+
+def settings_of(*given: Iterable[str] | None) -> dict[str, Scalar]:
+    """Return keys of the run config and their values, each of its key's type.
+
+    Raises
+    ------
+    ValueError
+        If a value is of another.
+    """
+    from fedlora_app.config.fields import typed_value
+    from fedlora_app.config.keys import RunConfig
+
+    kinds = RunConfig().to_flat()
+    return {key: typed_value(value, kinds.get(key)) for key, value in pairs_of(*given)}
 
 
 def pairs_of(*given: Iterable[str] | None) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from fedlora_app.data.labels import HOLES, NUMBER, Fail, encode, hidden, label_n
 from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
 from fedlora_app.tasks.base import About, Origin, Rows, Score, Sums, Task
-from fedlora_app.tasks.use import Asked, read_asked, trained_columns
+from fedlora_app.tasks.use import Asked, Findings, read_asked, trained_columns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -194,6 +194,34 @@ class Classification(Task):
         from fedlora_app.evaluation import row_logits
 
         return row_logits(self, model, self.encode(rows)).double().softmax(-1).numpy()
+
+    def examine(self, model: nn.Module, rows: Rows) -> Findings:
+        """Return the scores, what each label is taken for, and how far to trust probabilities."""
+        import torch
+
+        from fedlora_app.tasks import confusion
+
+        chances = self.chances(model, rows)
+        names, labels = list(rows.about["labels"]), rows.targets
+        # Their logarithms are logits too.
+        logits = torch.from_numpy(np.log(np.maximum(chances, np.finfo(float).tiny)))
+        batch = {"labels": torch.from_numpy(labels)}
+        counts = confusion.matrix(labels, chances.argmax(1), len(names))
+        bins = confusion.reliability(labels, chances)
+        scores = {
+            "loss": float(self.losses(logits, batch).mean()),
+            **self.summary(self.judge(logits, batch)),
+            "calibration_error": confusion.calibration_error(bins),
+            "brier": confusion.brier(labels, chances),
+        }
+        return Findings(
+            scores,
+            {"classes": confusion.by_class(counts, names), "reliability": bins},
+            pictures={
+                "confusion": partial(confusion.draw_matrix, counts, names),
+                "reliability": partial(confusion.draw_reliability, bins),
+            },
+        )
 
 
 def _label_of(table: Table, wanted: str) -> str:

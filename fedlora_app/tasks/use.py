@@ -7,7 +7,7 @@ own needs none of it to be trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedlora_app.data.tables import Table
+    from fedlora_app.tasks.base import Rows, Sample
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,27 @@ class Asked:
 
     items: Mapping[int, Any]
     refused: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """How good a model is on some rows, in full.
+
+    Parameters
+    ----------
+    scores : mapping
+        ``loss``, the task's scores, and whatever other number says something.
+    tables : mapping, optional
+        Lines of columns, by what the table is about.
+    samples : sequence of Sample, optional
+    pictures : mapping, optional
+        What draws a PNG into a file, by the file's name without ending.
+    """
+
+    scores: Mapping[str, float]
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+    pictures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict, compare=False)
 
 
 class Use:
@@ -86,6 +108,25 @@ class Use:
     ) -> list[dict[str, Any]]:
         """Return what the model says to some of the items of ``asked``, JSON-able, in order."""
         raise NotImplementedError(f"{self.name} asks, and does not answer")
+
+    def examine(self: Any, model: nn.Module, rows: Rows) -> Findings:
+        """Return how good a model is on rows with answers, in full."""
+        from fedlora_app.evaluation import evaluate
+
+        config, strata = self.config, self.strata(rows)
+        inputs = self.encode(rows)
+        settings = {
+            "batch_size": config.evaluate.batch_size,
+            "precision": config.train.precision,
+        }
+        scores = evaluate(self, model, inputs, **settings)
+        more, samples = self.try_out(model, rows)
+        kinds = []
+        for number, name in enumerate(() if strata is None else self.strata_names(rows.about)):
+            if len(chosen := (strata == number).nonzero()[0]):
+                found = evaluate(self, model, inputs.take(chosen), **settings)
+                kinds.append({"kind": name, "rows": len(chosen), **found})
+        return Findings({**scores, **more}, {"kinds of rows": kinds} if kinds else {}, samples)
 
 
 def read_asked(
