@@ -16,6 +16,7 @@ from strategies.lora import Adapter
 from strategies.losses import autocast_type, on_device
 from strategies.seeding import stream
 from strategies.wallclock import (
+    ALLOCATORS,
     PROFILES,
     Clock,
     Devices,
@@ -65,6 +66,12 @@ class Timing:
             )
         except (TypeError, ValueError, OSError) as error:
             raise ConfigError([f"clock.availability: {error}"]) from error
+        self.allocator = None
+        if self.keys.allocator != "none":
+            try:
+                self.allocator = ALLOCATORS.make(self.keys.allocator, self.keys.allocate_with)
+            except ValueError as error:
+                raise ConfigError([f"clock.allocator, clock.allocate-with: {error}"]) from error
 
     def clock_on(
         self, model: PeftModel, inputs: Inputs, config: RunConfig, *, max_rank: int, blind: bool
@@ -85,15 +92,24 @@ class Timing:
             costs.
         """
         if blind and not self.keys.simulated:
-            return MeasuredClock()
+            return self.measured(0.0)
         ranks = (1, max(2, max_rank))
         base, per_rank = rank_flops(lambda rank: training_step(model, inputs, config, rank), *ranks)
         if config.method == "head":
             per_rank = 0.0
         if not self.keys.simulated:
-            return MeasuredClock(rank_share=per_rank / base)
+            return self.measured(per_rank / base)
         steps = float(config.train.steps or 1)
         return self.clock(base_flops=base, rank_flops=per_rank, steps=steps)
+
+    def measured(self, rank_share: float) -> MeasuredClock:
+        """Return the measured clock; see there for ``rank_share``."""
+        return MeasuredClock(
+            rank_share=rank_share,
+            shared_band=self.keys.shared_band,
+            bandwidth=self.keys.bandwidth if self.allocator else "equal",
+            allocator=self.allocator,
+        )
 
     def clock(self, *, base_flops: float, rank_flops: float, steps: float) -> SimulatedClock:
         """Return the simulated clock for work of this size."""

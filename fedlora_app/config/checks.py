@@ -178,6 +178,14 @@ def _server_optimizer(parts: Parts) -> Iterator[str]:
 
 def _clock(parts: Parts) -> Iterator[str]:
     clock = parts.config.clock
+    if clock.simulated and (clock.shared_band or clock.allocator != "none"):
+        key = "shared-band" if clock.shared_band else "allocator"
+        yield (
+            f"clock.{key} is for a real network, and clock.profile = {clock.profile!r} simulates "
+            "one; leave it out, or set clock.profile = 'measured'"
+        )
+    if clock.allocate_with and clock.allocator == "none":
+        yield "clock.allocate-with is for an allocator; set clock.allocator too"
     if not clock.simulated and (clock.deadline or clock.change_round):
         key = "deadline" if clock.deadline else "change-round"
         instead = ", or use round-timeout" if clock.deadline else ""

@@ -244,6 +244,19 @@ class ClockConfig:
         "how a round's clients share the band: optimal (all finish together) or equal",
         choices=("optimal", "equal"),
     )
+    shared_band: bool = option(
+        False, "measured: whether the nodes' uploads share one band; with an allocator they do"
+    )
+    allocator: str = option(
+        "none",
+        "measured: who is told each round's shares of the band, by clock.bandwidth: none, or",
+        named_in="strategies.wallclock.allocators:ALLOCATORS",
+    )
+    allocate_with: str = option(
+        "",
+        "command: one with its arguments, told as JSON; htb: a csv file with the columns node, "
+        "device, class, mbit and netns",
+    )
     bandwidth_mhz: float = option(0.0, "the band; 0: the profile's", low=0)
     deadline: float = option(
         0.0, "simulated: seconds after which a round ends without who is late; 0: none", low=0

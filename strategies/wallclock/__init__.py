@@ -1,5 +1,12 @@
 """The wall clock: how long a round takes, how many are needed, and the plan that ends soonest."""
 
+from strategies.wallclock.allocators import (
+    ALLOCATORS,
+    BandwidthAllocator,
+    CommandAllocator,
+    HTBAllocator,
+    Share,
+)
 from strategies.wallclock.availability import AVAILABILITIES, Always, Availability, Presence
 from strategies.wallclock.bandwidth import (
     allocate_bandwidth,
@@ -36,17 +43,21 @@ from strategies.wallclock.retime import retime
 from strategies.wallclock.simulated import SimulatedClock
 
 __all__ = [
+    "ALLOCATORS",
     "AVAILABILITIES",
     "CLOCKS",
     "PROFILES",
     "Always",
     "Availability",
+    "BandwidthAllocator",
     "ClientProfiles",
     "Clock",
+    "CommandAllocator",
     "ConvergenceEstimate",
     "Devices",
     "Diurnal",
     "Exponential",
+    "HTBAllocator",
     "Intervals",
     "MeasuredClock",
     "Pilot",
@@ -54,6 +65,7 @@ __all__ = [
     "Presence",
     "Profile",
     "RoundTime",
+    "Share",
     "SimulatedClock",
     "Work",
     "allocate_bandwidth",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from logging import WARNING
 from typing import Any, ClassVar
 
 import numpy as np
+from flwr.common import log
 from numpy.typing import NDArray
 
-from strategies.wallclock.bandwidth import equal_shares
+from strategies.wallclock.allocators import BandwidthAllocator, Share
+from strategies.wallclock.bandwidth import allocate_bandwidth, equal_shares
 from strategies.wallclock.clock import Clock, RoundTime, Work, by_client, reported
 from strategies.wallclock.objective import ClientProfiles
 from strategies.wallclock.transfers import Estimate, Fit, Transfers
@@ -19,6 +22,7 @@ from strategies.wallclock.transfers import Estimate, Fit, Transfers
 _NOTHING = 1e-9
 _LEAST_BYTE_SECONDS = 1e-15
 MB = 1e6
+LEAST_SHARE = 0.1  # of an equal one
 
 Array = NDArray[np.float64]
 
@@ -69,6 +73,12 @@ class MeasuredClock(Clock):
     shared_band : bool
         Whether the clients share one uplink, each the same part of it in a measured round, or
         every client has a line of its own. (default: False)
+    bandwidth : str
+        How a shared band is divided: "equal", or "optimal", so that all finish together; the
+        latter needs an allocator. (default: "equal")
+    allocator : BandwidthAllocator, optional
+        Is told each round's shares before it, so that it can be made so; then the band is a shared
+        one. Equal ones where nothing was measured yet. (default: nobody is told)
 
     Raises
     ------
@@ -79,13 +89,29 @@ class MeasuredClock(Clock):
     name: ClassVar[str] = "measured"
 
     def __init__(
-        self, *, smoothing: float = 0.3, rank_share: float = 0.0, shared_band: bool = False
+        self,
+        *,
+        smoothing: float = 0.3,
+        rank_share: float = 0.0,
+        shared_band: bool = False,
+        bandwidth: str = "equal",
+        allocator: BandwidthAllocator | None = None,
     ) -> None:
         if not 0 < smoothing <= 1:
             raise ValueError(f"smoothing must lie in (0, 1], got {smoothing!r}")
         if not (math.isfinite(rank_share) and rank_share >= 0):
             raise ValueError(f"rank_share must be finite and ≥ 0, got {rank_share!r}")
-        self.smoothing, self.rank_share, self.shared_band = smoothing, rank_share, shared_band
+        if bandwidth not in ("equal", "optimal"):
+            raise ValueError(f"bandwidth: expected 'equal' or 'optimal', got {bandwidth!r}")
+        if bandwidth == "optimal" and allocator is None:
+            raise ValueError(
+                "bandwidth = 'optimal' needs an allocator that gives everybody its share; without "
+                "one the network divides its band as it likes"
+            )
+        self.smoothing, self.rank_share = smoothing, rank_share
+        self.shared_band, self.bandwidth = shared_band or allocator is not None, bandwidth
+        self.allocator = allocator
+        self._told: dict[int, float] = {}  # shares of this round
         self._network = True
         self._paces: dict[int, Pace] = {}
         self._transfers = Transfers(smoothing)
@@ -97,6 +123,8 @@ class MeasuredClock(Clock):
         self._network = network
         if empty:
             self._transfers.add_empty(empty)
+        self._told = {}  # of the round before
+        self._told = self._allocate(by_client(works), server_round)
         return self.forecast(works, server_round)
 
     def forecast(self, works: Sequence[Work], server_round: int) -> RoundTime:
@@ -105,13 +133,9 @@ class MeasuredClock(Clock):
         if not works or not self._paces:
             return RoundTime(math.nan if works else 0.0)
         clients, fit = [work.client for work in works], self._transfers.fit()
-        step, byte, steps = self._known(clients, fit).T
-        done = np.array([reported(work.steps) for work in works], dtype=np.float64)  # None: NaN
-        steps = np.where(np.isnan(done), steps, done)
-        compute = steps * step * (1 + self.rank_share * np.array([work.rank for work in works]))
-        upload = byte * np.array([work.upload_bytes for work in works], dtype=np.float64)
+        compute, upload = self._alone(works, fit)
         if self.shared_band:
-            upload = upload / equal_shares(compute, upload, 1.0)[0]
+            upload = upload / self._shares(clients, compute, upload)
         return self._time(clients, compute, upload, fit)
 
     def finish(self, works: Sequence[Work], server_round: int) -> RoundTime:
@@ -134,8 +158,8 @@ class MeasuredClock(Clock):
                 # Of who was not looked at when it answered, only the training is known.
                 if reported(work.elapsed_seconds) is not None and _held(work) is not None:
                     # On a shared line the transfer alone would have been this much faster.
-                    shared = len(compute) if self.shared_band else 1
-                    nbytes = max(work.upload_bytes, 1) * shared
+                    alone = self._told.get(work.client, 1 / len(compute) if self.shared_band else 1)
+                    nbytes = max(work.upload_bytes, 1) / alone
                     self._transfers.add(work.client, nbytes, rest[work.client])
         clients, fit = list(compute), self._transfers.fit()
         if not self._network:  # nothing was sent: all of it was waiting for a turn
@@ -212,7 +236,37 @@ class MeasuredClock(Clock):
     def summary(self) -> str:
         """Return the clock and its settings in one line."""
         lines = "one shared band" if self.shared_band else "lines of their own"
+        if self.allocator is not None:
+            lines += f", {self.bandwidth} shares by {self.allocator.summary()}"
         return f"{self.name} ({lines}, smoothing {self.smoothing:g})"
+
+    def _allocate(self, works: Sequence[Work], server_round: int) -> dict[int, float]:
+        """Have the shares of a round set; return them, or nothing where they are not."""
+        nodes = [work.node for work in works]
+        if self.allocator is None or not works or None in nodes:
+            return {}
+        if self._paces:
+            time = self._alone(works, self._transfers.fit())
+            shares = self._shares([work.client for work in works], *time)
+        else:
+            shares = np.full(len(works), 1 / len(works))
+        told = [Share(w.client, w.node or 0, float(s)) for w, s in zip(works, shares, strict=True)]
+        try:
+            self.allocator.allocate(told, server_round)
+        except Exception as error:  # whatever a user's own may raise, a run goes on without it
+            log(WARNING, "round %s: the band is not shared out: %s", server_round, error)
+            return {}
+        return {share.client: share.share for share in told}
+
+    def _shares(self, clients: Sequence[int], compute: Array, upload: Array) -> Array:
+        """Return who has how much of the band."""
+        if all(client in self._told for client in clients):
+            return np.array([self._told[client] for client in clients])
+        if self.bandwidth == "equal" or not upload.any():
+            return equal_shares(compute, upload, 1.0)[0]
+        # A link may be worse than it looks: nobody gets less than a tenth of an equal share.
+        shares = np.maximum(allocate_bandwidth(compute, upload, 1.0)[0], LEAST_SHARE / len(clients))
+        return np.asarray(shares / shares.sum())
 
     def _time(self, clients: Sequence[int], compute: Array, upload: Array, fit: Fit) -> RoundTime:
         """Return the time of a round in which clients are busy for so long."""
@@ -228,6 +282,14 @@ class MeasuredClock(Clock):
             mb_seconds={i: known[i].times(MB) for i in clients if i in known},
             queued=not self._network,
         )
+
+    def _alone(self, works: Sequence[Work], fit: Fit) -> tuple[Array, Array]:
+        """Return what computing takes, and what an upload would on the whole band."""
+        step, byte, steps = self._known([work.client for work in works], fit).T
+        done = np.array([reported(work.steps) for work in works], dtype=np.float64)  # None: NaN
+        steps = np.where(np.isnan(done), steps, done)
+        compute = steps * step * (1 + self.rank_share * np.array([work.rank for work in works]))
+        return compute, byte * np.array([work.upload_bytes for work in works], dtype=np.float64)
 
     def _learn(self, work: Work, compute: float) -> None:
         old = self._paces.get(work.client, Pace(0.0))
