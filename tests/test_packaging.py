@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -280,17 +281,22 @@ OF_EXTRAS = {
 @pytest.mark.parametrize("extra", OF_EXTRAS)
 def test_an_extra_brings_what_it_is_for(wheel, extra, tmp_path):
     """In an empty environment, from the registry; the build of torch that is here."""
+    uv = [sys.executable, "-m", "uv"]  # which flwr brings, and which shares files between them
+    places = os.environ.get("PIP_FIND_LINKS", "")
+    environment = os.environ | ({"UV_FIND_LINKS": places} if places else {})
     build = metadata.version("torch").partition("+")[0]
     (tmp_path / "torch.txt").write_text(f"torch=={build}\n")
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     wanted = f"fedlora[{extra}] @ {wheel.as_uri()}" if extra else str(wheel)
-    command = [python, "-m", "pip", "install", "--quiet", "-c", tmp_path / "torch.txt", wanted]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and (
-        "No matching distribution" in done.stderr or "Max retries" in done.stderr
-    ):
-        pytest.skip(done.stderr.splitlines()[-1])
+    made = [*uv, "venv", "--quiet", "--python", sys.executable, str(tmp_path / "venv")]
+    subprocess.run(made, check=True)
+    command = [*uv, "pip", "install", "--quiet", "--python", str(python), wanted]
+    done = subprocess.run(
+        [*command, "--constraint", str(tmp_path / "torch.txt")],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    if "Failed to fetch" in done.stderr:
+        pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
     done = subprocess.run(
         [python, "-I", "-c", OF_EXTRAS[extra]], capture_output=True, text=True, cwd=tmp_path

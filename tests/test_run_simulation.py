@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fedlora_app.cli.shared import pairs_of
-from fedlora_app.config.keys import ConfigError
+from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.launch import simulation
 from fedlora_app.launch.console import Console
 from run_simulation import main
@@ -24,7 +24,7 @@ TINY = ROOT / "tests" / "integration" / "tiny_app"
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start a run of the tiny app as a user would, from ``folder``."""
-    program = [sys.executable, str(ROOT / "run_simulation.py"), "--project", str(TINY)]
+    program = [sys.executable, str(ROOT / "run_simulation.py"), "--app", str(TINY)]
     return subprocess.Popen(
         [*program, "--clients", "3", *arguments],
         cwd=folder,
@@ -42,10 +42,8 @@ def test_two_runs_at_once_one_completes_and_one_fails(tmp_path: Path) -> None:
     bad_out, bad_err = bad.communicate(timeout=120)
 
     assert good.returncode == 0, err
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.endswith("-replication")
     assert out.splitlines() == [
-        f"3 simulated clients, 1 rounds → {folder}",
+        "3 simulated clients, 1 rounds",
         "WARNING: this is a test",
         "  round 1: [0, 1, 2]",
     ]
@@ -88,7 +86,7 @@ def test_wrong_config_is_said_once_and_nothing_starts(
 
     monkeypatch.setattr(simulation, "SuperLink", refuse)
     monkeypatch.chdir(tmp_path)
-    code = main(["--project", str(TINY), "--config", "aggregaton=rbla", "train.steps=ten"])
+    code = main(["--config", "aggregaton=rbla", "train.steps=ten"])
 
     shown = capsys.readouterr()
     assert code == 2
@@ -99,17 +97,16 @@ def test_wrong_config_is_said_once_and_nothing_starts(
     assert not list(tmp_path.iterdir())
 
 
-def read(pairs: list[str], **asked: object) -> simulation.Plan:
-    return simulation.read_plan(TINY, simulation.Asked(pairs=pairs_of(pairs), **asked))
+def read(pairs: list[str], **asked: object) -> tuple[simulation.Plan, RunConfig]:
+    return simulation.read_plan(ROOT, simulation.Asked(pairs=pairs_of(pairs), **asked))
 
 
 def test_values_of_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    plan = read(
+    plan, config = read(
         ["lora.dora=true", "ranks.list=4", "model.name=a b", "data.alpha=1"],
         rounds=9, output="here",
     )  # fmt: skip
-    config = plan.config
     assert config.lora.dora is True
     assert config.ranks.list == "4"
     assert config.model.name == "a b"
@@ -135,6 +132,22 @@ def test_keys_with_and_without_the_option_and_several_after_one(monkeypatch) -> 
 def test_wrong_command_line(wrong: list[str], capsys) -> None:
     assert main(wrong) == 2
     assert "Invalid value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"pairs": [("seeed", "1")]}, "seeed: unknown key; did you mean 'seed'?"),
+        ({"pairs": [("seed", "one")]}, "seed: expected int, got 'one'"),
+        ({"resume": True}, "resume-from: unknown key"),
+    ],
+)
+def test_keys_of_another_app_are_its_own(asked, said) -> None:
+    with pytest.raises(ConfigError) as caught:
+        simulation.read_other(TINY, simulation.Asked(**asked))
+    assert said in str(caught.value)
+    plan = simulation.read_other(TINY, simulation.Asked(pairs=[("seed", "7")], rounds=3))
+    assert plan == simulation.Plan({"seed": 7, "rounds": 3}, 10, 3, None)
 
 
 def test_fewer_clients_than_the_run_waits_for() -> None:

@@ -13,6 +13,7 @@ from fedlora_app.cli import (
     compare,
     config,
     evaluate,
+    new,
     partition,
     predict,
     report,
@@ -24,7 +25,8 @@ from fedlora_app.cli.shared import BARE
 EXTRA = "pip install 'fedlora[app]'"
 EXITS = """Exit codes: 0 done · 1 a run failed · 2 asked for what cannot be · 130 Ctrl-C"""
 
-TRAIN, USE, LOOK, SITES = "Train", "Use what was trained", "Look", "At a site"
+TRAIN, USE, LOOK = "Train", "Use what was trained", "Look"
+SITES, OWN = "At a site", "In a project of your own"
 COMMANDS: tuple[tuple[Callable[..., None], str, str, dict[str, Any]], ...] = (
     (run.run, "run", TRAIN, {}),
     (check.check, "check", TRAIN, {}),
@@ -35,6 +37,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str, str, dict[str, Any]], ...] = (
     (config.config, "config", LOOK, {}),
     (partition.partition, "partition", LOOK, {}),
     (supernode.supernode, "supernode", SITES, BARE),
+    (new.new, "new", OWN, {}),
 )
 """Every command: its function, its name, where ``--help`` shows it, and how it is parsed."""
 

@@ -59,7 +59,14 @@ def run(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show Flower's and Ray's own lines too.")
     ] = False,
-    project: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    app: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Run another Flower app instead, such as one of `fedlora new`.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     r"""Simulate one federated run: clients of different rank, on this machine.
 
@@ -74,6 +81,7 @@ def run(
         fedlora run --output runs/mine task=causal-lm model.name=packaged:smollm2-135m \
             data.name=packaged:gsm8k data.partition=iid data.max-length=192
         fedlora run --output runs/mine --resume
+        fedlora run --app ./myapp rounds=5
     """
     from fedlora_app.launch.simulation import Asked, start
 
@@ -88,4 +96,4 @@ def run(
         resume=resume,
         verbose=verbose,
     )
-    exit_with(start(asked, project))
+    exit_with(start(asked, app))

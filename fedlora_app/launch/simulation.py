@@ -8,6 +8,7 @@ on failure and on Ctrl-C. ``fedlora check`` calls it up to where something would
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora_app.config.fields import typed_value
+from fedlora_app.config.fields import typed_value, unknown_key
 from fedlora_app.config.keys import ConfigError, RunConfig, Scalar
 from fedlora_app.config.read import read_config
 from fedlora_app.flower import flatten_dict
@@ -28,7 +29,7 @@ from fedlora_app.launch import cluster
 from fedlora_app.launch.console import Console
 from fedlora_app.launch.copies import Copies
 from fedlora_app.launch.folders import refuse_used
-from fedlora_app.launch.inspection import CHECKED, clients_of, inspect
+from fedlora_app.launch.inspection import CHECKED, CLIENTS, clients_of, inspect
 from fedlora_app.launch.project import project_folder
 from fedlora_app.launch.ray_head import RayHead
 from fedlora_app.launch.superlink import SuperLink, SuperLinkError, exit_on_signals
@@ -82,43 +83,31 @@ class Plan:
 
     Parameters
     ----------
-    config : RunConfig
     changes : mapping
-        What of it differs from the project's ``pyproject.toml``.
+        What of its config differs from the project's ``pyproject.toml``.
     clients : int
+    rounds : int
+        0: not known.
+    folder : Path, optional
+        Where it writes, if that is known.
     """
 
-    config: RunConfig
     changes: Mapping[str, Scalar]
     clients: int
-
-    @property
-    def folder(self) -> Path:
-        """Where the run writes."""
-        return Path(str(self.changes["output"]))
+    rounds: int
+    folder: Path | None
 
 
-def read_plan(project: Path, asked: Asked) -> Plan:
-    """Return the run that is asked for.
+def read_plan(project: Path, asked: Asked) -> tuple[Plan, RunConfig]:
+    """Return the run of this app that is asked for, and its config.
 
     Raises
     ------
     ConfigError
         If the app could not run with it.
     """
-    kinds = RunConfig().to_flat()
-    if problems := _twice(asked):
-        raise ConfigError(problems)
-    changes = {key: typed_value(text, kinds.get(key)) for key, text in asked.pairs}
-    if asked.rounds is not None:
-        changes["rounds"] = asked.rounds
-    if asked.output is not None:
-        changes["output"] = asked.output
-    if asked.resume:
-        changes["resume-from"] = "latest"
-    toml = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
-    app: Mapping[str, Any] = toml.get("tool", {}).get("flwr", {}).get("app", {})
-    parts = read_config(flatten_dict(app.get("config")) | changes)
+    changes = _changes(asked, RunConfig().to_flat())
+    parts = read_config(_keys_of(project) | changes)
     config = parts.config
     clients = clients_of(parts.task) if asked.clients is None else asked.clients
     if problems := _too_few_clients(parts, clients):
@@ -127,10 +116,55 @@ def read_plan(project: Path, asked: Asked) -> Plan:
     output = config.output or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-{config.aggregation}"
     folder = Path(output).expanduser().absolute()
     refuse_used(folder, resumed=bool(config.resume_from))
-    return Plan(config, {**changes, "output": str(folder)}, clients)
+    return Plan({**changes, "output": str(folder)}, clients, config.rounds, folder), config
 
 
-def check_start(plan: Plan, asked: Asked, copies: Copies) -> None:
+def read_other(project: Path, asked: Asked) -> Plan:
+    """Return the run of another Flower app that is asked for: only its keys are looked at.
+
+    Raises
+    ------
+    ConfigError
+        If a key is not one of its ``pyproject.toml``, or of another type.
+    FileNotFoundError
+        If there is no such app.
+    """
+    known = _keys_of(project)
+    changes = _changes(asked, known)
+    problems = [unknown_key(key, list(known)) for key in changes if key not in known]
+    for key, value in changes.items():
+        kind, given = type(known.get(key, value)), type(value)
+        if kind is not given and (kind, given) != (float, int):
+            problems.append(f"{key}: expected {kind.__name__}, got {value!r}")
+    if problems:
+        raise ConfigError(problems)
+    rounds = (known | changes).get("rounds")
+    folder = Path(str(changes["output"])).absolute() if "output" in changes else None
+    return Plan(changes, asked.clients or CLIENTS, rounds if isinstance(rounds, int) else 0, folder)
+
+
+def _keys_of(project: Path) -> dict[str, Scalar]:
+    """Return the run config of an app, as its ``pyproject.toml`` has it."""
+    toml = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
+    app: Mapping[str, Any] = toml.get("tool", {}).get("flwr", {}).get("app", {})
+    return dict(flatten_dict(app.get("config")))
+
+
+def _changes(asked: Asked, known: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return the keys that are asked for with their values, of the types of those known."""
+    if problems := _twice(asked):
+        raise ConfigError(problems)
+    changes = {key: typed_value(text, known.get(key)) for key, text in asked.pairs}
+    if asked.rounds is not None:
+        changes["rounds"] = asked.rounds
+    if asked.output is not None:
+        changes["output"] = asked.output
+    if asked.resume:
+        changes["resume-from"] = "latest"
+    return changes
+
+
+def check_start(plan: Plan, config: RunConfig, asked: Asked, copies: Copies) -> None:
     """Look at resources, data and model, so that what cannot run stops before anything starts.
 
     Raises
@@ -138,9 +172,9 @@ def check_start(plan: Plan, asked: Asked, copies: Copies) -> None:
     ValueError
         With what is wrong and what to do.
     """
-    print(inspect(make_task(plan.config)), flush=True)
+    print(inspect(make_task(config)), flush=True)
     question = {
-        "config": plan.config.to_flat(),
+        "config": config.to_flat(),
         "folder": str(plan.folder),
         "clients": plan.clients,
         # A cluster is asked itself.
@@ -176,14 +210,19 @@ def simulate(
     ray_head: RayHead | None = None,
 ) -> bool:
     """Run the app in ``project`` and return whether the run completed."""
-    output = plan.folder
     federation: dict[str, Scalar] = {
         "num-supernodes": plan.clients,
         "client-resources-num-cpus": asked.cpus_per_client,
         "client-resources-num-gpus": asked.gpus_per_client,
     }
-    console = Console(output / "metrics.jsonl", plan.config.rounds, verbose=asked.verbose)
-    print(f"{plan.clients} simulated clients, {plan.config.rounds} rounds → {output}", flush=True)
+    metrics = plan.folder / "metrics.jsonl" if plan.folder else Path(os.devnull)
+    console = Console(metrics, plan.rounds, verbose=asked.verbose)
+    print(
+        f"{plan.clients} simulated clients"
+        + (f", {plan.rounds} rounds" if plan.rounds else "")
+        + (f" → {plan.folder}" if plan.folder else ""),
+        flush=True,
+    )
     link = SuperLink(
         simulation=True,
         ray_address=asked.ray_address,
@@ -197,7 +236,7 @@ def simulate(
             console.show(line)
         status = link.status(run_id)
         if not status.completed:
-            kept = _keep_log(link.log_file, output)
+            kept = _keep_log(link.log_file, plan.folder)
     if not status.completed:
         print(
             f"the run failed ({status.status}): {status.details}\nthe full log is in {kept}",
@@ -213,8 +252,7 @@ def start(asked: Asked, project: Path | None = None, *, only_check: bool = False
     ----------
     asked : Asked
     project : Path, optional
-        Folder of another Flower app with the same run config, whose data and model are not
-        looked at (default: this app).
+        Folder of another Flower app, of which only the keys are looked at (default: this app).
     only_check : bool
         End where something would start (default: False).
 
@@ -226,20 +264,21 @@ def start(asked: Asked, project: Path | None = None, *, only_check: bool = False
     ours = project is None
     with exit_on_signals(), Copies() if ours else nullcontext() as copies, ExitStack() as later:
         try:
-            folder = project or later.enter_context(project_folder())
-            plan = read_plan(folder, asked)
-            ray_head = None
-            if ours and not asked.ray_address and not only_check:
-                ray_head = later.enter_context(RayHead())
-            if copies is not None:
-                check_start(plan, asked, copies)
+            folder, ray_head = project or later.enter_context(project_folder()), None
+            if copies is None:
+                plan = read_other(folder, asked)
+            else:
+                plan, config = read_plan(folder, asked)
+                if not asked.ray_address and not only_check:
+                    ray_head = later.enter_context(RayHead())
+                check_start(plan, config, asked, copies)
                 if asked.ray_address:
-                    check_cluster(plan.config, asked)
+                    check_cluster(config, asked)
         except (ConfigError, ValueError, FileNotFoundError, cluster.ClusterError) as error:
             print(error, file=sys.stderr)
             return 2
         if only_check:
-            print(f"{plan.clients} clients, {plan.config.rounds} rounds: nothing is in the way")
+            print(f"{plan.clients} clients, {plan.rounds} rounds: nothing is in the way")
             return 0
         try:
             return 0 if simulate(folder, asked, plan, copies, ray_head) else 1
@@ -248,9 +287,9 @@ def start(asked: Asked, project: Path | None = None, *, only_check: bool = False
             return 1
 
 
-def _keep_log(log_file: Path, output: Path) -> Path:
+def _keep_log(log_file: Path, output: Path | None) -> Path:
     """Copy the SuperLink's log to the run, or aside if the run never began one; return where."""
-    if (output / "config.json").exists():
+    if output and (output / "config.json").exists():
         kept = output / "superlink.log"
     else:
         kept = Path(tempfile.mkdtemp(prefix="fedlora-failed-")) / "superlink.log"
