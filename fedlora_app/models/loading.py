@@ -168,8 +168,7 @@ def build_model(
         If ``num_labels``, ``precision`` or the name of a packaged model is wrong, or the model
         is of a kind that cannot be used, or lacks weights.
     """
-    stock = _head(config, locate(config.name)[0]) == "stock"
-    if stock:
+    if not pools(config):
         model = build_classifier(
             config, num_labels=num_labels, seed=seed, precision=precision, shapes_only=shapes_only
         )
@@ -255,6 +254,11 @@ def positions(model: nn.Module) -> int | None:
             # RoBERTa counts from after the padding.
             return rows if module.padding_idx is None else rows - module.padding_idx - 1
     return None
+
+
+def pools(config: ModelConfig) -> bool:
+    """Tell whether texts are classified by the mean of an encoder's states."""
+    return _head(config, locate(config.name)[0]) == "mean-pool"
 
 
 def _head(config: ModelConfig, source: str) -> str:

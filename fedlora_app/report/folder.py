@@ -282,8 +282,7 @@ def save_adapter(
     model_name : str
         The base model as the run config names it.
     about : mapping
-        Each entry is written to a JSON file of its name, since PEFT's own files have no place
-        for it.
+        As of ``write_about``: PEFT's own files have no place for it.
     peft_type : str, optional
         PEFT's name of the task, set where the base is a model of transformers' own.
     encoder : callable, optional
@@ -297,9 +296,7 @@ def save_adapter(
     new = folder.with_name(folder.name + ".new")  # the disk may be full: the old one stays
     try:
         model.save_pretrained(str(new), save_embedding_layers=False)
-        for name, value in about.items():
-            text = json.dumps(value, ensure_ascii=False, indent=2)
-            (new / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        write_about(new, about)
         if encoder is not None:
             encoder(new)
     except BaseException:
@@ -307,6 +304,13 @@ def save_adapter(
         raise
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
+
+
+def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write each entry of what a task says of its data to a JSON file of its name."""
+    for name, value in about.items():
+        text = json.dumps(value, ensure_ascii=False, indent=2)
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def how_to_go_on(run: Path) -> str:

@@ -159,6 +159,12 @@ class Classification(Task):
 
     # ----- put to use
 
+    def describe(self, model: nn.Module, about: About) -> None:
+        """Write the names of the labels into the model's config."""
+        settings: Any = model.config
+        settings.id2label = dict(enumerate(about["labels"]))
+        settings.label2id = {name: i for i, name in enumerate(about["labels"])}
+
     def asked(self, table: Table, columns: Mapping[str, str], about: About) -> Asked:
         """Return the items of a table, whether or not it has labels."""
         if getattr(self.config.data, self.key.rpartition(".")[2].replace("-", "_")) != "auto":

@@ -17,6 +17,7 @@ from fedlora_app.data.kept import fingerprint
 from fedlora_app.data.labels import Fail
 from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
+from fedlora_app.tasks import snippets
 from fedlora_app.tasks.base import About, Indices, Rows, register_task
 from fedlora_app.tasks.classification import Classification
 
@@ -209,6 +210,12 @@ class ImageClassification(Classification):
                 module.train = MethodType(_stay, module)  # type: ignore[method-assign]
         found: nn.Module = model
         return found
+
+    def usage(self, merged: bool, about: About) -> str:
+        """Return how to classify an image."""
+        if merged:
+            return snippets.PIPELINE.format(task=self.name, item='"photo.png"')
+        return snippets.IMAGES.format(count=len(about["labels"]))
 
     def problems(self, model: nn.Module, rows: Rows) -> list[str]:
         """Return what of the processor, its size and the model does not go together."""

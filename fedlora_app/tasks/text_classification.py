@@ -17,6 +17,7 @@ from fedlora_app.data.kept import fingerprint
 from fedlora_app.data.labels import Fail
 from fedlora_app.data.tables import Table
 from fedlora_app.discretion import DataError
+from fedlora_app.tasks import snippets
 from fedlora_app.tasks.base import About, Indices, Rows, register_task
 from fedlora_app.tasks.classification import Classification
 from fedlora_app.tasks.use import Asked
@@ -165,6 +166,24 @@ class TextClassification(Classification):
                 "set data.text-column",
             )
         return found
+
+    def describe(self, model: nn.Module, about: About) -> None:
+        """Write the names of the labels into the model's config, the length into the tokenizer."""
+        super().describe(model, about)
+        most = min(self.config.data.max_length, self.tokenizer.model_max_length)
+        self.tokenizer.model_max_length = most
+
+    def usage(self, merged: bool, about: About) -> str:
+        """Return how to classify a text, or a pair."""
+        from fedlora_app.models.loading import pools
+
+        item = '{"text": "…", "text_pair": "…"}' if about.get("pairs") else '"…"'
+        item += ", truncation=True"
+        if pools(self.config.model):
+            return snippets.mean_pool(merged)
+        if merged:
+            return snippets.PIPELINE.format(task=self.name, item=item)
+        return snippets.CLASSIFIER.format(count=len(about["labels"]))
 
     def problems(self, model: nn.Module, rows: Rows) -> list[str]:
         """Return what of tokenizer, texts, lengths and model does not go together."""

@@ -76,6 +76,14 @@ class Use:
         """Take what ``save_encoder`` wrote, where it is there, instead of the base's."""
         return None
 
+    def describe(self, model: nn.Module, about: Mapping[str, Any]) -> None:
+        """Have the config of a model that is handed over say what its outputs are."""
+        return None
+
+    def usage(self, merged: bool, about: Mapping[str, Any]) -> str:
+        """Return lines of Python that use an exported model in ``FOLDER``; for its card."""
+        return ""
+
     def asked_table(self, path: str) -> Table:
         """Return the table of a file or folder of rows that have no answers."""
         from fedlora_app.data.rows import own_table

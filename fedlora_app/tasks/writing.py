@@ -7,7 +7,8 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from fedlora_app.data.conversations import ANSWERS, TEXT, Turns, asked_columns, asked_turns
-from fedlora_app.tasks.generation import prompt_of, written
+from fedlora_app.tasks import snippets
+from fedlora_app.tasks.generation import end_tokens, prompt_of, written
 from fedlora_app.tasks.use import Asked, Use, read_asked
 
 if TYPE_CHECKING:
@@ -43,6 +44,18 @@ class Writing(Use):
 
         if (found := saved_tokenizer(folder)) is not None:
             self.tokenizer = found
+
+    def describe(self, model: nn.Module, about: Mapping[str, Any]) -> None:
+        """Have the model keep what it has read while it writes, and end where a turn does."""
+        settings: Any = model
+        settings.config.use_cache = True
+        settings.generation_config.eos_token_id = end_tokens(self.tokenizer, model)
+        settings.generation_config.pad_token_id = self.tokenizer.pad_token_id
+
+    def usage(self, merged: bool, about: Mapping[str, Any]) -> str:
+        """Return how to have an answer written."""
+        chat = bool(self.tokenizer.chat_template)
+        return snippets.writer(merged, chat)
 
     def asked(self, table: Table, columns: Mapping[str, str], about: Mapping[str, Any]) -> Asked:
         """Return the turns before an answer; one that stands there already is not looked at."""
