@@ -16,11 +16,8 @@ from strategies.guard import Guard
 from strategies.sampling import Outlook, Sampler
 from strategies.sampling.base import Array
 from strategies.wallclock.clock import Clock, RoundTime, Work
+from strategies.wallclock.conditions import MOST_MADE_UP
 from strategies.watch import Watch
-
-# A client that was long away counts at its return at most so many times: unbiased weights would be
-# as many as it missed, and one of them moves the model by all of these at once.
-MOST_MADE_UP = 5.0
 
 UploadCost = Callable[[], tuple[float, float]]
 

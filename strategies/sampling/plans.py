@@ -49,7 +49,8 @@ class Draw:
     def of(cls, outlook: Outlook, q: Mapping[int, float], phi: Array) -> Draw:
         """Return that of a round, with probabilities by index and a factor for each client."""
         clients = [client.index for client in outlook.clients]
-        return cls(clients, outlook.weights, np.array([q[i] for i in clients]), phi)
+        there = outlook.clock.availability.share(clients)
+        return cls(clients, outlook.weights, np.array([q[i] for i in clients]) * there, phi)
 
     def tell(self, book: Refining, server_round: int, chosen: Sequence[Client]) -> None:
         """Tell the book who joined."""

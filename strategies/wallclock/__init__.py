@@ -25,6 +25,7 @@ from strategies.wallclock.channel import (
 )
 from strategies.wallclock.clock import Clock, RoundTime, Work
 from strategies.wallclock.comings import Diurnal, Exponential
+from strategies.wallclock.conditions import Conditions
 from strategies.wallclock.convergence import (
     ConvergenceEstimate,
     Pilot,
@@ -53,6 +54,7 @@ __all__ = [
     "ClientProfiles",
     "Clock",
     "CommandAllocator",
+    "Conditions",
     "ConvergenceEstimate",
     "Devices",
     "Diurnal",

@@ -62,6 +62,20 @@ class Availability(ABC):
         In the long run, whenever in its time there one looks; 1 for 0 seconds.
         """
 
+    @abstractmethod
+    def left(self, clients: Sequence[int], chances: ArrayLike) -> Array:
+        """Return for how long a client that is there stays at least, with a chance.
+
+        The inverse of ``stays``: the seconds for which that is the chance; inf for ever.
+
+        Parameters
+        ----------
+        clients : Sequence[int]
+            n indices.
+        chances : array_like, shape (..., n)
+            In (0, 1).
+        """
+
     def summary(self) -> str:
         """Return the model and its settings in one line."""
         return self.name
@@ -101,3 +115,7 @@ class Always(Availability):
     def stays(self, clients: Sequence[int], seconds: ArrayLike) -> Array:
         """Return ones."""
         return np.ones(len(clients))
+
+    def left(self, clients: Sequence[int], chances: ArrayLike) -> Array:
+        """Return inf."""
+        return np.full(np.shape(chances), np.inf)

@@ -8,11 +8,14 @@ checked [derived, checked]; units are free as long as they agree (seconds, Hz, s
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Bandwidth = Literal["optimal", "equal"]
 
 _RELATIVE_ERROR = 1e-13
 _MAX_STEPS = 200

@@ -81,6 +81,16 @@ class _ByChance(Availability):
     def _stays(self, seconds: Array) -> Array:
         """Return the same of clients that do come and go."""
 
+    def left(self, clients: Sequence[int], chances: ArrayLike) -> Array:
+        """Return for how long clients stay at least, with a chance."""
+        moves = self._moves(np.asarray(clients, np.int64))
+        seconds: Array = np.where(moves, self._left(np.asarray(chances, np.float64)), np.inf)
+        return seconds
+
+    @abstractmethod
+    def _left(self, chances: Array) -> Array:
+        """Return the same of clients that do come and go."""
+
     def _moves(self, clients: NDArray[np.int64]) -> Mask:
         if self.clients == 1:
             return np.ones(clients.size, bool)
@@ -148,6 +158,9 @@ class Diurnal(_ByChance):
 
     def _stays(self, seconds: Array) -> Array:
         return np.maximum(1 - seconds / self.there, 0.0)
+
+    def _left(self, chances: Array) -> Array:
+        return (1 - chances) * self.there
 
 
 @register
@@ -226,6 +239,9 @@ class Exponential(_ByChance):
 
     def _stays(self, seconds: Array) -> Array:
         return np.exp(-seconds / self.there)
+
+    def _left(self, chances: Array) -> Array:
+        return -np.log(chances) * self.there
 
 
 # P(N ≤ k) of a Poisson number of mean 1.

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.wallclock.bandwidth import batch_round_seconds
+from strategies.wallclock.conditions import Conditions, Luck, stratified
 
 Array = NDArray[np.float64]
 
@@ -31,14 +32,16 @@ class Expectation:
         Number of clients.
     idle_seconds : float
         Time of a round in which nobody takes part.
+    conditions : Conditions, optional
+        What rounds are like.
     """
 
-    def __init__(self, n: int, idle_seconds: float) -> None:
+    def __init__(self, n: int, idle_seconds: float, conditions: Conditions | None = None) -> None:
         self.idle_seconds = idle_seconds
         self.sets = int(np.clip(_NUMBERS // n, _FEWEST_SETS, _MOST_SETS))
         rng = np.random.default_rng(_SEED)
-        strata = rng.permuted(np.tile(np.arange(self.sets), (n, 1)), axis=1).T
-        self._numbers = (strata + rng.random((self.sets, n))) / self.sets
+        self._numbers = stratified(self.sets, n, rng)
+        self._luck = None if conditions is None else Luck(conditions, self.sets, n, rng)
 
     def seconds(self, tau: Array, upload: Array, q: Array) -> float:
         """Return the expected seconds of a round.
@@ -48,14 +51,14 @@ class Expectation:
         tau, upload : ndarray, shape (n,)
             Seconds that each client computes, and uploads alone on the whole band.
         q : ndarray, shape (n,)
-            Its probability to join, above 0.
+            Its probability to join, and to be there, above 0.
         """
         order = np.argsort(-tau, kind="stable")
         tau, upload, q = tau[order], upload[order], q[order]
         none_slower = np.concatenate([[1.0], np.cumprod(1 - q)])
         nobody = float(none_slower[-1])
         chance = (q * none_slower[:-1])[none_slower[:-1] > _NEGLIGIBLE]
-        sets = 1 if (q == 1).all() else self.sets
+        sets = 1 if (q == 1).all() and self._luck is None else self.sets
         counts = np.ceil(sets * chance).astype(np.int64)
         slowest = np.repeat(np.arange(chance.size), counts)
         weight = (chance / counts)[slowest]
@@ -67,5 +70,9 @@ class Expectation:
             rows = np.arange(start, start + len(first)) % self.sets
             places = np.arange(q.size)
             masks = (numbers[rows] < q) & (places > first) | (places == first)
-            total += weight[start : start + size] @ batch_round_seconds(tau, upload, masks)
+            if self._luck is None:
+                seconds = batch_round_seconds(tau, upload, masks)
+            else:
+                seconds = self._luck.rounds(tau, upload, masks, rows, order)[0]
+            total += weight[start : start + size] @ seconds
         return float(total)

@@ -148,6 +148,19 @@ class Intervals(Availability):
                 chances[row] = np.maximum(lengths - wait, 0).sum() / total if total else 0.0
         return chances
 
+    def left(self, clients: Sequence[int], chances: ArrayLike) -> Array:
+        """Return for how long clients stay at least, with a chance."""
+        wanted = np.asarray(chances, np.float64)
+        seconds = np.full(wanted.shape, np.inf)
+        for column, client in enumerate(clients):
+            if client in self._times:
+                # ``stays`` is a line between the lengths of the times there.
+                lengths = self._lengths(client)
+                ends = np.unique([0.0, *lengths])
+                stays = [np.maximum(lengths - end, 0).sum() / lengths.sum() for end in ends]
+                seconds[..., column] = np.interp(wanted[..., column], stays[::-1], ends[::-1])
+        return seconds
+
     def _lengths(self, client: int) -> Array:
         if client not in self._times:
             return np.array([self._whole])

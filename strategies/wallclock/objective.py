@@ -1,8 +1,9 @@
 """What the planner minimises: the expected time of a round times the number of rounds.
 
 ``total(q, k) = E[T(q, k)] · α / (β − Σ a² φ(k) / q)``, where ``T`` is the optimal round time of
-`allocate_bandwidth` for the clients that happen to join [D]. A client's rank enters as the index
-of one of its options, so that time, bits and variance are plain tables.
+`allocate_bandwidth` for the clients that happen to join [D]. Under other `Conditions` it is that
+of simulated rounds, and ``φ/q`` grows by what is lost of a client's replies. A client's rank enters
+as the index of one of its options, so that time, bits and variance are plain tables.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from strategies.wallclock.bandwidth import Mask, batch_round_seconds
+from strategies.wallclock.conditions import Conditions, Luck, stratified
 
 Array = NDArray[np.float64]
 Choice = NDArray[np.int64]
 Phi = Callable[[Array], Array]
+
+# Whoever alone answers more rarely is lost; nobody is taken to answer more rarely than the second.
+_REACHABLE, _LEAST_RATE = 0.02, 0.001
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class ClientProfiles:
         The largest rank each client can hold. (default: no limit)
     full_rank : int, optional
         ``R``, the rank of the global adapter. (default: the largest of `ranks`)
+    conditions : Conditions, optional
+        What rounds are like. (default: optimal shares, no deadline, everybody there)
 
     Raises
     ------
@@ -63,6 +70,7 @@ class ClientProfiles:
     ranks: Sequence[int] | Sequence[Sequence[int]]
     max_ranks: ArrayLike | None = None
     full_rank: int | None = None
+    conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
         a = np.asarray(self.weights, np.float64)
@@ -214,16 +222,58 @@ class Objective:
         ):
             raise ValueError("phi must return a finite factor > 0 for every rank")
         self.phi = factors
-        self.variance = self.a[:, None] ** 2 * factors
+        self.conditions = profiles.conditions
+        self.there = np.ones(n)
+        if self.conditions is not None:
+            self.there = _broadcast("there", self.conditions.there, n)
+            if not ((self.there > 0) & (self.there <= 1)).all():
+                raise ValueError(f"there must lie in (0, 1], got {self.there.tolist()}")
         self.tau = profiles.compute_seconds(self.options)
         self.upload = profiles.upload_seconds(self.options)
+        self.reachable = np.ones(n, bool)
         self.exact = sets is None
         self._rows = np.arange(n)
         if sets is None:
             self._subsets = (np.arange(2**n)[:, None] >> self._rows) & 1 == 1
         else:
-            strata = rng.permuted(np.tile(np.arange(sets), (n, 1)), axis=1).T
-            self._numbers = (strata + rng.random((sets, n))) / sets
+            self._numbers = stratified(sets, n, rng)
+        self.luck: Luck | None = None
+        if self.conditions is not None:
+            if sets is None:
+                raise ValueError("conditions are judged by drawn sets; give their number")
+            self.luck = Luck(self.conditions, sets, n, rng)
+            nobody, first = np.zeros((sets, n), bool), np.zeros(n, np.int64)
+            tables = self.tau[:, :1], self.upload[:, :1]
+            alone = self.luck.answers(self.at(self.tau, first), self.at(self.upload, first),
+                                      nobody, tables)  # fmt: skip
+            self.reachable = alone[:, 0] >= _REACHABLE
+        self._answered(np.broadcast_to(self.there[:, None], factors.shape))
+
+    @property
+    def latest(self) -> float:
+        """Seconds that no round is longer than."""
+        return (self.conditions.deadline if self.conditions else 0.0) or np.inf
+
+    def _answered(self, rate: Array) -> None:
+        """Take which share of the rounds it was to join each client answers, at each rank.
+
+        Whoever would not answer even if nobody else took part is lost whatever the plan: it adds
+        its share of the data and nothing to wait for. Nobody else is ever taken for lost, or it
+        would pay to crowd the band until everybody is.
+        """
+        answers = 1 / np.maximum(rate, _LEAST_RATE)
+        self.variance = np.where(
+            self.reachable[:, None], self.a[:, None] ** 2 * self.phi * answers, 0.0
+        )
+        self.lost = np.where(self.reachable, 0.0, 2 * self.a**2)
+
+    def look(self, q: Array, choice: Choice) -> None:
+        """Take what is lost of replies, where a deadline or departures make it depend on a plan."""
+        if self.luck is not None and self.luck.conditions.loses:
+            tau, upload = self.at(self.tau, choice), self.at(self.upload, choice)
+            masks = self.sets(q)[0]
+            rate = self.luck.answers(tau, upload, masks, (self.tau, self.upload))
+            self._answered(rate * self.there[:, None])
 
     def at(self, table: Array, choice: Choice) -> Array:
         """Return each client's entry of a table (n, options)."""
@@ -232,17 +282,23 @@ class Objective:
 
     def bracket(self, q: Array, choice: Choice) -> float:
         """Return ``β − Σ a² φ / q``; a plan is feasible where it is positive."""
-        return self.beta - float((self.at(self.variance, choice) / q).sum())
+        variance = self.at(self.variance, choice) / q
+        if self.conditions is not None:
+            variance = variance + self.lost
+        return self.beta - float(variance.sum())
 
     def sets(self, q: Array) -> tuple[Mask, Array]:
         """Return participant sets (sets, n) and their probabilities (sets,)."""
         if self.exact:
             return self._subsets, np.where(self._subsets, q, 1 - q).prod(axis=1)
-        return self._numbers < q, np.full(len(self._numbers), 1 / len(self._numbers))
+        return self._numbers < q * self.there, np.full(len(self._numbers), 1 / len(self._numbers))
 
     def set_seconds(self, masks: Mask, choice: Choice) -> Array:
-        """Return the round time of each set, shape (sets,)."""
+        """Return the round time of each set, shape (sets,); under conditions, of the first ones."""
         tau, upload = self.at(self.tau, choice), self.at(self.upload, choice)
+        if self.luck is not None:
+            seconds = self.luck.rounds(tau, upload, masks, slice(len(masks)), slice(None))[0]
+            return np.where(masks.any(axis=1), seconds, self.idle_seconds)
         return batch_round_seconds(tau, upload, masks, idle_seconds=self.idle_seconds)
 
     def round_seconds(self, q: Array, choice: Choice) -> float:
@@ -256,6 +312,11 @@ class Objective:
         if bracket <= 0:
             return np.inf
         return self.round_seconds(q, choice) * self.alpha / bracket
+
+    def score(self, q: Array, choice: Choice) -> float:
+        """Return the same, with what this very plan loses of replies."""
+        self.look(q, choice)
+        return self.total(q, choice)
 
 
 def _broadcast(name: str, values: ArrayLike, n: int) -> Array:

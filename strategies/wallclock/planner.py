@@ -105,6 +105,10 @@ def plan(
     of the simple plans, are judged by `Expectation` on others, the same for every call. So the
     plan is never worse than any of them by what it promises.
 
+    Where ``profiles.conditions`` say more of a round (equal shares, a deadline, fades, clients that
+    go away), rounds are simulated under them, for few clients too, and the variance grows by what
+    is lost of a client's replies.
+
     Parameters
     ----------
     profiles : ClientProfiles
@@ -147,23 +151,23 @@ def plan(
     if sets is not None and sets < 1:
         raise ValueError(f"sets must be ≥ 1, got {sets!r}")
     n = len(profiles)
-    if sets is None and n > _EXACT_CLIENTS:
+    if sets is None and (n > _EXACT_CLIENTS or profiles.conditions is not None):
         sets = int(np.clip(_CELLS // n, _MIN_SETS, _MAX_SETS))
     objective = Objective(profiles, alpha, beta, phi, idle_seconds, sets, rng)
-    least = float(objective.variance.min(axis=1).sum())
+    least = float(objective.variance.min(axis=1).sum() + objective.lost.sum())
     if least >= beta:
         raise ValueError(
             f"the target is out of reach: even with everybody in every round Σ a² φ = {least:.6g} "
             f"is not below beta = {beta:.6g}; allow larger ranks or fit beta again"
         )
     candidates = list(_candidates(objective, q_min))
-    scored = [(objective.total(q, choice), name, q, choice) for name, q, choice in candidates]
+    scored = [(objective.score(q, choice), name, q, choice) for name, q, choice in candidates]
     if warm_start is not None:
         if warm_start.q.shape != (n,):
             raise ValueError(f"warm_start is for {warm_start.q.size} clients, not {n}")
         choice = np.abs(objective.options - warm_start.k[:, None]).argmin(axis=1)
         q = np.clip(warm_start.q, q_min, 1.0)
-        scored.append((objective.total(q, choice), "warm start", q, choice))
+        scored.append((objective.score(q, choice), "warm start", q, choice))
     search = coordinate_search if objective.exact else marginal_search
     found = [("", *search(objective, *seed, q_min)) for seed in _seeds(scored, objective.exact)]
     best: dict[str, tuple[float, str, Array, Choice]] = {}
@@ -173,6 +177,7 @@ def plan(
     seconds_of = objective.round_seconds if objective.exact else _judge(objective)
     points = []
     for name, q, choice in found:
+        objective.look(q, choice)
         seconds, bracket = seconds_of(q, choice), objective.bracket(q, choice)
         rounds = alpha / bracket if bracket > 0 else np.inf
         points.append((seconds * rounds, seconds, rounds, name, q, choice))
@@ -188,11 +193,11 @@ def _judge(objective: Objective) -> Callable[[Array, Choice], float]:
 
     On its own sets a search finds whom they happen to miss.
     """
-    expectation = Expectation(objective.n, objective.idle_seconds)
+    expectation = Expectation(objective.n, objective.idle_seconds, objective.conditions)
 
     def seconds(q: Array, choice: Choice) -> float:
         tau, upload = objective.at(objective.tau, choice), objective.at(objective.upload, choice)
-        return expectation.seconds(tau, upload, q)
+        return expectation.seconds(tau, upload, q * objective.there)
 
     return seconds
 

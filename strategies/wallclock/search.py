@@ -104,6 +104,11 @@ def marginal_search(objective: Objective, q: Array, choice: Choice, q_min: float
     """
     best, stride = objective.total(q, choice), 1.0
     for _ in range(_MAX_ROUNDS):
+        objective.look(q, choice)
+        if objective.luck is not None:  # what it is worth, with what is lost now
+            best = objective.total(q, choice)
+            if not np.isfinite(best):
+                break
         cost = marginal_seconds(objective, q, choice)
         level = objective.round_seconds(q, choice) / objective.bracket(q, choice)
         steps = []
@@ -164,6 +169,13 @@ def marginal_seconds(objective: Objective, q: Array, choice: Choice) -> Array:
     masks, _ = objective.sets(q)
     masks = masks[: max(8, 48_000 // masks.shape[1])]
     tau, upload = objective.at(objective.tau, choice), objective.at(objective.upload, choice)
+    slower: Array | float = 1.0
+    if objective.luck is not None:
+        slower = objective.luck.fades(len(masks))
+        upload = upload * slower
+        if objective.luck.conditions.bandwidth == "equal":
+            return _floored(_equal_costs(objective, tau, upload, slower, masks))
+    latest = objective.latest
     seconds = batch_round_seconds(tau, upload, masks, idle_seconds=objective.idle_seconds)[:, None]
     gap = np.where(masks, seconds - tau, 1.0)
     share = np.where(masks, upload, 0.0) / gap
@@ -179,9 +191,40 @@ def marginal_seconds(objective: Objective, q: Array, choice: Choice) -> Array:
     cost = np.empty_like(objective.tau)
     for option in range(cost.shape[1]):
         lag = objective.tau[:, option] - start
-        extra = objective.upload[:, option]
+        extra = objective.upload[:, option] * slower
         root = np.sqrt((lag + extra - work) ** 2 + 4 * work * extra)
-        cost[:, option] = (start + (lag + work + extra + root) / 2 - before).mean(axis=0)
-    # Sampling noise or a long idle time may call a client cheaper than free.
+        after = np.minimum(start + (lag + work + extra + root) / 2, latest)
+        cost[:, option] = (after - np.minimum(before, latest)).mean(axis=0)
+    return _floored(cost)
+
+
+def _equal_costs(
+    objective: Objective, tau: Array, upload: Array, slower: Array, masks: NDArray[np.bool_]
+) -> Array:
+    """Return the same under equal shares: a client takes from everybody's, and may be the last."""
+    others = masks.sum(axis=1)[:, None] - masks
+    cost = np.empty_like(objective.tau)
+    idle, latest = objective.idle_seconds, objective.latest
+
+    def last_of_others(shares: Array) -> Array:
+        # Everybody is the last but for the last one, without whom it is the second.
+        done = np.where(masks, tau + upload * shares, 0.0)
+        top = (
+            np.sort(done, axis=1)[:, -2:] if masks.shape[1] > 1 else np.pad(done, ((0, 0), (1, 0)))
+        )
+        return np.where(done == top[:, -1:], top[:, :1], top[:, -1:])
+
+    # Nearly right: the set's size with and without the client is taken for all sets alike.
+    before = np.where(others > 0, last_of_others(np.maximum(others, 1.0)), idle)
+    along = last_of_others(others + 1.0)
+    for option in range(cost.shape[1]):
+        mine = objective.tau[:, option] + objective.upload[:, option] * slower * (others + 1)
+        after = np.minimum(np.maximum(along, mine), latest)
+        cost[:, option] = (after - np.minimum(before, latest)).mean(axis=0)
+    return cost
+
+
+def _floored(cost: Array) -> Array:
+    """Return costs above 0: sampling noise or a long idle time may call a client free."""
     floor = 1e-9 * max(float(cost.max()), np.finfo(np.float64).tiny)
     return np.maximum(cost, floor)

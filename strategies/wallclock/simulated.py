@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from strategies.wallclock.availability import Always, Availability
 from strategies.wallclock.bandwidth import (
     Array,
+    Bandwidth,
     Mask,
     allocate_bandwidth,
     equal_shares,
@@ -27,9 +29,8 @@ from strategies.wallclock.channel import (
     sample_devices,
 )
 from strategies.wallclock.clock import Clock, RoundTime, Work, by_client, reported
+from strategies.wallclock.conditions import Conditions
 from strategies.wallclock.objective import ClientProfiles
-
-Bandwidth = Literal["optimal", "equal"]
 
 # Purposes of a client's generators: none shares its numbers with another, nor with other clients.
 _DEVICE, _FADING, _CHANGE = range(3)
@@ -196,6 +197,30 @@ class SimulatedClock(Clock):
             bandwidth_hz=self.bandwidth_hz,
             ranks=ranks,
             full_rank=full_rank,
+            conditions=self._conditions(clients, snr),
+        )
+
+    def _conditions(self, clients: Sequence[int], snr: Array) -> Conditions | None:
+        """Return what rounds are like; None where they are what the planner takes them for.
+
+        With optimal shares and nothing else, the mean over the fading is enough.
+        """
+        away = not isinstance(self.availability, Always)
+        if not (away or self.deadline or self.bandwidth == "equal"):
+            return None
+        usual = harmonic_efficiency(self.profile, snr)
+
+        def slower(chances: Array) -> Array:
+            gain = -np.log1p(-chances) if self.profile.rayleigh else np.ones_like(chances)
+            factors: Array = usual / efficiency_at(self.profile, snr, gain)
+            return factors
+
+        return Conditions(
+            bandwidth=self.bandwidth,
+            deadline=self.deadline,
+            there=self.availability.share(clients) if away else 1.0,
+            slower=slower,
+            left=partial(self.availability.left, clients) if away else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
