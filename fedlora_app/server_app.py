@@ -28,7 +28,7 @@ from fedlora_app.launch.door import check_run
 from fedlora_app.launch.inspection import CHECKED, inspect
 from fedlora_app.models.lora import add_lora
 from fedlora_app.report.folder import RunFolder
-from fedlora_app.report.tensorboard import TensorBoardListener
+from fedlora_app.report.trackers import make_trackers
 from fedlora_app.resuming import make_saver, resumed_here
 from fedlora_app.tasks import About, Score, primary
 from fedlora_app.timing import rank_cost
@@ -75,10 +75,6 @@ def main(grid: Grid, context: Context) -> None:
     arrays = to_record(adapter.to_state_dict())
     strategy.check(arrays)
     folder.begin()  # only now: a run that cannot start leaves no folder, and none as it was not
-    board = None
-    if config.tensorboard:
-        board = TensorBoardListener(path, resume_round=resumed)
-        strategy.listeners.append(board)
     alone = config.method == "local"
     train_config = ConfigRecord(
         {INFO_KEY: json.dumps(data.about), TIMES_KEY: config.rounds if alone else 1}
@@ -90,30 +86,33 @@ def main(grid: Grid, context: Context) -> None:
         folder.keep(test.samples, server_round)
         return metrics
 
-    result = strategy.start(
-        grid,
-        arrays,
-        num_rounds=1 if alone else config.rounds,
-        timeout=config.round_timeout,
-        train_config=train_config,
-        evaluate_config=train_config,
-        evaluate_fn=None if alone else evaluate,
-    )
-
-    if board is not None:
-        board.close()
-    if not any(book["accepted"] for book in folder.rounds):
-        raise RuntimeError(
-            f"no client sent a good reply in any round; the last reason: {folder.last_reason}"
+    with make_trackers(config, path, resumed) as trackers:
+        strategy.listeners.append(trackers)
+        result = strategy.start(
+            grid,
+            arrays,
+            num_rounds=1 if alone else config.rounds,
+            timeout=config.round_timeout,
+            train_config=train_config,
+            evaluate_config=train_config,
+            evaluate_fn=None if alone else evaluate,
         )
-    if strategy.degradation.over:  # what was trained so far is in the checkpoints
-        raise RuntimeError(f"the run ended after round {strategy.round.number}: {strategy.ended}")
-    load_adapter(model, effective_adapter(result.arrays, config.lora.scale))
-    if isinstance(strategy, Alone):
-        scores = strategy.final()
-    else:
-        scores = test.evaluate(model, everything=True)
-    folder.finish(scores, model, seconds=time.perf_counter() - began)
+
+        if not any(book["accepted"] for book in folder.rounds):
+            raise RuntimeError(
+                f"no client sent a good reply in any round; the last reason: {folder.last_reason}"
+            )
+        if strategy.degradation.over:  # what was trained so far is in the checkpoints
+            raise RuntimeError(
+                f"the run ended after round {strategy.round.number}: {strategy.ended}"
+            )
+        load_adapter(model, effective_adapter(result.arrays, config.lora.scale))
+        if isinstance(strategy, Alone):
+            scores = strategy.final()
+        else:
+            scores = test.evaluate(model, everything=True)
+        folder.finish(scores, model, seconds=time.perf_counter() - began)
+        trackers.finish()
 
 
 def initial_adapter(parts: Parts, about: About) -> tuple[PeftModel, Adapter]:

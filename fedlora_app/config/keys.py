@@ -212,9 +212,14 @@ class RunConfig:
         "the task's first",
         on_resume="ignore",
     )
-    tensorboard: bool = option(
-        False, "write scalars to output/tensorboard (needs the extra [tensorboard])"
+    tracking: str = option(
+        "",
+        "where else the run is written, with commas: ours (each needs the extra of its name) or "
+        "one of your own (see plugins)",
+        named_in="fedlora_app.report.trackers:TRACKERS",
+        on_resume="ignore",
     )
+    tensorboard: bool = option(False, "the same as tensorboard in tracking", on_resume="ignore")
     resume_from: str = option(
         "",
         "go on from a checkpoint: latest or best (of output), or a path; empty: a new run",

@@ -9,7 +9,6 @@ answers for ``run_simulation.py``, whose own process imports nothing that takes 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from fedlora_app.launch.inspection import Report, inspect
 from fedlora_app.models.bits import BITS, INSTALL, OPTIMIZERS, installed
 from fedlora_app.models.loading import trained_parts
 from fedlora_app.models.lora import add_lora
+from fedlora_app.report.trackers import tracking_problems
 from fedlora_app.resuming import check_resume
 from strategies.client import check_mergeable
 from strategies.surroundings import checkpointed
@@ -118,11 +118,7 @@ def resource_problems(cpus: int, gpus: float) -> list[str]:
 
 def _optional(config: RunConfig) -> list[str]:
     """Return what else the run would need and does not find."""
-    problems = []
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        problems.append(
-            "tensorboard: TensorBoard is not installed; run: pip install 'fedlora[tensorboard]'"
-        )
+    problems = tracking_problems(config)
     wanted = (
         ("model.quantization", config.model.quantization, BITS),
         ("train.optimizer", config.train.optimizer, OPTIMIZERS),

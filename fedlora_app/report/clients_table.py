@@ -25,7 +25,7 @@ def section(records: Sequence[Record], scores: Sequence[Score], unit: str = "row
     done = of_kind(records, "client")
     if not done:
         return ""
-    return participation(done) + client_table(records, done, scores, unit)
+    return participation(done) + client_table(records, scores, unit)
 
 
 def participation(done: Sequence[ClientRecord]) -> str:
@@ -57,13 +57,16 @@ def participation(done: Sequence[ClientRecord]) -> str:
     return f"<h3>Who trained in which round</h3>{grid}"
 
 
-def client_table(
-    records: Sequence[Record],
-    done: Sequence[ClientRecord],
-    scores: Sequence[Score],
-    unit: str = "rows",
-) -> str:
-    """Return one line a client: participation, ranks, bytes, seconds, scores on its own rows."""
+def client_table(records: Sequence[Record], scores: Sequence[Score], unit: str = "rows") -> str:
+    """Return one line a client; see ``client_rows``."""
+    return f"<h3>Bytes, ranks and participation</h3>{table(*client_rows(records, scores, unit))}"
+
+
+def client_rows(
+    records: Sequence[Record], scores: Sequence[Score], unit: str = "rows"
+) -> tuple[list[str], list[list[Any]]]:
+    """Return titles and one line a client: participation, ranks, bytes, seconds, own scores."""
+    done = of_kind(records, "client")
     own: dict[int, list[ClientRecord]] = defaultdict(list)
     for r in done:
         own[r["client"]].append(r)
@@ -72,7 +75,7 @@ def client_table(
     planned = {e["client"]: e for e in (plans[-1].get("clients") or ())} if plans else {}
     slow = bottlenecks(of_kind(records, "round"))
     moved = {c: _total(rs, "bytes_up") + _total(rs, "bytes_down") for c, rs in own.items()}
-    most = max(moved.values())
+    most = max(moved.values(), default=0)
     clients = sorted({*own, *planned})
 
     columns: list[tuple[str, dict[int, Any]]] = [
@@ -104,7 +107,7 @@ def client_table(
     kept = [(t, values) for t, values in columns if any(v is not None for v in values.values())]
     rows = [[values.get(c, Html("") if t == "moved" else None) for t, values in kept]
             for c in clients]  # fmt: skip
-    return f"<h3>Bytes, ranks and participation</h3>{table([t for t, _ in kept], rows)}"
+    return [title for title, _ in kept], rows
 
 
 def _total(records: Sequence[ClientRecord], key: str) -> float:

@@ -21,7 +21,6 @@ from fedlora_app.report.html import data_size, seconds_text, spans
 from fedlora_app.report.page import RunFiles
 from fedlora_app.report.plots import plot_run
 from fedlora_app.report.records import plan_periods, read_records
-from fedlora_app.report.tensorboard import TensorBoardListener, scalars
 from fedlora_app.tasks import TextClassification
 
 SCORES = TextClassification.scores
@@ -97,12 +96,12 @@ def clocked_run():
 def test_what_was_waiting_for_a_turn_is_not_called_an_upload():
     rate = {"mb_seconds": 1.6, "mb_seconds_low": 1.51, "mb_seconds_high": 1.75}
     sent = [client_record(1, 0, compute_seconds=1.0, upload_seconds=2.0, fixed_seconds=1.2, **rate)]
-    columns = client_table(sent, sent, [])
+    columns = client_table(sent, [])
     assert all(f"{of} s, mean" in columns for of in ("compute", "fixed", "upload"))
     assert "1.6 (1.51–1.75)" in columns
     assert "queue" not in columns
     waited = [client_record(1, 0, compute_seconds=1.0, upload_seconds=None, queue_seconds=9.0)]
-    columns = client_table(waited, waited, [])
+    columns = client_table(waited, [])
     assert "queue s, mean" in columns
     assert "upload s" not in columns
 
@@ -447,55 +446,3 @@ def test_ticks_are_few_and_within(high):
     beyond = ticks(0, high, 5, beyond=True)
     assert beyond[-1] >= high * (1 - 1e-9)
     assert beyond[-2] < high
-
-
-# ----- TensorBoard ---------------------------------------------------------------------------
-
-
-def test_scalars_of_a_round():
-    record = {**round_record(2, clock_seconds=3.0, planned_seconds=None), "clients_accuracy": 0.5}
-    found = scalars(record)
-    assert found["server/accuracy"] == 0.4
-    assert found["clients/accuracy"] == 0.5
-    assert found["time/clock_seconds"] == 3.0
-    assert "time/planned_seconds" not in found
-    assert "clients/total" not in found
-
-
-def test_tensorboard_reads_what_was_written(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    listener = TensorBoardListener(tmp_path)
-    for record in clocked_run():
-        listener(record)
-    listener.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    got = [(e.step, e.value) for e in events.Scalars("time/clock_total")]
-    assert got == [(0, 0), (1, 4), (2, 13), (3, 28), (4, 34)]
-    assert [e.value for e in events.Scalars("bytes/up")] == [0, 500, 500, 500, 500]
-
-
-def test_a_full_disk_ends_the_board_and_not_the_run(tmp_path, caplog):
-    pytest.importorskip("tensorboard")
-    caplog.set_level("WARNING", logger="flwr")
-    listener = TensorBoardListener(tmp_path)
-    held = listener._writer
-
-    def flush():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    held.flush = flush
-    for number in (1, 2):
-        listener(round_record(number))
-    listener.close()
-    assert caplog.text.count("TensorBoard gets no more of this run") == 1
-    del held.flush
-    held.close()
-
-
-def test_without_tensorboard_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'fedlora\[tensorboard\]'"):
-        TensorBoardListener(tmp_path)
