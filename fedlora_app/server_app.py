@@ -201,6 +201,7 @@ def make_strategy(
         sampling=parts.sampler,
         clock=clock,
         server_optimizer=optimizer,
+        waiting=parts.waiting,
         proximal_mu=config.train.proximal_mu,
         **settings,
     )

@@ -17,6 +17,7 @@ from strategies.messages import MessageProtocol, NumPyProtocol, Protocol
 from strategies.optimizers import OPTIMIZERS, ServerOptimizer
 from strategies.privacy import PrivateRun
 from strategies.ranks import RankPolicy, make_rank_policy
+from strategies.round.waiting import Waiting
 from strategies.sampling import Sampler, make_sampler
 from strategies.saving import Saver
 from strategies.scores import Score
@@ -86,6 +87,7 @@ _KINDS: dict[str, tuple[Any, str, str]] = {
         "PrivateRun(Privacy(clip=0.5, noise_multiplier=8)) of strategies.privacy",
     ),
     "clock": (Clock, "a Clock", "SimulatedClock('lab', …) of strategies.wallclock"),
+    "waiting": (Waiting, "a Waiting", "Waiting(quorum=0.8, deadline='auto') of strategies"),
 }
 
 

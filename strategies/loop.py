@@ -117,10 +117,7 @@ class StreamingStrategy(Strategy):
                 messages = self.configure_train(
                     server_round, arrays, train_config or ConfigRecord(), grid
                 )
-                replies = exchange(
-                    grid, messages, timeout,
-                    on_arrival=self._arrived, name=self.name_of, meanwhile=meanwhile,
-                )  # fmt: skip
+                replies = self.collect(grid, messages, timeout, meanwhile)
                 new_arrays, metrics = self.aggregate_train(server_round, replies)
             except Exception:
                 if meanwhile is not None and server_round > 1:  # the round before did not fail
@@ -201,6 +198,15 @@ class StreamingStrategy(Strategy):
 
         return Meanwhile(evaluate, then)
 
+    def collect(
+        self, grid: Grid, messages: Iterable[Message], timeout: float, meanwhile: Meanwhile | None
+    ) -> Iterable[Message]:
+        """Send the messages of a round; return its replies as they come, while it waits."""
+        return exchange(
+            grid, messages, timeout,
+            on_arrival=self._arrived, name=self.name_of, meanwhile=meanwhile,
+        )  # fmt: skip
+
     def finish(self, server_round: int) -> None:
         """Tell listeners why the run is over, and look back at it."""
         silent = self.look_back()
@@ -250,10 +256,12 @@ class StreamingStrategy(Strategy):
 
     def _arrived(self, message: Message, seconds: float | None) -> None:
         """Tell listeners that a reply is in, before its turn to be aggregated."""
-        node_id = message.metadata.src_node_id
-        if seconds is not None and node_id in self.round.assignments:
-            self.round.assignments[node_id].elapsed_seconds = seconds
-        self.tell({"kind": "arrived", "round": self.round.number, "node": str(node_id)})
+        self.note_arrival(message, seconds)
+        node = str(message.metadata.src_node_id)
+        self.tell({"kind": "arrived", "round": self.round.number, "node": node})
+
+    def note_arrival(self, message: Message, seconds: float | None) -> None:
+        """Note when a reply came in, if that is known."""
 
     def tell(self, record: Record) -> None:
         """Hand a record to every listener, and note the first that wants the run to end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from strategies.wallclock.conditions import MOST_MADE_UP
 from strategies.watch import Watch
 
 UploadCost = Callable[[], tuple[float, float]]
+Extend = Callable[[Sequence[Client], Sequence[Client], np.random.Generator], list[Client]]
 
 
 class Participation:
@@ -51,7 +52,7 @@ class Participation:
         self.weights: dict[int, float] = {}  # of this round, by client index
         self.chances: dict[int, float] = {}  # to join this round, by client index
         self._asked: dict[int, int] = {}
-        self._answered: dict[int, int] = {}
+        self._answered: dict[int, float] = {}  # late ones by what they count
 
     @property
     def independent(self) -> bool:
@@ -102,6 +103,9 @@ class Participation:
         upload_cost: UploadCost,
         full_rank: int,
         rng: np.random.Generator,
+        *,
+        busy: Collection[int] = (),
+        extend: Extend | None = None,
     ) -> list[tuple[Client, int]]:
         """Return who trains in this round, each with the rank it is to train.
 
@@ -118,6 +122,11 @@ class Participation:
             Rank of the global adapter.
         rng : numpy.random.Generator
             Of this round.
+        busy : Collection[int]
+            Nodes that are still at an earlier order. A coin may fall for them all the same, which
+            they do not answer.
+        extend : callable, optional
+            Returns whom to ask, from those chosen, those that could be, and a generator.
         """
         sampler = self.sampler
         a = data_weights(clients)
@@ -131,11 +140,19 @@ class Participation:
         )  # fmt: skip
         sampler.prepare(outlook)
         trained = dict(zip((c.index for c in clients), sampler.ranks(clients, ranks), strict=True))
-        chosen = sampler.sample(self._there(clients), server_round, rng)
+        there = self._there(clients)
+        idle = [client for client in there if client.node_id not in busy]
+        chosen = sampler.sample(there if self.independent else idle, server_round, rng)
+        if extend is not None:
+            chosen = extend(chosen, idle, rng)
         self._weigh(clients, a, trained, sampler.probabilities(clients))
         for client in chosen:
-            self._asked[client.index] = self._asked.get(client.index, 0) + 1
-        return [(client, trained[client.index]) for client in chosen]
+            self.asked(client)
+        return [(c, trained[c.index]) for c in chosen if c.node_id not in busy]
+
+    def asked(self, client: Client) -> None:
+        """Note that a client is asked to train."""
+        self._asked[client.index] = self._asked.get(client.index, 0) + 1
 
     def _there(self, clients: Sequence[Client]) -> Sequence[Client]:
         """Return who is there by the clock; where that is nobody, wait for the first to come."""
@@ -174,9 +191,9 @@ class Participation:
         """Return how much a client's update counts; ``reported`` without independent sampling."""
         return self.weights.get(client.index, reported)
 
-    def answered(self, client: Client) -> None:
-        """Note that a client asked in this round sent a good reply in time."""
-        self._answered[client.index] = self._answered.get(client.index, 0) + 1
+    def answered(self, client: Client, part: float = 1) -> None:
+        """Note that a client sent a good reply, of which a part counts if it is late."""
+        self._answered[client.index] = self._answered.get(client.index, 0) + part
 
     @property
     def anyone_answered(self) -> bool:

@@ -133,6 +133,12 @@ class ClientRecord(_Timed):
     mb_seconds_low: NotRequired[float | None]  # ends of its 90 % interval
     mb_seconds_high: NotRequired[float | None]
     reason: NotRequired[str]  # of a rejected one
+    # Where rounds do not wait for everybody: the round it was asked in, how many rounds older than
+    # the model is what it was trained from, and from when to when it was busy, by the run's clock.
+    asked: NotRequired[int]
+    staleness: NotRequired[int]
+    began: NotRequired[float | None]
+    ended: NotRequired[float | None]
     steps: NotRequired[float]  # as reported
     memory_load_mb: NotRequired[float]  # peaks, as ``strategies.memory`` measures them
     memory_forward_mb: NotRequired[float]
@@ -165,6 +171,7 @@ class RoundRecord(_Timed):
     accepted: int
     rejected: int
     late: int
+    stale: NotRequired[int]  # of those accepted, trained from an older model
     ranks: list[int]
     train_loss: float | None
     bytes_down: int

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+from flwr.app import ConfigRecord
 
 from strategies.clients import Client
 from strategies.durations import duration
@@ -21,7 +22,7 @@ from strategies.messages import (
     Reply,
     training_loss,
 )
-from strategies.packing import Parcel
+from strategies.packing import Packing, Parcel
 from strategies.records import ClientRecord, RoundRecord, RoundWarning
 from strategies.scores import LOSS, Score, shown, undeclared
 from strategies.wallclock.clock import RoundTime, Work
@@ -32,10 +33,26 @@ MOST_SCORES = 64  # of a round: clients choose the names, and what few of them h
 
 @dataclass
 class Assignment:
-    """What one client was given to do in a round."""
+    """What one client was given to do in a round, and what came of it, then or later."""
 
     client: Client
     parcel: Parcel
+    #: Of the model it starts from; with the settings it makes the message, and reads the reply.
+    packing: Packing | None = None
+    settings: ConfigRecord | None = None
+    #: The round it was asked in.
+    asked: int = 0
+    #: How much it counts, where coins decide who joins.
+    weight: float | None = None
+    #: Under which its message is on its way; empty: another loop's.
+    message_id: str = ""
+    #: When it was sent, in seconds of ``time.perf_counter``.
+    sent_at: float = field(default_factory=time.perf_counter)
+    #: When it began and ended by the clock of the run, where rounds do not wait.
+    began: float | None = None
+    ended: float | None = None
+    #: How many rounds older than the model is what it was trained from.
+    staleness: int = 0
     status: str = "no answer"
     reported: Mapping[str, Any] = field(default_factory=dict)
     bytes_up: int = 0
@@ -89,6 +106,9 @@ class Assignment:
         if (rate := time.mb_seconds.get(i)) is not None:
             own["mb_seconds"] = _rounded(rate.value)
             own["mb_seconds_low"], own["mb_seconds_high"] = _rounded(rate.low), _rounded(rate.high)
+        if self.began is not None:  # rounds overlap
+            own["asked"], own["staleness"] = self.asked, self.staleness
+            own["began"], own["ended"] = _rounded(self.began), _rounded(self.ended)
         return cast(ClientRecord, {**self.reported, **own})
 
 
@@ -104,6 +124,12 @@ class Round:
     taken: list[str] = field(default_factory=list)
     rejected: int = 0
     late: int = 0
+    #: Of the late ones, those of whom nobody knows whether they are at it.
+    unheard: int = 0
+    #: Of those accepted, how many were trained from an older model.
+    stale: int = 0
+    #: Orders of earlier rounds that were answered in this one.
+    older: list[Assignment] = field(default_factory=list)
     last_reason: str = ""
     bytes_up: int = 0
     bytes_rejected: int = 0
@@ -123,6 +149,11 @@ class Round:
     warnings: list[RoundWarning] = field(default_factory=list)
 
     @property
+    def empty(self) -> bool:
+        """Whether nobody was asked in it, and nobody of before has answered."""
+        return not (self.assignments or self.older)
+
+    @property
     def ranks_differ(self) -> bool:
         """Whether not all train the same rank."""
         return len({assignment.rank for assignment in self.assignments.values()}) > 1
@@ -140,6 +171,7 @@ class Round:
         assignment.status, assignment.reported = "ok", reply.metrics
         assignment.bytes_up = reply.nbytes
         self.accepted += 1
+        self.stale += assignment.staleness > 0
         self.taken.append(assignment.client.name)
         self.bytes_up += reply.nbytes
         loss = training_loss(reply.metrics)
@@ -161,6 +193,12 @@ class Round:
         assignment.bytes_up = reply.nbytes
         self.late += 1
         self.bytes_up += reply.nbytes
+
+    def wait_for(self, assignment: Assignment, *, alive: bool) -> None:
+        """Note that a reply is not there yet, and will count when it comes."""
+        assignment.status = "late"
+        self.late += 1
+        self.unheard += not alive
 
     @property
     def bytes_down(self) -> int:
@@ -206,6 +244,8 @@ class Round:
             own["fixed_seconds"] = _rounded(self.time.fixed_seconds)
             low, high = self.time.fixed_between
             own["fixed_seconds_low"], own["fixed_seconds_high"] = _rounded(low), _rounded(high)
+        if self.stale:
+            own["stale"] = self.stale
         if self.warnings:
             own["warnings"] = self.warnings
         scores = {f"server_{k}": v for k, v in self.evaluation.items()}
@@ -285,7 +325,7 @@ class Degradation:
         asked = len(book.assignments)
         if not asked:  # nobody's coin fell so
             return ""
-        alive = book.accepted + book.late  # late by a simulated deadline
+        alive = book.accepted + book.late - book.unheard
         self._rounds = self._rounds + 1 if alive < self.least * asked else 0
         if not self.over:
             return ""

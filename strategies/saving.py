@@ -22,6 +22,8 @@ _HISTORY = (
     "evaluate_metrics_clientapp",
     "evaluate_metrics_serverapp",
 )
+#: Parts that a run may begin anew where a checkpoint, say an older one, does not have them.
+OPTIONAL = {"waiting"}
 
 
 class Stateful(Protocol):
@@ -121,13 +123,15 @@ class Saver:
         result.arrays = to_record(saved.model)
         progress.aside = to_record(aside) if aside else None
         progress.rounds, progress.aside_rounds = saved.state["progress"]
-        if differ := parts.keys() ^ (saved.state.keys() - {"progress", "history"}):
+        known = saved.state.keys() - {"progress", "history"}
+        if differ := (parts.keys() ^ known) - OPTIONAL:
             raise ValueError(
                 f"{saved.path} and this run do not both have {', '.join(sorted(differ))}; resume "
                 "with the settings of the run that wrote it"
             )
         for name, part in parts.items():
-            part.load_state_dict(saved.state[name])
+            if name in known:
+                part.load_state_dict(saved.state[name])
             if isinstance(part, HasMoments):
                 part.moments = saved.named(MOMENTS)
         for name in _HISTORY:

@@ -32,11 +32,13 @@ from strategies.ranks import RankPolicy
 from strategies.records import Record, RoundWarning
 from strategies.round.conclusion import Conclusion
 from strategies.round.evaluation import ClientEvaluation
+from strategies.round.flow import Flow
 from strategies.round.intake import Accepted, Intake
 from strategies.round.models import Models
 from strategies.round.orders import Orders
 from strategies.round.ranks import RankBook
 from strategies.round.replies import MetricsAggregation, Replies
+from strategies.round.waiting import Waiting
 from strategies.rounds import Round, spread
 from strategies.run.kept import KeptRun
 from strategies.run.settings import check_settings, log_settings, noise_lacking
@@ -90,9 +92,8 @@ class FedLoRA(KeptRun):
         Evaluate after every Nth round and the last; the server while clients train on, if it can.
     query : bool (default: True)
         Ask each node once for ``partition-id`` and ``max-rank`` when it appears. Without them no
-        limit of a device is known, and seeded choices go by Flower's random node ids, so that the
-        same seed gives other results. A Message API app answers with
-        ``strategies.client.register_identity(app)``; one that does not takes part all the same.
+        limit of a device is known, and seeded choices go by Flower's random node ids: the same seed
+        gives other results. A Message API app answers with ``register_identity(app)``.
     query_timeout, profile_timeout : float (default: 60.0)
         Seconds to wait for those answers, and for a rank policy's profiles (default: as long); who
         does not answer takes part without.
@@ -117,6 +118,8 @@ class FedLoRA(KeptRun):
         Whether a strategy around this one adds noise, as Flower's wrappers for privacy do: then
         every client counts the same, a round that lacks one leaves the model as it was, and what
         needs more noise than a mean is refused (default: seen by another loop's ``clipping_norm``).
+    waiting : Waiting, optional
+        When a round is over, what late replies count, whether clients wait for each other at all.
     listeners : Iterable[callable]
         Called with a record of ``strategies.records`` at each step, which says there of what
         ``kind`` it is. A text that one returns is why the run ends.
@@ -165,6 +168,7 @@ class FedLoRA(KeptRun):
         clip_norm: float = 0.0,
         privacy: PrivateRun | None = None,
         noised_outside: bool | None = None,
+        waiting: Waiting | None = None,
         listeners: Iterable[Listener] = (),
     ) -> None:
         self.aggregation = doors.rule(aggregation)
@@ -173,8 +177,9 @@ class FedLoRA(KeptRun):
         self.ranks = doors.policy(ranks)
         sampler = doors.sampler(sampling)
         participation = Participation(sampler, doors.clock(clock), self.aggregation)
-        keys = arrayrecord_key, configrecord_key, weighted_by_key
-        self.protocol = doors.protocol(client_api, *keys)
+        self.protocol = doors.protocol(
+            client_api, arrayrecord_key, configrecord_key, weighted_by_key
+        )
         self.privacy = privacy or NoPrivacy()
         self.outside = OutsideNoise(noised_outside)
         wanted = participation.independent or sampler.needs_weights or self.ranks.needs_counts
@@ -184,10 +189,12 @@ class FedLoRA(KeptRun):
             timeout=query_timeout,
             profile_timeout=query_timeout if profile_timeout is None else profile_timeout,
         )  # fmt: skip
+        orders = Orders(self.protocol, self.ranks, self.privacy, proximal_mu)
         super().__init__(
             participation, self.census.roster, evaluate_overlap=evaluate_overlap, saver=saver,
             evaluate_every=evaluate_every, listeners=doors.listeners(listeners),
             scores=doors.scores(scores), stop_when=stop_when, min_answering=min_answering,
+            flow=Flow(waiting or Waiting(), participation, orders),
         )  # fmt: skip
         self.scale, self.wire_dtype, self.seed = scale, check_wire_dtype(wire_dtype), seed
         self.min_replies, self.min_available_nodes = min_replies, min_available_nodes
@@ -197,10 +204,9 @@ class FedLoRA(KeptRun):
         self.models = Models(self.aggregation, scale, wire_dtype)
         self.rank_book = RankBook(self.ranks)
         self.replies = Replies(self.protocol, self.roster, participation.guard, weighted_by_key)
-        self.orders = Orders(self.protocol, self.ranks, self.privacy, proximal_mu)
         self.intake = Intake(
             self.replies, participation, self.census, self.ranks, self.privacy, self.outside,
-            clip_norm,
+            clip_norm, self.flow,
         )  # fmt: skip
         self.optimizer = doors.optimizer(server_optimizer)
         self.conclusion = Conclusion(
@@ -208,8 +214,6 @@ class FedLoRA(KeptRun):
         )
         self.evaluation = ClientEvaluation(evaluate_fraction, self.replies)
         self._restarted: ArrayRecord | None = None  # where this round's pilot started anew
-
-    # ----- one round -----------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -234,6 +238,7 @@ class FedLoRA(KeptRun):
             server_round, clients, [ranks[client.node_id] for client in clients],
             lambda: packing.cost(self._rng(server_round, 3), upload_only=True),
             packing.model.adapter.rank, self.privacy.rng(self._rng(server_round, 0)),
+            busy=self.flow.busy, extend=self.flow.extend,
         )  # fmt: skip
         self.privacy.begin(
             clients, [client for client, _ in chosen],
@@ -242,16 +247,16 @@ class FedLoRA(KeptRun):
         )  # fmt: skip
         for record in iter(sampler.record, None):  # what it has decided
             self.tell(cast(Record, record))
-        book = Round(server_round, len(clients), planned_seconds=sampler.planned_seconds)
-        self.round = book
+        book = self.round = Round(
+            server_round, len(clients), planned_seconds=sampler.planned_seconds
+        )
         if packing.model.adapter.pairs:
             book.warnings = self.odd_ranks(clients, ranks)
             self.participation.watch.say(book.warnings, server_round)
         self.tell({"kind": "round-start", "round": server_round, "clients": len(chosen)})
-        messages = self.orders.place(chosen, book, packing, config, model_round, self._rng)
+        messages = self.flow.place(chosen, book, packing, config, model_round, self._rng)
         self.outside.check(noise_lacking(self))
-        late = self.participation.begin(book.works(), server_round, grid, self.census.trips).late
-        self.intake.open(book, packing, late)
+        self.intake.open(book, packing, self.flow.begin(book, grid, self.census.trips))
         # Our own loop sends one after the other: where each client's arrays are its own, they
         # need not be there together. Other loops, and strategies around, are used to a list.
         lazily = self.led and not self.aggregation.shares_downloads
@@ -276,7 +281,7 @@ class FedLoRA(KeptRun):
         self.intake.close(self.tell)
         good = self.intake.good
         aggregated = self.replies.aggregate(good, self.train_metrics_aggr_fn, self.ranks.metrics)
-        if not (book.assignments or self.privacy.tops_up) and self.participation.independent:
+        if book.empty and not self.privacy.tops_up and self.participation.independent:
             return self._restarted, None  # nobody's coin fell so: a legal round
         short = short_in_this_round([reply.weight for reply in good], len(book.assignments))
         model = self.conclusion.next_model(state, packing.model, book, short)
@@ -296,7 +301,7 @@ class FedLoRA(KeptRun):
         self.evaluation.forget()
         if not self.evaluation.share or not (self.led or self.evaluates(server_round)):
             return []
-        clients = self._present(grid, config, server_round)
+        clients = self.flow.idle(self._present(grid, config, server_round))
         ranks = self.rank_book.assign(clients, server_round, self.tell)
         packing = self.models.packed(arrays, server_round)
         return self.evaluation.messages(clients, ranks, packing, config, self._rng(server_round, 1))
@@ -320,8 +325,6 @@ class FedLoRA(KeptRun):
     def on_update(self, client: Client, adapter: Adapter) -> None:
         """Look at a good reply before it is dropped; for subclasses."""
 
-    # ----- the run -------------------------------------------------------------------
-
     def summary(self) -> None:
         """Log the settings in effect as a small tree."""
         log_settings(self)
@@ -332,9 +335,8 @@ class FedLoRA(KeptRun):
 
     def parts(self) -> dict[str, Stateful]:
         """Return what has a state that must last."""
-        lasting = {"ranks": self.ranks, "participation": self.participation, "roster": self.roster}
         own = {"optimizer": self.optimizer} if self.optimizer else {}
-        return {**lasting, **own, **self.privacy.parts()}
+        return {"ranks": self.ranks, **super().parts(), **own, **self.privacy.parts()}
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         """Return the generator of one round and purpose: nothing to store, nothing shared."""
@@ -343,7 +345,5 @@ class FedLoRA(KeptRun):
     def _present(self, grid: Grid, config: ConfigRecord, server_round: int) -> list[Client]:
         """Return who can take part; from round 2 on, nobody who joins late ends the run."""
         clients = self.census.take(grid, self.ranks, config, server_round)
-        for index in self.roster.handed_on:
-            self.participation.watch.forget(index)
-        self.replies.hand_on()
+        self.hand_on()
         return clients if server_round == 1 else self.rank_book.served(clients, server_round)

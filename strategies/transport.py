@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from logging import INFO
 from threading import Thread
@@ -29,6 +30,46 @@ PATIENCE = 60.0
 UNREADABLE = 0  # Flower's code of an unknown error
 
 OnArrival = Callable[[Message, float | None], None]
+Asked = tuple[int, str]  # the node and the type of a message
+
+
+class Until:
+    """When enough replies are in. This one waits for all of them, in the order of the messages."""
+
+    #: Whether replies are yielded in the order of their messages, or as they come.
+    in_order = True
+    #: Whether it is asked after every reply if it is over, or after all that came together.
+    strict = False
+
+    def __init__(self) -> None:
+        #: Replies that came when it was over already, for the next one.
+        self.kept: deque[Message] = deque()
+
+    def sent(self, message_id: str, message: Message) -> None:
+        """Learn under which id a message is on its way."""
+
+    def older(self) -> Mapping[str, Asked]:
+        """Return the messages of before whose replies are taken too, by id."""
+        return {}
+
+    def taking(self, reply: Message) -> None:
+        """Learn that a reply is about to be yielded; who gets it may look at some more first."""
+
+    def waits(self, own: int) -> bool:
+        """Return whether there is anything to wait for, with so many messages of its own left."""
+        return own > 0
+
+    def over(self) -> bool:
+        """Return whether enough is in."""
+        return False
+
+    def left(self, waited: float) -> float:
+        """Return for how many more seconds it is reasonable to wait, after so many."""
+        return math.inf
+
+    def more(self) -> Iterable[Message]:
+        """Return what is to be sent now that a reply was taken."""
+        return ()
 
 
 class Meanwhile:
@@ -90,11 +131,12 @@ def exchange(
     on_arrival: OnArrival | None = None,
     name: Callable[[int], str] = "node {}".format,
     meanwhile: Meanwhile | None = None,
+    until: Until | None = None,
     window: int = WINDOW,
     batch: int = 1,
     poll_seconds: float = 0.1,
 ) -> Iterator[Message]:
-    """Send messages and yield the replies in the order of the messages.
+    """Send messages and yield the replies, in the order of the messages.
 
     The order makes a sum over replies the same to the last bit, whoever answers first.
     At most ``window`` replies are held here while an earlier one is outstanding.
@@ -116,6 +158,8 @@ def exchange(
         Returns how the log calls a node. (default: ``node 123``)
     meanwhile : Meanwhile, optional
         Begun when all messages are on their way, and finished before the first reply is yielded.
+    until : Until, optional
+        May end it earlier, and take replies as they come. (default: it waits for all)
     window : int (default: 32)
     batch : int (default: 1)
         So many messages are handed to the grid together. One: those with arrays need not all be in
@@ -123,31 +167,54 @@ def exchange(
     poll_seconds : float (default: 0.1)
         The longest pause after a look at the SuperLink by which nobody's turn came.
     """
+    until = until or Until()
     pending: deque[str] = deque()
-    asked: dict[str, tuple[int, str]] = {}
+    asked: dict[str, Asked] = {}
     sent: dict[str, float] = {}
     looked: dict[str, float] = {}  # when a message was last looked at
-    rest = iter(messages)
-    while some := list(islice(rest, batch)):
-        for message_id, message in _push(grid, some):
+
+    def send(some: Iterable[Message]) -> None:
+        for message_id, message in _push(grid, list(some)):
             pending.append(message_id)
             asked[message_id] = message.metadata.dst_node_id, message.metadata.message_type
             sent[message_id] = looked[message_id] = time.monotonic()
+            until.sent(message_id, message)
+
+    rest = iter(messages)
+    while some := list(islice(rest, batch)):
+        send(some)
+    older = deque(until.older())
+    own = frozenset(asked) if until.in_order else frozenset()  # those whose turn is waited for
+    asked |= until.older()
     if meanwhile is not None:
         meanwhile.start()
     early: dict[str, Message] = {}
-    deadline = time.monotonic() + timeout
-    tell_at = time.monotonic() + PATIENCE
+    ready, until.kept = until.kept, deque()  # whose turn it is
+    began = time.monotonic()
+    tell_at = began + PATIENCE
     pause = SOON
-    while pending:
+    while ready or until.waits(len(pending)):
         now = time.monotonic()
-        late = now >= deadline
-        wanted = [i for i in islice(pending, window) if i not in early]
-        for message_id, reply in _pull(grid, wanted, asked):
-            early[message_id] = reply
+        left = min(began + timeout - now, until.left(now - began))
+        late = left <= 0
+        if until.in_order:
+            wanted = [i for i in islice(pending, window) if i not in early]
+        else:
+            wanted = _next(pending, len(pending) if late else window)
+        wanted += _next(older, window)
+        for message_id, reply in _pull_all(grid, wanted, asked, window):
+            if message_id in own:
+                early[message_id] = reply
+            elif (waiting := next((w for w in (pending, older) if message_id in w), None)) is None:
+                continue  # a second time
+            else:
+                ready.append(reply)
+                waiting.remove(message_id)
             if on_arrival is not None:
-                just_now = now - looked[message_id] <= max(BLUR, 2 * poll_seconds)
-                took = time.monotonic() - sent[message_id] if just_now else None
+                just_now = now - looked.get(message_id, -math.inf) <= max(BLUR, 2 * poll_seconds)
+                took = (
+                    time.monotonic() - sent[message_id] if just_now and message_id in sent else None
+                )
                 if isinstance(grid, PromptGrid):
                     took = grid.seconds(message_id)
                 on_arrival(reply, took)
@@ -158,26 +225,40 @@ def exchange(
                 continue
             meanwhile.finish()
             meanwhile = None
-        moved = False
+        moved = bool(ready)
+        while ready and not (until.strict and until.over()):
+            until.taking(ready[0])
+            yield ready.popleft()
+            send(until.more())
         # At the deadline, one last look at everything, a window after the other.
-        for _ in range(min(window, len(pending))):
+        for _ in range(min(window, len(pending)) if until.in_order else 0):
             if not (late or pending[0] in early):
                 break
             moved = True
             first = pending.popleft()
             if first in early:
                 yield early.pop(first)
+        if until.over() or (late and not (until.in_order and pending)):
+            break
         if pending and not late and now >= tell_at:
             tell_at = now + PATIENCE
             silent = [name(asked[i][0]) for i in pending if i not in early]
-            log(INFO, "waiting for %s, up to %s more", listed(silent, 5), duration(deadline - now))
+            log(INFO, "waiting for %s, up to %s more", listed(silent, 5), duration(left))
         if moved:  # then others are in the window now, and may be there
             pause = SOON
-        elif pending:
+        elif pending or older:
             time.sleep(min(pause, poll_seconds))
             pause = min(SLOWER * pause, poll_seconds)
+    until.kept = ready
     if meanwhile is not None:  # nobody was there to be asked
         meanwhile.finish()
+
+
+def _next(ids: deque[str], count: int) -> list[str]:
+    """Return the next of some ids, which then come last."""
+    found = list(islice(ids, count))
+    ids.rotate(-len(found))
+    return found
 
 
 def _push(grid: Grid, messages: Sequence[Message]) -> list[tuple[str, Message]]:
@@ -189,8 +270,16 @@ def _push(grid: Grid, messages: Sequence[Message]) -> list[tuple[str, Message]]:
     return [(m.metadata.message_id, m) for m in messages if m.metadata.message_id in taken]
 
 
+def _pull_all(
+    grid: Grid, wanted: Sequence[str], asked: Mapping[str, Asked], window: int
+) -> Iterator[tuple[str, Message]]:
+    """Return the replies that are there, looked for a window after the other."""
+    for start in range(0, len(wanted), window):
+        yield from _pull(grid, wanted[start : start + window], asked)
+
+
 def _pull(
-    grid: Grid, wanted: Sequence[str], asked: dict[str, tuple[int, str]]
+    grid: Grid, wanted: Sequence[str], asked: Mapping[str, Asked]
 ) -> Iterator[tuple[str, Message]]:
     """Return the replies that are there by the id of their message; one by one after an error."""
     if not wanted:
@@ -206,21 +295,24 @@ def _pull(
             return
         (message_id,) = wanted
         reason = f"the reply cannot be read ({type(error).__name__})"
-        yield message_id, _error(asked[message_id], Error(UNREADABLE, reason))
+        yield message_id, error_of(message_id, asked[message_id], Error(UNREADABLE, reason))
         return
     for reply in replies:
         message_id = reply.metadata.reply_to_message_id
         if message_id in asked:
-            yield message_id, _in_the_name_of(asked[message_id], reply)
+            yield message_id, _in_the_name_of(message_id, asked[message_id], reply)
 
 
-def _in_the_name_of(asked: tuple[int, str], reply: Message) -> Message:
+def _in_the_name_of(message_id: str, asked: Asked, reply: Message) -> Message:
     """Return a reply as it is, or the SuperLink's error as one of the node that was asked."""
     if not reply.has_error() or reply.metadata.src_node_id == asked[0]:
         return reply
-    return _error(asked, reply.error)
+    return error_of(message_id, asked, reply.error)
 
 
-def _error(asked: tuple[int, str], error: Error) -> Message:
+def error_of(message_id: str, asked: Asked, error: Error) -> Message:
+    """Return an error as the reply to a message, in the name of the node that was asked."""
     node_id, message_type = asked
-    return Message(error, reply_to=Message(RecordDict(), node_id, message_type))
+    message = Message(RecordDict(), node_id, message_type)
+    message.metadata.__dict__["_message_id"] = message_id
+    return Message(error, reply_to=message)

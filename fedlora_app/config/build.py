@@ -21,6 +21,7 @@ from strategies.naming import Registry
 from strategies.optimizers import OPTIMIZERS, ServerOptimizer
 from strategies.privacy import Privacy
 from strategies.ranks import RANK_POLICIES, CapacityRank, QualityRank, RankPolicy
+from strategies.round.waiting import Waiting
 from strategies.sampling import SAMPLERS, Sampler
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class Parts:
     optimizer: ServerOptimizer | None
     policy: RankPolicy
     sampler: Sampler
+    waiting: Waiting
     clock: Timing
     privacy: Privacy | None
     task: Task
@@ -72,6 +74,7 @@ def make_parts(config: RunConfig) -> Parts:
         ("optimizer", lambda: _optimizer(config.server)),
         ("policy", lambda: _policy(config)),
         ("sampler", lambda: _by_policy("sampling", config, SAMPLING, SAMPLERS, Sampler)),
+        ("waiting", lambda: _said("round", config.round.waiting)),
         ("clock", lambda: _said("clock.profile", lambda: Timing(config))),
         ("privacy", lambda: Privacy(p.clip, p.noise_multiplier) if p.noise_multiplier else None),
         ("task", lambda: _task(config)),

@@ -16,6 +16,7 @@ from strategies.optimizers import refuse_optimizer
 from strategies.participation import Participation
 from strategies.privacy import refuse_private
 from strategies.ranks import AutoRank, ListRank
+from strategies.round.waiting import Waiting, refuse_waiting
 from strategies.wallclock import MeasuredClock
 
 
@@ -171,6 +172,17 @@ def _rule_and_sampler(parts: Parts) -> Iterator[str]:
         yield f"sampling.policy = {parts.config.sampling.policy!r}: {error}"
 
 
+def _waiting(parts: Parts) -> Iterator[str]:
+    private = parts.privacy is not None
+    for reason in refuse_waiting(parts.waiting, parts.rule, parts.sampler, private=private):
+        yield f"round: {reason}"
+    if parts.config.clock.deadline and parts.waiting != Waiting(staleness=parts.waiting.staleness):
+        yield (
+            "clock.deadline: round.deadline is the same for every clock, and goes with the other "
+            "keys of round; use that alone"
+        )
+
+
 def _server_optimizer(parts: Parts) -> Iterator[str]:
     for reason in refuse_optimizer(parts.optimizer, parts.rule, parts.sampler):
         yield f"server.optimizer: {reason}"
@@ -188,7 +200,7 @@ def _clock(parts: Parts) -> Iterator[str]:
         yield "clock.allocate-with is for an allocator; set clock.allocator too"
     if not clock.simulated and (clock.deadline or clock.change_round):
         key = "deadline" if clock.deadline else "change-round"
-        instead = ", or use round-timeout" if clock.deadline else ""
+        instead = ", or use round.deadline" if clock.deadline else ""
         yield f"clock.{key} is for simulated clocks; set clock.profile{instead}"
     if clock.availability == "always":
         return
@@ -281,6 +293,7 @@ CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _budget,
     _coins,
     _rule_and_sampler,
+    _waiting,
     _server_optimizer,
     _clock,
     _together,

@@ -32,13 +32,15 @@ def option(
     choices: tuple[str, ...] = (),
     each: type[int] | type[float] | None = None,
     named_in: str = "",
+    or_number: bool = False,
     on_resume: Literal["fatal", "warn", "ignore"] = "warn",
 ) -> Any:
     """Declare a config key: its default, its help and what values it may take.
 
     ``named_in``, as in ``package.module:REGISTRY``, holds the names that the value may be; the
     tables of keys list them. The value of a key with ``each`` is a text of comma-separated
-    numbers, each within the limits. ``on_resume`` says what it means that a resumed run has
+    numbers, each within the limits; one with ``or_number`` may be given as a number, and is a text
+    all the same. ``on_resume`` says what it means that a resumed run has
     another value: a checkpoint's numbers depend on it, it is worth a warning, or it is nobody's
     business.
     """
@@ -49,7 +51,7 @@ def option(
         "above": above,
         "choices": choices,
     }
-    rules |= {"each": each, "named_in": named_in, "on_resume": on_resume}
+    rules |= {"each": each, "named_in": named_in, "on_resume": on_resume, "or_number": or_number}
     return field(default=default, metadata=rules)
 
 
@@ -104,6 +106,8 @@ def _check(
     """Return the value in its declared type, or what is wrong with it."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if rules["or_number"] and isinstance(value, int | float) and not isinstance(value, bool):
+        value = f"{value:.12g}"
     if type(value) is not kind:
         return value, f"{key}: expected {kind.__name__}, got {value!r}"
     if isinstance(value, int) and abs(value) >= 2**63:  # what travels and seeds have 64 bits

@@ -35,6 +35,7 @@ from fedlora_app.config.round_keys import (
     ServerConfig,
     SimulateConfig,
 )
+from fedlora_app.config.waiting_keys import RoundConfig
 
 __all__ = [
     "ConfigError",
@@ -229,6 +230,7 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    round: RoundConfig = field(default_factory=RoundConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     ranks: RanksConfig = field(default_factory=RanksConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

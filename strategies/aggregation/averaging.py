@@ -160,7 +160,7 @@ class Aligning(FactorAverage):
             raise ValueError(f"align: expected true, false or a number from 0 to 1, got {align!r}")
         self.align = float(align)
         if self.align:  # no more the mean of the numbers that were sent
-            self.linear = self.mean_of_all = False  # type: ignore[misc]
+            self.linear = self.mean_of_all = self.late = False  # type: ignore[misc]
 
     def fold(self, state: FactorState, update: Update) -> Update:
         """Return the update at the global scale, turned towards what its client was sent."""
@@ -203,7 +203,7 @@ class FedIT(Aligning):
     """
 
     name = "fedit"
-    unbiased = linear = symmetric = mean_of_all = entrywise = True
+    unbiased = linear = symmetric = mean_of_all = entrywise = late = True
     equal_ranks = True
 
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
@@ -232,7 +232,7 @@ class ZeroPadding(Aligning):
     """
 
     name = "zero-padding"
-    unbiased = linear = symmetric = mean_of_all = entrywise = True
+    unbiased = linear = symmetric = mean_of_all = entrywise = late = True
 
 
 @register
@@ -296,7 +296,7 @@ class RBLA(Aligning, HolderMean):
     """
 
     name = "rbla"
-    unbiased = linear = symmetric = entrywise = True
+    unbiased = linear = symmetric = entrywise = late = True
 
 
 @register
@@ -329,7 +329,7 @@ class Replication(Aligning, HolderMean):
     """
 
     name = "replication"
-    unbiased = linear = symmetric = entrywise = True
+    unbiased = linear = symmetric = entrywise = late = True
 
     def __init__(
         self,
@@ -347,6 +347,8 @@ class Replication(Aligning, HolderMean):
             raise ValueError(f"donors: expected 'holders' or 'highest', got {donors!r}")
         self.holder_weights, self.donors = holder_weights, donors
         self.needs_quality = holder_weights == "quality"
+        if self.needs_quality or donors == "highest":  # what is replicated is no sum by weight
+            self.late = False  # type: ignore[misc]
         if self.needs_quality:
             self.sampling_refusal = (
                 "holder_weights = 'quality' weighs clients by what they report, and the quality "

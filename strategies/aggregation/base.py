@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strategies.aggregation.late import beside
 from strategies.aggregation.population import Population
 from strategies.aggregation.robust import Robust, make_robust
 from strategies.aggregation.state import State
@@ -111,6 +112,8 @@ class Aggregator(ABC, Generic[StateT]):
     #: Promise that each number of the result is a weighted mean of those at the same place in the
     #: updates, what one lacks counting as zero or as unchanged: a median may take its place.
     entrywise: ClassVar[bool] = False
+    #: Promise that replies to an older model can be added: see ``strategies.aggregation.late``.
+    late: ClassVar[bool] = False
     #: What keeps liars among the clients from the result; set by ``protect``.
     robust: Robust | None = None
     #: Why clients cannot be sampled independently with this rule as it is set, whatever it
@@ -163,6 +166,7 @@ class Aggregator(ABC, Generic[StateT]):
             )
         self.robust = made
         self.linear = self.mean_of_all = self.symmetric = self.unbiased = False  # type: ignore[misc]
+        self.late = False  # type: ignore[misc]
         self.sampling_refusal = (
             f"robust = {made.name!r} is no mean, and nobody knows what it is on average over the "
             "draws; use a sampler without probabilities, or robust = 'none'"
@@ -253,7 +257,9 @@ class Aggregator(ABC, Generic[StateT]):
         if problems := folded.adapter.non_finite():  # after folding, which may overflow
             raise AdapterError(problems, "update")
         if self.robust is None:
-            self._sum(state, folded, weight)
+            self._sum(state, folded, weight * (1.0 if update.late is None else update.late))
+            for other, share in beside(update, state.current):
+                self._sum(state, self.fold(state, other), weight * share)
         else:
             state.waiting.append(replace(folded, adapter=_copy(folded.adapter), weight=1.0))
 

@@ -67,7 +67,7 @@ class FFA(OneFactor):
     """
 
     name = "ffa"
-    unbiased = linear = symmetric = mean_of_all = entrywise = True
+    unbiased = linear = symmetric = mean_of_all = entrywise = late = True
 
     def check(self, adapter: Adapter) -> None:
         """Refuse what ``Aggregator.check`` does, and modules whose A is zero."""
@@ -141,7 +141,7 @@ class FedSA(HolderMean):
     """
 
     name = "fedsa"
-    unbiased = linear = symmetric = entrywise = True
+    unbiased = linear = symmetric = entrywise = late = True
     supports_dora = False
 
     def check(self, adapter: Adapter) -> None:

@@ -43,7 +43,7 @@ class FlexLoRA(Aggregator[ProductState]):
     """
 
     name = "flexlora"
-    unbiased = symmetric = True
+    unbiased = symmetric = late = True
     supports_dora = False
 
     def init(self, current: Adapter) -> ProductState:
@@ -96,7 +96,7 @@ class Florist(FlexLoRA):
     """
 
     name = "florist"
-    unbiased = symmetric = True
+    unbiased = symmetric = late = True
 
     def __init__(self, *, energy: float = 0.95) -> None:
         if not 0 < energy <= 1:
@@ -176,7 +176,7 @@ class RBLoRA(HolderProduct):
     """
 
     name = "rb-lora"
-    unbiased = symmetric = True
+    unbiased = symmetric = late = True
 
     def holders(self, clients: list[tuple[int, float]]) -> Tensor:
         """Return ``Σ_{r_i ≥ j} n_i``."""
@@ -200,7 +200,7 @@ class RaFLoRA(HolderProduct):
     """
 
     name = "raflora"
-    unbiased = symmetric = True
+    unbiased = symmetric = late = True
 
     def holders(self, clients: list[tuple[int, float]]) -> Tensor:
         """Return ``Σ_{k: r_k ≥ ρ_l} n_k`` on each partition ``P_l``."""

@@ -53,7 +53,7 @@ class FLoRA(Aggregator[StackState]):
     """
 
     name = "flora"
-    unbiased = True
+    unbiased = late = True
     merges_base = True
     supports_dora = False
 
@@ -69,6 +69,8 @@ class FLoRA(Aggregator[StackState]):
         for module, pair in update.adapter.pairs.items():
             if module not in state.sums:
                 state.sums[module] = ProductSum.like(pair.A, pair.B, lossless=True)
+            elif not (bool(pair.A.any()) and bool(pair.B.any())):
+                continue  # what a late one started from is zero
             state.sums[module].add(pair.A, pair.B, weight)
 
     def finish_pairs(self, state: StackState) -> AggregationResult:
@@ -111,7 +113,7 @@ class FedMomentum(FlexLoRA):
     """
 
     name = "fedmomentum"
-    unbiased = symmetric = True
+    unbiased = symmetric = late = True
     merges_base = True
 
     def __init__(self, *, energy: float = 0.9999) -> None:
@@ -170,7 +172,7 @@ class FedEx(Aggregator[ResidualState]):
     """
 
     name = "fedex"
-    unbiased = symmetric = True
+    unbiased = symmetric = late = True
     merges_base = True
     supports_dora = False
 

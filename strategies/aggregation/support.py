@@ -40,7 +40,7 @@ class Support(Aligning, HolderMean):
 
     name = "support"
     mean_of_holders = False  # what few hold is made smaller
-    unbiased = linear = symmetric = entrywise = True
+    unbiased = linear = symmetric = entrywise = late = True
 
     def __init__(self, *, gamma: float = 0.5, align: bool | float = False) -> None:
         super().__init__(align=align)

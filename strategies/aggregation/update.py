@@ -45,9 +45,13 @@ class Update:
         How good its model is, e.g. validation accuracy; for rules that ask for it.
     sent : Download, optional
         What the client started from; for rules that work on what changed.
+    late : float, optional
+        Where it started from an older model: what part of its change counts, at the whole weight,
+        on top of the current one (default: it is of the current one, and counts itself).
     """
 
     adapter: Adapter
     weight: float
     quality: float | None = None
     sent: Download | None = None
+    late: float | None = None

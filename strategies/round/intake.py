@@ -23,6 +23,7 @@ from strategies.privacy import NoPrivacy, PrivateRun, clip_update
 from strategies.privacy.outside import OutsideNoise
 from strategies.ranks import RankPolicy
 from strategies.records import ClientRecord
+from strategies.round.flow import Flow
 from strategies.round.replies import Replies
 from strategies.rounds import Assignment, Round
 from strategies.trained import Trained
@@ -46,7 +47,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Late:
-    """A good reply that a simulated deadline leaves out."""
+    """A good reply that a simulated deadline leaves out, and that nobody waits for any more."""
 
     client: Client
 
@@ -64,6 +65,9 @@ class Intake:
     outside : OutsideNoise
     clip_norm : float
         A larger change is scaled down to it; 0: none is.
+    flow : Flow
+        Knows which order a reply is to, what it counts if it is late, and which replies may come
+        after their round.
     """
 
     def __init__(
@@ -75,7 +79,9 @@ class Intake:
         privacy: PrivateRun | NoPrivacy,
         outside: OutsideNoise,
         clip_norm: float,
+        flow: Flow,
     ) -> None:
+        self.flow = flow
         self.replies = replies
         self.participation = participation
         self.census = census
@@ -89,7 +95,6 @@ class Intake:
         self.packing: Packing | None = None
         self._book = Round(0)
         self._late: Collection[int] = ()
-        self._waiting: dict[int, Assignment] = {}
 
     def open(self, book: Round, packing: Packing, late: Collection[int]) -> None:
         """Begin with a round.
@@ -104,7 +109,7 @@ class Intake:
         """
         self.good = []
         self._book, self.packing, self._late = book, packing, late
-        self._waiting = dict(book.assignments)
+        self.flow.outstanding.begin(book)
 
     def take(
         self, message: Message, fold: Callable[[Update], None]
@@ -117,11 +122,13 @@ class Intake:
         fold : callable
             Takes a good update into the sum; an error of it refuses the reply.
         """
-        assignment = self._waiting.pop(message.metadata.src_node_id, None)
-        if assignment is None or (packing := self.packing) is None:
+        assignment = self.flow.outstanding.claim(message)
+        if assignment is None or self.packing is None:
             log(WARNING, "ignored a reply of node %s: it was not asked in this round or "
                 "answered before", message.metadata.src_node_id)  # fmt: skip
             return None
+        packing = assignment.packing or self.packing  # of the model it was trained from
+        part = self.flow.late(assignment, self._book)
         clock = time.perf_counter()
         client, parcel = assignment.client, assignment.parcel
         received = 0
@@ -140,8 +147,8 @@ class Intake:
             adapter, norm = self._clip(client, sent.adapter, adapter)
             quality = reply.metrics.get("quality")
             reply, count = self._count(client, reply)
-            weight = self.participation.weight(client, reply.weight)
-            fold(Update(adapter, weight, quality, sent))
+            weight = reply.weight if assignment.weight is None else assignment.weight
+            fold(self.flow.update(Update(adapter, weight, quality, sent), assignment, part))
         except (ValueError, KeyError, TypeError, ArithmeticError) as error:
             return self._reject(assignment, clean(str(error), 2 * REASON_LENGTH), received)
         self.replies.guard.accept(client.index, norm, count)
@@ -150,7 +157,7 @@ class Intake:
                 "; ".join(reply.notes))  # fmt: skip
         self._book.aggregate_seconds += time.perf_counter() - clock
         self._book.accept(assignment, reply)
-        self.participation.answered(client)
+        self.participation.answered(client, part)
         if self.replies.by_rows and self.privacy.rows_known:
             self.census.roster.observe(client.node_id, max(1, round(count)))
         self.good.append(replace(reply, arrays={}))
@@ -164,14 +171,13 @@ class Intake:
     def close(self, tell: Callable[[ClientRecord], None]) -> None:
         """Refuse those that gave no answer, take the time, and tell of everybody's part."""
         book = self._book
-        for assignment in self._waiting.values():
+        for assignment in self.flow.unanswered(book):
             assignment.elapsed_seconds = time.perf_counter() - book.started
             self._reject(assignment, "no answer")
-        self._waiting = {}
         book.train_seconds = time.perf_counter() - book.started - book.aggregate_seconds
-        book.time = self.participation.finish(book.works(), book.number)
+        book.time = self.flow.finish(book)
         book.clock_total = self.participation.seconds
-        for assignment in book.assignments.values():
+        for assignment in (*book.older, *book.assignments.values()):
             tell(assignment.record(book.number, book.time))
 
     def _count(self, client: Client, reply: Reply) -> tuple[Reply, float]:

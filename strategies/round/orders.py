@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -10,7 +11,7 @@ from flwr.app import ConfigRecord, Message
 
 from strategies.clients import Client
 from strategies.messages import MODEL_ROUND_KEY, PROXIMAL_KEY, Protocol
-from strategies.packing import Packing, Parcel
+from strategies.packing import Packing
 from strategies.privacy import NoPrivacy, PrivateRun
 from strategies.ranks import RankPolicy
 from strategies.rounds import Assignment, Round
@@ -64,18 +65,24 @@ class Orders:
         rng : callable
             Returns the generator of a round and purpose.
         """
-        orders: list[tuple[Client, Parcel, ConfigRecord]] = []
+        placed: list[Assignment] = []
         for client, rank in chosen:
             parcel = packing.train(rank, partial(rng, book.number, 2, client.index))
-            book.assignments[client.node_id] = Assignment(client, parcel)
             settings = packing.config(config, client, parcel, rank)
             settings[MODEL_ROUND_KEY] = model_round
             settings.update(self.policy.train_settings(client, book.number))
             settings.update(self.privacy.settings())
             if self.proximal_mu:
                 settings[PROXIMAL_KEY] = float(self.proximal_mu)
-            orders.append((client, parcel, settings))
-        return (
-            Message(self.protocol.train(parcel.sent().record, settings), client.node_id, "train")
-            for client, parcel, settings in orders
-        )
+            order = Assignment(client, parcel, packing, settings, asked=book.number)
+            book.assignments[client.node_id] = order
+            placed.append(order)
+        return map(self.message, placed)
+
+    def message(self, order: Assignment) -> Message:
+        """Return the message of an order, with its arrays."""
+        if order.settings is None:
+            raise RuntimeError("an order without settings was placed by no round")
+        content = self.protocol.train(order.parcel.sent().record, order.settings)
+        order.sent_at = time.perf_counter()
+        return Message(content, order.client.node_id, "train")

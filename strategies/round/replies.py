@@ -40,11 +40,6 @@ class Replies:
             replies = sorted(replies, key=self._place)
         return self.guard.look_ahead(replies, self._count_of, lasting=self.by_rows)
 
-    def hand_on(self) -> None:
-        """Forget the counts of those whose place is another's now."""
-        while self.roster.handed_on:
-            self.guard.forget(self.roster.handed_on.pop())
-
     def aggregate(
         self, replies: Sequence[Reply], aggregate: MetricsAggregation, hidden: Collection[str]
     ) -> MetricRecord | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message
 from flwr.common import log
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from strategies.clients import Roster
@@ -15,11 +15,13 @@ from strategies.listing import listed
 from strategies.loop import Listener, StreamingStrategy
 from strategies.participation import Participation
 from strategies.progress import Progress
+from strategies.round.flow import Flow
 from strategies.rounds import Degradation, Round
 from strategies.run.following import Following
 from strategies.sampling import Sampler
 from strategies.saving import Saver, Stateful
 from strategies.scores import Score
+from strategies.transport import Meanwhile
 from strategies.wallclock import SimulatedClock
 
 StopWhen = Callable[[Mapping[str, float]], bool]
@@ -37,6 +39,7 @@ class KeptRun(StreamingStrategy):
     roster : Roster
     evaluate_every, evaluate_overlap, listeners, scores, stop_when, min_answering, saver
         As in ``FedLoRA``.
+    flow : Flow
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class KeptRun(StreamingStrategy):
         stop_when: StopWhen | None,
         min_answering: float,
         saver: Saver | None,
+        flow: Flow,
     ) -> None:
         super().__init__(
             evaluate_every=evaluate_every, evaluate_overlap=evaluate_overlap, listeners=listeners
         )
         self.scores = tuple(scores)
         self.participation = participation
+        self.flow = flow
         self.roster = roster
         self.progress = Progress()
         self.stop_when = stop_when
@@ -64,9 +69,25 @@ class KeptRun(StreamingStrategy):
         self.saver = saver
         self.following = Following()
 
-    @abstractmethod
     def parts(self) -> dict[str, Stateful]:
-        """Return what has a state that must last."""
+        """Return what has a state that must last, by its name in a checkpoint."""
+        lasting = {"participation": self.participation, "roster": self.roster}
+        return {**lasting, **self.flow.parts()}
+
+    def collect(
+        self, grid: Grid, messages: Iterable[Message], timeout: float, meanwhile: Meanwhile | None
+    ) -> Iterable[Message]:
+        """Send the messages of a round; return replies as they come, for as long as it waits."""
+        return self.flow.collect(
+            grid, messages, timeout,
+            on_arrival=self._arrived, name=self.name_of, meanwhile=meanwhile,
+        )  # fmt: skip
+
+    def note_arrival(self, message: Message, seconds: float | None) -> None:
+        """Note how long the order of a reply took, if that is known."""
+        order = self.flow.outstanding.of(message)
+        if order is not None and seconds is not None:
+            order.elapsed_seconds = seconds
 
     def evaluates(self, server_round: int) -> bool:
         """Return whether the model is evaluated after a round; after each while pilots run."""
@@ -156,6 +177,14 @@ class KeptRun(StreamingStrategy):
         if not self.participation.anyone_answered and self.progress.rounds:
             log(WARNING, "no reply was ever accepted: the model is the initial one")
         return names
+
+    def hand_on(self) -> None:
+        """Forget what was learned of those whose place is another's now."""
+        while self.roster.handed_on:
+            index = self.roster.handed_on.pop()
+            self.participation.guard.forget(index)
+            self.participation.watch.forget(index)
+            self.flow.forget(index)
 
     def name_of(self, node_id: int) -> str:
         """Return how the log calls a node."""

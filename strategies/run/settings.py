@@ -25,6 +25,7 @@ def log_settings(strategy: FedLoRA) -> None:
     log(INFO, "├── ranks:       %s", s.ranks.summary())
     log(INFO, "├── sampling:    %s", s.participation.sampler.summary())
     log(INFO, "├── clock:       %s", s.participation.clock.summary())
+    log(INFO, "├── rounds:      %s", s.flow.summary(s.aggregation, **_noise(s)))
     log(INFO, "├── clients:     %s, at least %s replies of %s nodes",
         type(s.protocol).__name__, s.min_replies, s.min_available_nodes)  # fmt: skip
     log(INFO, "└── scale %g, %s on the wire, seed %s", s.scale, s.wire_dtype, s.seed)
@@ -44,12 +45,19 @@ def check_settings(strategy: FedLoRA, arrays: ArrayRecord) -> None:
     s.participation.check()
     if refused := refuse_optimizer(s.optimizer, s.aggregation, sampler):
         raise ValueError("; ".join(refused))
+    s.flow.check(s.aggregation, **_noise(s))
     s.privacy.check(
         s.aggregation, s.ranks, sampler,
         evaluate_fraction=s.evaluation.share, server_clips=s.clip_norm > 0,
     )  # fmt: skip
     s.outside.check(noise_lacking(s, differ=s.ranks.may_differ))
     check_fit(s.aggregation, s.ranks, adapter, head_only=s.head_only)
+
+
+def _noise(strategy: FedLoRA) -> dict[str, bool]:
+    """Return who adds noise of privacy."""
+    private = bool(strategy.privacy.parts())
+    return {"private": private, "noised_outside": strategy.outside.expected}
 
 
 def noise_lacking(strategy: FedLoRA, *, differ: bool = False) -> list[str]:

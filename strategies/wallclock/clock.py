@@ -150,6 +150,9 @@ class Clock(ABC):
         server_round : int
         """
 
+    def learn(self, works: Sequence[Work], server_round: int) -> None:  # noqa: B027
+        """Learn from work that took longer than its round, whose time it is no part of."""
+
     @abstractmethod
     def profiles(
         self,

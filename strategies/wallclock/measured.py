@@ -170,6 +170,11 @@ class MeasuredClock(Clock):
         time = self._time(clients, np.array(list(compute.values())), sent, fit)
         return replace(time, seconds=whole[slowest], bottleneck=slowest)
 
+    def learn(self, works: Sequence[Work], server_round: int) -> None:
+        """Learn from work that took longer than its round."""
+        for work in works:  # one after the other: a client may have answered two
+            self.finish([work], server_round)
+
     def profiles(
         self,
         clients: Sequence[int],
