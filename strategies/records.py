@@ -15,7 +15,7 @@ RECORDS_VERSION = 1
 
 #: Fields that only a measured clock fills, of rounds and of clients.
 MEASURED = frozenset(
-    {"queue_seconds"}
+    {"queue_seconds", "expected_seconds"}
     | {f"{of}_seconds{end}" for of in ("fixed", "mb") for end in ("", "_low", "_high")}
 )
 
@@ -184,6 +184,7 @@ class RoundRecord(_Timed):
     clock_total: float | None
     bottleneck: int | None
     planned_seconds: float | None
+    expected_seconds: NotRequired[float | None]  # measured: before it, from the rounds so far
     fixed_seconds: NotRequired[float | None]  # as of its clients, with a 90 % interval
     fixed_seconds_low: NotRequired[float | None]
     fixed_seconds_high: NotRequired[float | None]

@@ -242,6 +242,7 @@ class Round:
         }
         if self.time and self.time.fixed_seconds is not None and not self.time.queued:
             own["fixed_seconds"] = _rounded(self.time.fixed_seconds)
+            own["expected_seconds"] = _rounded(self.time.expected)
             low, high = self.time.fixed_between
             own["fixed_seconds_low"], own["fixed_seconds_high"] = _rounded(low), _rounded(high)
         if self.stale:

@@ -77,6 +77,8 @@ class SuperLink:
         Simulate on this Ray (default: Flower starts one for each run).
     environment : Mapping[str, str], optional
         What the environment of runs is to have more.
+    host : str (default: "127.0.0.1")
+        This machine's address that it listens on.
 
     Examples
     --------
@@ -96,6 +98,7 @@ class SuperLink:
         copies: Copies | None = None,
         ray_head: RayHead | None = None,
         environment: Mapping[str, str] | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
         self.simulation = simulation
         self.ray_address = ray_address
@@ -103,7 +106,7 @@ class SuperLink:
         self.copies = copies
         self.ray_head = ray_head
         self.environment = dict(environment or {})
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"{host}:{free_port()}"
         # Not below TMPDIR, which may be long: Ray keeps its sockets in here, and the path
         # of a socket ends at 107 characters.
         self.home = Path(tempfile.mkdtemp(prefix="fedlora-", dir="/tmp"))
@@ -111,6 +114,24 @@ class SuperLink:
         self._mark = uuid.uuid4().hex
         self._sessions: set[int] = set()
         self._children: list[subprocess.Popen[bytes]] = []
+
+    @classmethod
+    def at(cls, address: str, home: Path) -> SuperLink:
+        """Return a SuperLink that another process has started, to submit runs to.
+
+        Parameters
+        ----------
+        address : str
+            Where it listens, as that process's ``address``.
+        home : Path
+            That process's ``home``.
+        """
+        link = cls.__new__(cls)
+        link.simulation, link.ray_address, link.timeout = False, "", 60
+        link.copies, link.ray_head, link.environment = None, None, {}
+        link.address, link.home, link.log_file = address, home, home / "superlink.log"
+        link._mark, link._sessions, link._children = uuid.uuid4().hex, set(), []
+        return link
 
     def __enter__(self) -> SuperLink:
         try:
@@ -188,7 +209,12 @@ class SuperLink:
         return RunStatus(run["status"], run["status-details"])
 
     def start_supernode(
-        self, node_config: str = "", *, warm: bool = False, options: Sequence[str] = ()
+        self,
+        node_config: str = "",
+        *,
+        warm: bool = False,
+        options: Sequence[str] = (),
+        prefix: Sequence[str] = (),
     ) -> subprocess.Popen[bytes]:
         """Start a real SuperNode that connects to this SuperLink.
 
@@ -200,10 +226,12 @@ class SuperLink:
             Import what clients need once and not for every message (``fedlora_app.supernode``).
         options : sequence of str (default: none)
             More of its command line.
+        prefix : sequence of str (default: none)
+            What the command line begins with, such as ``ip netns exec``.
         """
         name = f"supernode-{len(self._children)}"
         program = [sys.executable, "-m", "fedlora_app.supernode"] if warm else ["flower-supernode"]
-        command = [*program, "--insecure", "--superlink", self.address]
+        command = [*prefix, *program, "--insecure", "--superlink", self.address]
         command += ["--host", "127.0.0.1", "--port", str(free_port()), *options]
         if node_config:
             command += ["--node-config", node_config]
@@ -331,7 +359,8 @@ class SuperLink:
         commands = str(Path(sys.executable).parent)
         # This machine is not reached through a proxy that the caller may have.
         no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-        no_proxy = f"{no_proxy},127.0.0.1" if no_proxy else "127.0.0.1"
+        here = f"127.0.0.1,{self.address.rpartition(':')[0]}"
+        no_proxy = f"{no_proxy},{here}" if no_proxy else here
         environment = os.environ | {
             MARK: self._mark,
             "PATH": os.pathsep.join([commands, os.environ.get("PATH", os.defpath)]),

@@ -77,6 +77,8 @@ class RoundTime:
     queued : bool
         Whether ``upload_seconds`` are seconds of waiting for a turn, since there is no network.
         (default: False)
+    expected : float, optional
+        What a measured round was expected to take before it.
     gone : Mapping[int, float]
         Who of these goes away, and how many seconds after the round began.
     """
@@ -90,6 +92,7 @@ class RoundTime:
     fixed_between: tuple[float, float] = (0.0, 0.0)
     mb_seconds: Mapping[int, Estimate] = field(default_factory=dict)
     queued: bool = False
+    expected: float | None = None
     gone: Mapping[int, float] = field(default_factory=dict)
 
 

@@ -112,6 +112,7 @@ class MeasuredClock(Clock):
         self.shared_band, self.bandwidth = shared_band or allocator is not None, bandwidth
         self.allocator = allocator
         self._told: dict[int, float] = {}  # shares of this round
+        self._expected: float | None = None  # seconds of this round
         self._network = True
         self._paces: dict[int, Pace] = {}
         self._transfers = Transfers(smoothing)
@@ -125,7 +126,9 @@ class MeasuredClock(Clock):
             self._transfers.add_empty(empty)
         self._told = {}  # of the round before
         self._told = self._allocate(by_client(works), server_round)
-        return self.forecast(works, server_round)
+        time = self.forecast(works, server_round)
+        self._expected = None if math.isnan(time.seconds) else time.seconds
+        return time
 
     def forecast(self, works: Sequence[Work], server_round: int) -> RoundTime:
         """Return the time expected from what was measured; NaN seconds if that is nothing yet."""
@@ -168,7 +171,7 @@ class MeasuredClock(Clock):
         whole = {i: compute[i] + rest[i] for i in clients}
         slowest = max(whole, key=whole.__getitem__)
         time = self._time(clients, np.array(list(compute.values())), sent, fit)
-        return replace(time, seconds=whole[slowest], bottleneck=slowest)
+        return replace(time, seconds=whole[slowest], bottleneck=slowest, expected=self._expected)
 
     def learn(self, works: Sequence[Work], server_round: int) -> None:
         """Learn from work that took longer than its round."""
