@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
         with Testbed(_setting(args)) as bed:
             _show(bed, args.probe)
             return _run(args, bed.link, bed.network, bed.table, overrides, bed.setting.shaped)
-    known = [Link(**link) for link in state["links"]]  # type: ignore[attr-defined]
-    network = Network(known, float(str(state["down_mbit"])))
+    known = [Link(**link) for link in state["links"]]
+    network = Network(known, float(state["down_mbit"]))
     link = SuperLink.at(str(state["address"]), Path(str(state["home"])))
     return _run(args, link, network, link.home / "links.csv", overrides, bool(state["shaped"]))
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -120,7 +121,6 @@ class Testbed:
         """End every process, and remove every link and file."""
         self.link.close()
         _remove(self.mark, self.link.home)
-        STATE.unlink(missing_ok=True)
         if self._watchdog is not None:
             pid, pipe = self._watchdog
             os.close(pipe)
@@ -179,31 +179,32 @@ class Testbed:
         os._exit(code)
 
 
-def running() -> dict[str, object] | None:
+def running() -> dict[str, Any] | None:
     """Return what ``write`` wrote of a testbed that is up."""
+    state = _written()
+    return state if state and psutil.pid_exists(int(state["pid"])) else None
+
+
+def _written() -> dict[str, Any]:
     try:
-        state: dict[str, object] = json.loads(STATE.read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(STATE.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return state if psutil.pid_exists(int(str(state["pid"]))) else None
+        return {}
+    return state
 
 
 def take_down() -> list[str]:
     """End a testbed, or what one that was killed has left; return what there was."""
     found = []
     if state := running():
-        pid = int(str(state["pid"]))
+        pid = int(state["pid"])
         found.append(f"process {pid}")
         with suppress(psutil.Error):
             process = psutil.Process(pid)
             process.terminate()
             with suppress(psutil.TimeoutExpired):
                 process.wait(30)
-    try:
-        left = json.loads(STATE.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        left = {}
-    if left:
+    if left := _written():
         _remove(str(left["mark"]), Path(str(left["home"])))
     found += links.take_down()
     limits.unlimit()
@@ -222,6 +223,8 @@ def _remove(mark: str, home: Path) -> None:
     links.take_down()
     limits.unlimit()
     shutil.rmtree(home, ignore_errors=True)
+    if _written().get("mark") == mark:
+        STATE.unlink(missing_ok=True)
 
 
 def _marked(mark: str) -> list[psutil.Process]:

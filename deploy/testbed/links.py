@@ -66,7 +66,7 @@ def links_of(profile: str, nodes: int, seed: int) -> list[Link]:
     The rates are the mean ones over the fading, which a testbed does not have.
     """
     devices = sample_devices(profile, nodes, np.random.default_rng(seed))
-    mbit = harmonic_efficiency(devices) * devices.profile.bandwidth_hz / 1e6
+    mbit = harmonic_efficiency(devices.profile, devices.snr_db) * devices.profile.bandwidth_hz / 1e6
     speed = devices.flops / devices.flops.max()
     pairs = zip(mbit.tolist(), speed.tolist(), strict=True)
     return [Link(rate, fast, 1 / nodes) for rate, fast in pairs]

@@ -1,0 +1,109 @@
+"""The parts of the testbed that need neither root nor a SuperLink."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.testbed import cli, federation, links, probe
+from deploy.testbed.links import Link, LinkError, Network
+from deploy.testbed.rounds import Rounds
+from strategies.wallclock import sample_devices, spectral_efficiency
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_other(monkeypatch, tmp_path):
+    """Whatever testbed is up on this machine is none of these tests' business."""
+    monkeypatch.setattr(federation, "STATE", tmp_path / "testbed.json")
+    monkeypatch.setattr(links, "namespaces", list)
+
+
+def test_links_are_those_of_the_profile_without_its_fading():
+    drawn = links.links_of("rural", 5, 7)
+    devices = sample_devices("rural", 5, np.random.default_rng(7))
+    rng = np.random.default_rng(0)
+    seconds = np.mean([1 / spectral_efficiency(devices, rng) for _ in range(20_000)], axis=0)
+    assert [link.mbit for link in drawn] == pytest.approx(list(10 / seconds), rel=0.03)
+    assert max(link.speed for link in drawn) == 1
+    assert sum(link.share for link in drawn) == pytest.approx(1)
+    assert drawn[0].rate == pytest.approx(drawn[0].mbit / 5)
+
+
+def test_a_probe_measures_what_gets_through():
+    assert probe.measure([], "127.0.0.1", 0.3) > 10
+    assert np.isnan(probe.measure(["false"], "127.0.0.1", -9.5))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["up", "--rates", "1,x"], "could not convert"),
+        (["up", "--rates", "1,-2"], "--rates must be numbers of Mbit/s above 0"),
+        (["run", "rounds"], "expected key=value, got 'rounds'"),
+    ],
+)
+def test_what_is_refused(capsys, words, said):
+    assert cli.main(words) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_root_is_needed_and_it_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(links.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(links.shutil, "which", lambda name: f"/sbin/{name}")
+    assert cli.main(["up", "--nodes", "2"]) == 1
+    assert "as root" in (said := capsys.readouterr().err)
+    assert "--plain" in said
+    monkeypatch.setattr(links.shutil, "which", lambda name: None)
+    assert cli.main(["up", "--nodes", "2"]) == 1
+    assert "no ip and no tc" in capsys.readouterr().err
+
+
+def test_down_without_a_testbed_is_no_error(capsys):
+    assert cli.main(["down"]) == 0
+    assert "there is no testbed" in capsys.readouterr().out
+
+
+def test_rates_as_tc_writes_them_and_change(monkeypatch):
+    told = []
+    shown = (
+        "class htb 1:10 parent 1:1 leaf 8001: prio 0 rate 500Kbit ceil 500Kbit burst 4Kb\n"
+        "class htb 1:11 parent 1:1 leaf 8002: prio 0 rate 2500Kbit ceil 2500Kbit burst 4Kb\n"
+    )
+    monkeypatch.setattr(links, "_run", lambda command, told="", check=True: shown)
+    monkeypatch.setattr(links, "_tc", told.extend)
+    network = Network([Link(1.0, share=0.5), Link(5.0, share=0.5)], 100)
+    network.change([1], 0.1)
+    assert told == [f"class change dev up0 classid 1:11 htb {links._rate(0.25)}"]
+    assert [link.mbit for link in network.links] == [1.0, 0.5]
+    with pytest.raises(LinkError, match="no class 1:12"):
+        Network([Link(1.0)] * 3, 100).change([2], 0.1)
+
+
+def test_rounds_beside_what_was_expected(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    records = [
+        {"kind": "round", "round": 0, "clock_seconds": 0.0},
+        {"kind": "client", "round": 1, "client": 2, "compute_seconds": 1.0, "fixed_seconds": 0.5,
+         "upload_seconds": 3.0},
+        {"kind": "round", "round": 1, "clock_seconds": 4.5, "expected_seconds": 4.25,
+         "bottleneck": 2},
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"kind"')
+    with Rounds(path) as rounds:
+        pass
+    rounds.show()
+    assert capsys.readouterr().out.splitlines()[1].split() == ["1", "4.50", "4.25", "1.00", "0.50",
+                                                               "3.00", "-"]  # fmt: skip
+
+
+def test_the_script_runs_from_anywhere(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "deploy/testbed.py", "run", "--help"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "--change-at" in done.stdout
