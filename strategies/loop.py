@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from strategies.arrivals import PromptGrid
 from strategies.durations import duration
 from strategies.flower import is_http
+from strategies.messages import record_bytes
 from strategies.records import RECORDS_VERSION, EndRecord, Record
 from strategies.rounds import Round
 from strategies.scores import Score
@@ -257,8 +258,11 @@ class StreamingStrategy(Strategy):
     def _arrived(self, message: Message, seconds: float | None) -> None:
         """Tell listeners that a reply is in, before its turn to be aggregated."""
         self.note_arrival(message, seconds)
-        node = str(message.metadata.src_node_id)
-        self.tell({"kind": "arrived", "round": self.round.number, "node": node})
+        sent = message.content.array_records.values() if message.has_content() else ()
+        self.tell({
+            "kind": "arrived", "round": self.round.number,
+            "node": str(message.metadata.src_node_id), "bytes": sum(map(record_bytes, sent)),
+        })  # fmt: skip
 
     def note_arrival(self, message: Message, seconds: float | None) -> None:
         """Note when a reply came in, if that is known."""

@@ -112,6 +112,7 @@ class ArrivedRecord(_Timed):
 
     kind: Literal["arrived"]
     node: str
+    bytes: NotRequired[int]  # of its arrays, as they travelled; not in older runs
 
 
 class ClientRecord(_Timed):

@@ -1,20 +1,23 @@
 """`python run_simulation.py`: its exit codes, what it shows, and that nothing stays behind."""
 
-import json
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console as Terminal
 
 from fedlora_app.cli.shared import pairs_of
 from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.launch import simulation
-from fedlora_app.launch.console import Console
+from fedlora_app.launch.console import Console, Standing
 from run_simulation import main
 from tests.integration.conftest import alive
 
@@ -178,31 +181,42 @@ def test_lines_of_the_log(line: str, shown: str, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == shown
 
 
-def test_progress_of_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_a_round() -> None:
+    standing = Standing(rounds=6, since=0.0)
+    assert (standing.title(), standing.text(2.0)) == ("starting Flower and Ray", "2 s")
+    begun = {"kind": "round-start", "round": 3, "clients": 4}
+    standing.see(begun, 10.0)
+    assert standing.title() == "round 3/6"
+    assert standing.text(11.0) == "0/4 clients · 4 in flight · 0 B up, 0 B moved · 1 s"
+    for node in "78":
+        standing.see({"kind": "arrived", "round": 3, "node": node, "bytes": 500_000}, 14.0)
+    said = "2/4 clients · 2 in flight · 1.0 MB up, 1.0 MB moved · 4 s"
+    assert standing.text(14.0) == said
+    moved = {"bytes_down": 2_000_000, "bytes_up": 2_000_000}
+    standing.see({"kind": "round", "round": 3, **moved}, 20.0)
+    assert (standing.title(), standing.text(21.0)) == ("preparing", "1 s")
+    standing.see({**begun, "round": 4}, 25.0)
+    said = "4 in flight · 0 B up, 4.0 MB moved · 4 s · about 6 s left, of the run 0:26"
+    assert standing.text(29.0).endswith(said)
+
+
+def test_progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"kind": "round-start", "round": 9, "clients": 1}\n')  # of an older run
-    console = Console(metrics, rounds=6)
-    shown: list[str] = []
-    monkeypatch.setattr(console, "_show_status", shown.append)
-    steps = [
-        {"kind": "round-start", "round": 3, "clients": 4},
-        {"kind": "arrived", "round": 3},
-        {"kind": "arrived", "round": 3, "node": "7"},
-        {"kind": "round", "round": 3},
-    ]
-
-    def next_step(_: float) -> bool:
-        if not steps:
-            return True
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        "fedlora_app.launch.console.Terminal",
+        lambda **_: Terminal(file=shown, force_terminal=True, width=120, soft_wrap=True),
+    )
+    with Console(metrics, rounds=6) as console:
         with metrics.open("a") as file:
-            file.write(json.dumps(steps.pop(0)) + "\n")
-        return False
-
-    monkeypatch.setattr(console._done, "wait", next_step)
-    console._watch()
-    assert [status.rpartition("  ")[0] for status in shown] == [
-        "round 3/6  ░░░░░░░░░░ 0/4 clients",
-        "round 3/6  ██░░░░░░░░ 1/4 clients",
-        "round 3/6  █████░░░░░ 2/4 clients",
-        "preparing",
-    ]
+            file.write('{"kind": "round-start", "round": 3, "clients": 4}\n{"kind": "arrived"}\n')
+        deadline = time.monotonic() + 30
+        while "1/4 clients" not in shown.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        console.show("\x1b[93mWARNING \x1b[0m:   [careful] " + "long " * 40)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert "round 3/6" in text
+    assert "1/4 clients · 3 in flight" in text
+    assert "round 9" not in text
+    assert "WARNING: [careful] " + "long " * 39 in text  # whole, on one line

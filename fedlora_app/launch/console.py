@@ -1,15 +1,21 @@
-"""What `run_simulation.py` shows of a run: the app's own lines, and the progress of a round."""
+"""What `fedlora run` shows of a run: the app's own lines, and on a terminal how far a round is."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import sys
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
+
+from fedlora_app.report.html import data_size
 from fedlora_app.report.records import parsed
 from strategies.records import Record
 
@@ -27,6 +33,72 @@ NOISE = re.compile(
     r"|.*\b\d+%\|.*\|"
     r"|.*FutureWarning: Tip: In future versions of Ray|  warnings\.warn\($"
 )
+LAST = 3  # rounds by which the length of the next is guessed
+
+
+@dataclass
+class Standing:
+    """How far a run is, from its records as they come.
+
+    Parameters
+    ----------
+    rounds : int
+        Rounds of the run; 0: not known.
+    since : float
+        When what goes on now began, in seconds.
+    """
+
+    rounds: int
+    since: float
+    number: int = 0  # of the round that goes on; 0: between two
+    asked: int = 0
+    arrived: int = 0
+    up: int = 0  # bytes of the replies of this round
+    moved: float = 0.0  # bytes of the rounds before
+    doing: str = "starting Flower and Ray"
+    lengths: list[float] = field(default_factory=list)  # of the rounds before, in seconds
+
+    def see(self, record: Record, now: float) -> None:
+        """Take in a record."""
+        known: Mapping[str, Any] = record
+        if record["kind"] == "round-start":
+            self.number, self.asked = record["round"], record["clients"]
+            self.arrived, self.up, self.since = 0, 0, now
+        elif record["kind"] == "arrived":
+            self.arrived += 1
+            self.up += known.get("bytes", 0)
+        elif record["kind"] == "round":
+            if self.number:
+                self.lengths = [*self.lengths, now - self.since][-LAST:]
+            self.moved += (known.get("bytes_down") or 0) + (known.get("bytes_up") or 0)
+            self.number, self.doing, self.since = 0, "preparing", now
+
+    def title(self) -> str:
+        """Return what goes on."""
+        if not self.number:
+            return self.doing
+        return f"round {self.number}" + (f"/{self.rounds}" if self.rounds else "")
+
+    def text(self, now: float) -> str:
+        """Return the numbers of what goes on: clients, bytes, seconds so far and left."""
+        passed = now - self.since
+        if not self.number:
+            return f"{passed:.0f} s"
+        parts = [f"{self.arrived}/{self.asked} clients"]
+        if flying := max(self.asked - self.arrived, 0):
+            parts.append(f"{flying} in flight")
+        parts.append(f"{data_size(self.up)} up, {data_size(self.moved + self.up)} moved")
+        parts.append(f"{passed:.0f} s")
+        if self.lengths:
+            mean = sum(self.lengths) / len(self.lengths)
+            left = max(mean - passed, 0)
+            run = left + mean * max(self.rounds - self.number, 0)
+            parts.append(f"about {left:.0f} s left, of the run {_clock(run)}")
+        return " · ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
 class Console:
@@ -37,7 +109,7 @@ class Console:
     metrics : Path
         File to which the app appends a JSON record per event of a round.
     rounds : int
-        Rounds of the run.
+        Rounds of the run; 0: not known.
     verbose : bool (default: False)
         Show every line as Flower wrote it.
     """
@@ -46,15 +118,22 @@ class Console:
         self.metrics = metrics
         self.rounds = rounds
         self.verbose = verbose
-        self.terminal = sys.stdout.isatty()
-        self._status = ""
+        self.terminal = Terminal(highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[text]}"),
+            console=self.terminal,
+            transient=True,  # what stays is the app's own line about each round
+        )
         self._blank = False
-        self._lock = threading.Lock()
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Console:
-        if self.terminal:
+        if self.terminal.is_terminal:
+            self._bar.start()
             self._watcher.start()
         return self
 
@@ -65,20 +144,19 @@ class Console:
         traceback: TracebackType | None,
     ) -> None:
         self._done.set()
-        if self.terminal:
+        if self.terminal.is_terminal:
             self._watcher.join()
-            self._show_status("")
+            self._bar.stop()
 
     def show(self, line: str) -> None:
         """Print a line of the run's log, unless it is noise."""
         text = line if self.verbose else self._clean(line)
         if text is None:
             return
-        with self._lock:
-            erase = "\r\x1b[2K" if self._status else ""
-            sys.stdout.write(f"{erase}{text if self.terminal else COLOUR.sub('', text)}\n")
-            sys.stdout.write(self._status)
-            sys.stdout.flush()
+        if self.terminal.is_terminal:
+            self.terminal.print(Text.from_ansi(text))
+        else:
+            print(COLOUR.sub("", text), flush=True)
 
     def _clean(self, line: str) -> str | None:
         plain = COLOUR.sub("", line)
@@ -97,37 +175,23 @@ class Console:
         text, self._blank = ("\n" if self._blank else "") + text, False
         return text
 
-    def _show_status(self, status: str) -> None:
-        status = status[: shutil.get_terminal_size().columns - 1]
-        with self._lock:
-            if status != self._status:
-                self._status = status
-                sys.stdout.write(f"\r\x1b[2K{status}")
-                sys.stdout.flush()
-
     def _watch(self) -> None:
         """Keep the status line up to date until the run ends."""
-        number, clients, replies, since = 0, 0, 0, time.monotonic()
-        doing = "starting Flower and Ray"
+        standing = Standing(self.rounds, time.monotonic())
+        task = self._bar.add_task(standing.title(), text="", total=None)
         position = self.metrics.stat().st_size if self.metrics.exists() else 0
         while not self._done.wait(0.3):
             records, position = _new_records(self.metrics, position)
+            now = time.monotonic()
             for record in records:
-                if record["kind"] == "round-start":
-                    number, clients = record["round"], record["clients"]
-                    replies, since = 0, time.monotonic()
-                elif record["kind"] == "arrived":
-                    replies += 1
-                elif record["kind"] == "round":
-                    number, doing, since = 0, "preparing", time.monotonic()
-            bar = f"{doing}  {time.monotonic() - since:.0f} s"
-            if number:
-                filled = round(10 * min(replies / max(clients, 1), 1))
-                bar = (
-                    f"round {number}/{self.rounds}  {'█' * filled}{'░' * (10 - filled)} "
-                    f"{replies}/{clients} clients  {time.monotonic() - since:.0f} s"
-                )
-            self._show_status(bar)
+                standing.see(record, now)
+            self._bar.update(
+                task,
+                description=standing.title(),
+                completed=standing.arrived if standing.number else 0,
+                total=standing.asked if standing.number else None,
+                text=standing.text(now),
+            )
 
 
 def _new_records(file: Path, position: int) -> tuple[list[Record], int]:

@@ -554,6 +554,7 @@ def test_listeners_hear_of_replies_when_they_arrive():
     records = []
     run(make(listeners=[records.append]), FakeGrid(NODES, honest), rounds=1)
     assert len([r for r in records if r["kind"] == "arrived"]) == 5
+    assert all(r["bytes"] > 0 for r in records if r["kind"] == "arrived")
 
 
 def test_all_that_clients_measure_is_in_the_round_and_what_is_worst_is_declared():
