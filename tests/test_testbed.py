@@ -1,9 +1,6 @@
 """The parts of the testbed that need neither root nor a SuperLink."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +9,6 @@ from deploy.testbed import cli, federation, links, probe
 from deploy.testbed.links import Link, LinkError, Network
 from deploy.testbed.rounds import Rounds
 from strategies.wallclock import sample_devices, spectral_efficiency
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +30,7 @@ def test_links_are_those_of_the_profile_without_its_fading():
 
 
 def test_a_probe_measures_what_gets_through():
-    assert probe.measure([], "127.0.0.1", 0.3) > 10
+    assert probe.measure([], "127.0.0.1", 0.3) > 1
     assert np.isnan(probe.measure(["false"], "127.0.0.1", -9.5))
 
 
@@ -89,21 +84,16 @@ def test_rounds_beside_what_was_expected(tmp_path, capsys):
     records = [
         {"kind": "round", "round": 0, "clock_seconds": 0.0},
         {"kind": "client", "round": 1, "client": 2, "compute_seconds": 1.0, "fixed_seconds": 0.5,
-         "upload_seconds": 3.0},
+         "upload_seconds": 3.0, "status": "ok", "node": "9", "bytes_up": 1_000_000},
         {"kind": "round", "round": 1, "clock_seconds": 4.5, "expected_seconds": 4.25,
          "bottleneck": 2},
     ]  # fmt: skip
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"kind"')
-    with Rounds(path) as rounds:
+    with Rounds(
+        path, Network([Link(2.0), Link(8.0, share=0.5)], 100), ["7", "9"], "none"
+    ) as rounds:
         pass
     rounds.show()
-    assert capsys.readouterr().out.splitlines()[1].split() == ["1", "4.50", "4.25", "1.00", "0.50",
-                                                               "3.00", "-"]  # fmt: skip
-
-
-def test_the_script_runs_from_anywhere(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "deploy/testbed.py", "run", "--help"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "--change-at" in done.stdout
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        "1", "4.50", "4.25", "3.00", "1.00", "0.50", "3.00", "-"
+    ]  # fmt: skip

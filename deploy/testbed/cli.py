@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deploy.testbed import probe
-from deploy.testbed.federation import Setting, Testbed, running, take_down
+from deploy.testbed.federation import TABLE, Setting, Testbed, running, take_down
 from deploy.testbed.links import HOST, Link, LinkError, Network, links_of
 from deploy.testbed.rounds import Rounds
 from fedlora_app.config.fields import Scalar, typed_value
@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
     if state is None:
         with Testbed(_setting(args)) as bed:
             _show(bed, args.probe)
-            return _run(args, bed.link, bed.network, bed.table, overrides, bed.setting.shaped)
+            return _run(args, bed.link, bed.network, bed.nodes, overrides, bed.setting.shaped)
     known = [Link(**link) for link in state["links"]]
     network = Network(known, float(state["down_mbit"]))
     link = SuperLink.at(str(state["address"]), Path(str(state["home"])))
-    return _run(args, link, network, link.home / "links.csv", overrides, bool(state["shaped"]))
+    return _run(args, link, network, state["nodes"], overrides, bool(state["shaped"]))
 
 
 def down(args: argparse.Namespace) -> int:
@@ -70,10 +70,11 @@ def _run(
     args: argparse.Namespace,
     link: SuperLink,
     network: Network,
-    table: Path,
+    nodes: Sequence[str],
     overrides: dict[str, Scalar],
     shaped: bool,
 ) -> int:
+    table = link.home / TABLE
     output = Path(str(overrides.get("output") or f"runs/testbed-{time.strftime('%H-%M-%S')}"))
     config: dict[str, Scalar] = {**overrides, "output": str(output.absolute())}
     if not args.app:
@@ -88,7 +89,8 @@ def _run(
         }
     number = link.run(Path(args.app or PROJECT).resolve(), config)
     print(f"run {number}: {output}", flush=True)
-    with Rounds(output / "metrics.jsonl") as rounds, _changing(args, network, table, shaped):
+    rounds = Rounds(output / "metrics.jsonl", network, nodes, args.allocator)
+    with rounds, _changing(args, network, nodes, table, shaped):
         for line in link.stream(number):
             print(line, flush=True)
         status = link.status(number)
@@ -100,7 +102,7 @@ def _run(
 
 @contextmanager
 def _changing(
-    args: argparse.Namespace, network: Network, table: Path, shaped: bool
+    args: argparse.Namespace, network: Network, nodes: Sequence[str], table: Path, shaped: bool
 ) -> Iterator[None]:
     """Change rates after a while, if that is asked for."""
     if not args.change_at:
@@ -117,8 +119,7 @@ def _changing(
         if over.wait(args.change_at):
             return
         network.change(chosen, args.change_factor)
-        ids = [line.split(",")[0] for line in table.read_text().splitlines()[1:]]
-        network.write(table, ids)
+        network.write(table, nodes)
         print(f"the rates of nodes {', '.join(map(str, chosen))} are now {args.change_factor:g} "
               "of what they were", flush=True)  # fmt: skip
 

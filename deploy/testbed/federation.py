@@ -24,6 +24,7 @@ from fedlora_app.launch.superlink import SuperLink
 
 STATE = Path(tempfile.gettempdir()) / "fedlora-testbed.json"
 MARK = "FEDLORA_TESTBED"
+TABLE = "links.csv"  # in the SuperLink's home: what an ``HTBAllocator`` reads
 PATIENCE = 120.0  # seconds until every SuperNode has its number
 
 
@@ -96,15 +97,10 @@ class Testbed:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def table(self) -> Path:
-        """The file of links that an ``HTBAllocator`` reads."""
-        return self.link.home / "links.csv"
-
     def write(self) -> None:
         """Write down what is up, for ``run`` and ``down`` elsewhere."""
         if self.setting.shaped:
-            self.network.write(self.table, self.nodes)
+            self.network.write(self.link.home / TABLE, self.nodes)
         state = {
             "pid": os.getpid(),
             "mark": self.mark,

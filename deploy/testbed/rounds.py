@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
+
+from deploy.testbed.links import Link, Network
+from strategies.wallclock import allocate_bandwidth, simulate_round_time
 
 LOOK = 0.5  # seconds
 
@@ -20,11 +24,18 @@ class Rounds:
     ----------
     path : Path
         Its ``metrics.jsonl``, which need not be there yet.
+    network : Network
+    nodes : Sequence[str]
+        The node ids, in the order of the links.
+    allocator : str
+        Who shares out the band: none, equal or optimal.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, network: Network, nodes: Sequence[str], allocator: str) -> None:
+        self.path, self.network, self.nodes = path, network, list(nodes)
+        self.allocator = allocator
         self.busy: list[float] = []  # share of the cores, by round
+        self.links: list[list[Link]] = []  # as they were, by round
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -51,6 +62,7 @@ class Rounds:
                 idle = spent[now._fields.index("idle")] + spent[now._fields.index("iowait")]
                 total = sum(spent[: now._fields.index("steal") + 1])
                 self.busy += [1 - idle / max(total, 1e-9)] * (rounds - done)
+                self.links += [list(self.network.links)] * (rounds - done)
                 before, done = now, rounds
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
@@ -72,16 +84,34 @@ class Rounds:
         if not rounds:
             return
         clients = self._records("client")
-        print("round  seconds  expected  slowest: compute  fixed  upload  cores busy")
+        print("round  seconds  expected  by links  slowest: compute  fixed  upload  cores busy")
         for i, r in enumerate(rounds):
-            own = [c for c in clients if (c["round"], c["client"]) == (r["round"], r["bottleneck"])]
+            there = [c for c in clients if c["round"] == r["round"]]
+            own = [c for c in there if c["client"] == r["bottleneck"]]
             parts = [own[0].get(f"{p}_seconds") if own else None
                      for p in ("compute", "fixed", "upload")]  # fmt: skip
             busy = self.busy[i + 1] if i + 1 < len(self.busy) else None  # the first is round 0
             compute, fixed, upload = map(_text, parts)
-            print(f"{r['round']:5} {_text(r['clock_seconds']):>8} "
-                  f"{_text(r.get('expected_seconds')):>9} {compute:>17} {fixed:>6} {upload:>7} "
-                  f"{'-' if busy is None else format(busy, '.0%'):>11}")  # fmt: skip
+            links = self.links[i + 1] if i + 1 < len(self.links) else self.network.links
+            before, by_links = _text(r.get("expected_seconds")), _text(self._by(links, there))
+            cores = "-" if busy is None else f"{busy:.0%}"
+            print(f"{r['round']:5} {_text(r['clock_seconds']):>8} {before:>9} {by_links:>9} "
+                  f"{compute:>17} {fixed:>6} {upload:>7} {cores:>11}")  # fmt: skip
+
+    def _by(self, links: Sequence[Link], clients: Sequence[dict[str, Any]]) -> float | None:
+        """Return what a simulated clock says of a round with these links and this computing."""
+        done = [c for c in clients if c["status"] == "ok" and c["node"] in self.nodes]
+        own = [links[self.nodes.index(c["node"])] for c in done]
+        if not done:
+            return None
+        compute = [c["compute_seconds"] for c in done]
+        alone = [c["bytes_up"] * 8e-6 / link.mbit for c, link in zip(done, own, strict=True)]
+        if self.allocator == "optimal":
+            return allocate_bandwidth(compute, alone, 1.0)[1]
+        shares = [link.share for link in own]
+        if self.allocator == "equal":
+            shares = [1 / len(done)] * len(done)
+        return simulate_round_time(compute, alone, shares)[0]
 
 
 def _text(seconds: float | None) -> str:

@@ -76,9 +76,10 @@ def main(grid: Grid, context: Context) -> None:
         def tell(record):
             print(json.dumps({**record, "at": time.perf_counter() - began}), file=file)
 
-        path = str(config["allocator"])
+        path = str(config["clock.allocate-with"])
         clock = MeasuredClock(
-            allocator=HTBAllocator(path) if path else None, bandwidth=str(config["bandwidth"])
+            allocator=HTBAllocator(path) if path else None,
+            bandwidth=str(config["clock.bandwidth"]),
         )
         FedLoRA(
             ranks=policy,
