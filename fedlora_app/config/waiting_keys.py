@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fedlora_app.config.fields import option
-from strategies.round.waiting import Mode, Waiting
+
+if TYPE_CHECKING:  # torch comes with it, and who reads keys needs none
+    from strategies.round.waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class RoundConfig:
 
     def waiting(self) -> Waiting:
         """Return what the keys mean."""
+        from strategies.round.waiting import Mode, Waiting
+
         return Waiting(
             quorum=self.quorum,
             deadline=_number_or(self.deadline, "deadline", "auto"),

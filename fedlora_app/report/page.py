@@ -16,7 +16,7 @@ from fedlora_app.config.keys import RunConfig
 from fedlora_app.report import clients_table, samples, style
 from fedlora_app.report.charts import bar_chart, line_chart
 from fedlora_app.report.html import bar_rows, data_size, number, seconds_text, spans, table
-from fedlora_app.report.plots import TOP, bottlenecks, megabytes, points
+from fedlora_app.report.plots import TOP, bottlenecks, curves_of, points, with_megabytes
 from fedlora_app.report.records import (
     Fields,
     numbers,
@@ -25,7 +25,7 @@ from fedlora_app.report.records import (
     read_json,
     read_records,
 )
-from fedlora_app.report.scores import LOSSES, MOVED, first_of, score_curves, scores_of, title
+from fedlora_app.report.scores import first_of, pictures, scores_of, title
 from fedlora_app.tasks import LOSS, Score
 from strategies.records import ClientRecord, Record, RoundRecord
 
@@ -230,20 +230,15 @@ def _of_rounds(rounds: Iterable[RoundRecord]) -> list[str]:
 
 def curves(run: RunFiles) -> str:
     """Return scores and loss over rounds and over seconds, and the data moved."""
-    rounds: list[Fields] = [
-        {**r, "megabytes": total}
-        for r, total in zip(run.rounds, megabytes(run.rounds), strict=True)
-    ]
+    rounds = with_megabytes(run.rounds)
     clock, label = "clock_total", f"seconds by the clock ({clock_name(run.config)})"
     if not run.timed:
         clock, label = "at", "real seconds since the start of the run"
     out = []
-    charts = [*score_curves(run.scores), LOSSES]
-    axes = (("rounds", "round", "round"), ("time", clock, label))
-    drawn = [(c, f"{c.title} over {over}", x, text) for c in charts for over, x, text in axes]
-    for chart, name, x, x_label in [*drawn, (MOVED, MOVED.title, "round", "round")]:
-        series = {label: points(rounds, x, key) for key, label in chart.series.items()}
-        out.append(line_chart(name, x_label, series, y_top=chart.top, whole_x=x == "round"))
+    for picture in pictures(run.scores, (clock, label)):
+        series, top = curves_of(picture, rounds), picture.curves.top
+        whole = picture.x == "round"
+        out.append(line_chart(picture.title, picture.x_label, series, y_top=top, whole_x=whole))
     return f"<div class=charts>{''.join(out)}</div>" if any(out) else ""
 
 
@@ -343,7 +338,7 @@ def failures(records: Iterable[ClientRecord]) -> str:
 
 
 def configuration(config: Mapping[str, Any]) -> str:
-    """Return the config, what differs from the defaults first."""
+    """Return the config, what differs from the defaults first, the rest folded."""
     defaults = RunConfig().to_flat()
     changed = [
         [key, str(value), str(defaults[key]) or "(empty)"]
@@ -352,4 +347,12 @@ def configuration(config: Mapping[str, Any]) -> str:
     ]
     rest = [[k, str(v)] for k, v in config.items() if k not in defaults or defaults[k] == v]
     out = table(["changed key", "value", "default"], changed) if changed else ""
-    return out + f"<div class=columns>{table(['key', 'value'], rest)}</div>" if rest else out
+    if rest:
+        what = (
+            f"{len(rest)} keys as they are by default" if changed else "every key has its default"
+        )
+        out += (
+            f"<details><summary>{what}</summary>"
+            f"<div class=columns>{table(['key', 'value'], rest)}</div></details>"
+        )
+    return out

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from fedlora_app.report.records import Fields
-from fedlora_app.report.scores import LOSSES, MOVED, score_curves
+from fedlora_app.report.scores import Picture, pictures
 from fedlora_app.tasks import Score
 from strategies.records import RoundRecord
 
@@ -20,20 +19,15 @@ TOP = 5  # bottlenecks with a colour of their own
 def plot_run(rounds: Sequence[RoundRecord], folder: Path, scores: Sequence[Score]) -> list[str]:
     """Draw what there is to draw of a run; return the names of the PNG files.
 
-    Scores, loss and bytes over rounds; with a clock, the first score over its seconds and the
+    Scores, loss and bytes over rounds; with a clock, scores and loss over its seconds and the
     seconds of each round with the planner's prediction and the bottlenecks.
     """
-    charts = [*score_curves(scores), LOSSES]
-    over_time = replace(charts[0], name=f"{charts[0].name}-over-time")
-    totals = zip(rounds, megabytes(rounds), strict=True)
-    fields: list[Fields] = [{**r, "megabytes": total} for r, total in totals]
-    names = []
-    drawn = [(chart, "round") for chart in (*charts, MOVED)] + [(over_time, "clock_total")]
-    for chart, x in drawn:
-        found = {label: points(fields, x, key) for key, label in chart.series.items()}
-        if x == "round" or any(len(xy) > 1 for xy in found.values()):
-            names.append(f"{chart.name}.png")
-            _curves(folder / names[-1], x, found, chart.top)
+    fields, names = with_megabytes(rounds), []
+    for picture in pictures(scores, ("clock_total", "seconds by the clock of the run")):
+        found = curves_of(picture, fields)
+        if picture.x == "round" or any(len(xy) > 1 for xy in found.values()):
+            names.append(picture.file)
+            _curves(folder / picture.file, picture, found)
     if any(r.get("clock_seconds") for r in rounds):
         _round_seconds(folder / "round-seconds.png", rounds)
         names.append("round-seconds.png")
@@ -44,6 +38,18 @@ def points(rounds: Iterable[Fields], x: str, y: str) -> list[tuple[float, float]
     """Return the pairs of two fields in the rounds that have both."""
     pairs = ((r.get(x), r.get(y)) for r in rounds)
     return [(a, b) for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)]
+
+
+def curves_of(picture: Picture, rounds: Sequence[Fields]) -> dict[str, list[tuple[float, float]]]:
+    """Return the points of a picture's curves by their label."""
+    series = picture.curves.series.items()
+    return {label: points(rounds, picture.x, key) for key, label in series}
+
+
+def with_megabytes(rounds: Sequence[RoundRecord]) -> list[Fields]:
+    """Return the records of rounds with the MB moved until the end of each."""
+    totals = zip(rounds, megabytes(rounds), strict=True)
+    return [{**r, "megabytes": total} for r, total in totals]
 
 
 def megabytes(rounds: Iterable[RoundRecord]) -> list[float]:
@@ -74,21 +80,18 @@ def from_zero(axes: Any, top: float | None) -> None:
         axes.set_ylim(top=top)
 
 
-def _curves(
-    file: Path, x: str, curves: dict[str, list[tuple[float, float]]], top: float | None
-) -> None:
+def _curves(file: Path, picture: Picture, curves: dict[str, list[tuple[float, float]]]) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, xy in curves.items():
         if xy:
             axes.plot(*zip(*xy, strict=True), marker="o", markersize=3, label=label)
-    if x == "round":
-        axes.set_xlabel("round")
+    axes.set_xlabel(picture.x_label)
+    if picture.x == "round":
         axes.xaxis.get_major_locator().set_params(integer=True)
     else:
-        axes.set_xlabel("seconds by the clock of the run")
         axes.set_xlim(left=0)
-    from_zero(axes, top)
+    from_zero(axes, picture.curves.top)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

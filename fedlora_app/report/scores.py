@@ -49,6 +49,48 @@ LOSSES = Curves(
 MOVED = Curves("bytes", "MB moved", {"megabytes": "MB moved since the start, both ways"})
 
 
+@dataclass(frozen=True)
+class Picture:
+    """Curves over rounds or over seconds; the page and the PNG files draw the same.
+
+    Parameters
+    ----------
+    curves : Curves
+    x : str
+        Key of a round's record.
+    x_label : str
+    """
+
+    curves: Curves
+    x: str = "round"
+    x_label: str = "round"
+
+    @property
+    def file(self) -> str:
+        """What its PNG is called."""
+        return f"{self.curves.name}{'' if self.x == 'round' else '-over-time'}.png"
+
+    @property
+    def title(self) -> str:
+        """What stands above it."""
+        return f"{self.curves.title} over {'rounds' if self.x == 'round' else 'time'}"
+
+
+def pictures(scores: Sequence[Score], clock: tuple[str, str] | None) -> list[Picture]:
+    """Return what is drawn of a run, in order.
+
+    Parameters
+    ----------
+    scores : sequence of Score
+    clock : (str, str), optional
+        The key of a round's record that holds seconds since the start, and what they are called
+        (default: there are none).
+    """
+    charts = [*score_curves(scores), LOSSES]
+    drawn = [Picture(chart, *x) for chart in charts for x in ((), clock) if x is not None]
+    return [*drawn, Picture(MOVED)]
+
+
 def scores_of(records: Iterable[Record], config: Mapping[str, Any]) -> tuple[Score, ...]:
     """Return the scores of a run, the first one first; the loss is not among them.
 

@@ -51,6 +51,7 @@ th{color:var(--soft);font-weight:500;font-size:12px;vertical-align:bottom;white-
 .right{text-align:right}tr{break-inside:avoid}.track{min-width:70px;vertical-align:middle}
 .hbar{display:block;height:9px;border-radius:2px;background:var(--c)}
 .bars{width:100%}.bars td{border:0;white-space:nowrap}.bars .track{width:100%}
+summary{cursor:pointer;color:var(--soft);margin-top:10px}
 .columns{columns:2 400px;margin-top:14px}.columns .wide{overflow:visible}
 .columns table{width:100%}.columns td:first-child{width:45%}
 .columns td{font-size:12px;padding:2px 8px}
