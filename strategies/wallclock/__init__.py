@@ -15,6 +15,7 @@ from strategies.wallclock.bandwidth import (
     simulate_round_time,
 )
 from strategies.wallclock.baselines import statistical_q, uniform_q, weighted_q
+from strategies.wallclock.buffered import BufferedTime, buffered_time
 from strategies.wallclock.channel import (
     PROFILES,
     Devices,
@@ -51,6 +52,7 @@ __all__ = [
     "Always",
     "Availability",
     "BandwidthAllocator",
+    "BufferedTime",
     "ClientProfiles",
     "Clock",
     "CommandAllocator",
@@ -72,6 +74,7 @@ __all__ = [
     "Work",
     "allocate_bandwidth",
     "batch_round_seconds",
+    "buffered_time",
     "devices_from_csv",
     "equal_shares",
     "estimate_convergence",

@@ -373,3 +373,15 @@ def resolve_profile(profile: Profile | str) -> Profile:
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: expected one of {', '.join(PROFILES)}")
     return PROFILES[profile]
+
+
+def check_devices(devices: Devices) -> None:
+    """Refuse devices that are none, or without a number: ``ValueError``."""
+    snr, flops = np.asarray(devices.snr_db), np.asarray(devices.flops)
+    if not len(devices) or {snr.shape, flops.shape} != {(len(devices),)}:
+        raise ValueError(
+            f"expected at least one device, with one snr_db and flops each, got {len(devices)} "
+            f"names and shapes {snr.shape} and {flops.shape}"
+        )
+    if not (np.isfinite(snr).all() and np.isfinite(flops).all() and (flops > 0).all()):
+        raise ValueError("snr_db of devices must be finite and flops finite and > 0")

@@ -22,6 +22,7 @@ from strategies.wallclock.bandwidth import (
 from strategies.wallclock.channel import (
     Devices,
     Profile,
+    check_devices,
     efficiency_at,
     fading,
     harmonic_efficiency,
@@ -119,7 +120,7 @@ class SimulatedClock(Clock):
         self.devices = devices if isinstance(devices, Devices) else None
         if isinstance(devices, Devices):
             self.profile, self.label = devices.profile, f"{len(devices)} devices"
-            _check_devices(devices)
+            check_devices(devices)
         else:
             self.profile = resolve_profile(devices)
             self.label = devices if isinstance(devices, str) else "own profile"
@@ -172,6 +173,16 @@ class SimulatedClock(Clock):
         time = self._time(works, server_round, self._verdict[1:] if known else None)
         self._steps.update({work.client: self._steps_of(work) for work in works})
         return time
+
+    def order(self, work: Work, number: int, busy: int) -> tuple[float, float]:
+        """Return the seconds that a client computes and uploads, where there are no rounds.
+
+        Of so many busy clients each holds the same part of the band, whether the others upload or
+        not: an order takes what it takes. ``number``, from 1, says which round's fade is its own.
+        """
+        snr, flops, changes = self._table([work.client])
+        compute, upload = self._seconds([work], snr, flops, changes, number)
+        return float(compute[0]), float(upload[0] * busy / self.bandwidth_hz)
 
     def profiles(
         self,
@@ -255,14 +266,7 @@ class SimulatedClock(Clock):
         if not works:
             return RoundTime(self.idle_seconds)
         clients = [work.client for work in works]
-        snr, flops, changes = self._table(clients)
-        gain = np.concatenate(
-            [fading(self.profile, self._rng(_FADING, server_round, i), 1) for i in clients]
-        )
-        efficiency = efficiency_at(self.profile, snr, gain) * self._change(changes, server_round)
-        step_flops = self.base_flops + self.rank_flops * np.array([work.rank for work in works])
-        compute = np.array([self._steps_of(work) for work in works]) * step_flops / flops
-        upload = 8 * np.array([work.upload_bytes for work in works]) / efficiency
+        compute, upload = self._seconds(works, *self._table(clients), server_round)
         if verdict is None:
             misses = self._misses(compute, upload)
             misses, gone = self._leave(clients, compute, upload, misses)
@@ -291,6 +295,18 @@ class SimulatedClock(Clock):
             late=frozenset(clients) - frozenset(on_time),
             gone=gone,
         )
+
+    def _seconds(
+        self, works: Sequence[Work], snr: Array, flops: Array, changes: Mask, server_round: int
+    ) -> tuple[Array, Array]:
+        """Return the seconds that each client computes, and uploads at unit bandwidth."""
+        gain = np.concatenate(
+            [fading(self.profile, self._rng(_FADING, server_round, w.client), 1) for w in works]
+        )
+        efficiency = efficiency_at(self.profile, snr, gain) * self._change(changes, server_round)
+        step_flops = self.base_flops + self.rank_flops * np.array([work.rank for work in works])
+        compute = np.array([self._steps_of(work) for work in works]) * step_flops / flops
+        return compute, 8 * np.array([work.upload_bytes for work in works]) / efficiency
 
     def _leave(
         self, clients: Sequence[int], compute: Array, upload: Array, misses: Mask
@@ -378,14 +394,3 @@ class SimulatedClock(Clock):
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=purpose))
-
-
-def _check_devices(devices: Devices) -> None:
-    snr, flops = np.asarray(devices.snr_db), np.asarray(devices.flops)
-    if not len(devices) or {snr.shape, flops.shape} != {(len(devices),)}:
-        raise ValueError(
-            f"expected at least one device, with one snr_db and flops each, got {len(devices)} "
-            f"names and shapes {snr.shape} and {flops.shape}"
-        )
-    if not (np.isfinite(snr).all() and np.isfinite(flops).all() and (flops > 0).all()):
-        raise ValueError("snr_db of devices must be finite and flops finite and > 0")
