@@ -34,12 +34,6 @@ def is_pooled(model: nn.Module) -> bool:
     )
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Tell whether some of the frozen weights have few bits."""
-    inner: Any = model
-    return any(hasattr(p, "quant_state") or p.dtype == torch.int8 for p in inner.parameters())
-
-
 def dequantised(model: nn.Module) -> nn.Module:
     """Return a base of 4 or 8 bits with the same weights as float32 numbers.
 

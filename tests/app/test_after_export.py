@@ -16,7 +16,7 @@ from fedlora_app.after.export import export_run
 from fedlora_app.after.run import load_run
 from fedlora_app.tasks.preference import without_adapter
 from tests.app.test_images import picture
-from tests.app.trained import KINDS, summary
+from tests.app.trained import KINDS, finished, summary
 
 TEXTS = ["oil price", "bank rate bank", "rate"]
 
@@ -148,6 +148,20 @@ def test_the_card(runs, tmp_path):
         assert said in text
     assert str(run.parent) not in text  # nor anything else of this machine
     assert str(run.parent) not in (tmp_path / "a" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize(("bits", "near"), [("4bit", 1e-5), ("8bit", 0.02)])
+def test_a_base_of_few_bits_is_written_as_the_numbers_these_stand_for(tmp_path, bits, near):
+    pytest.importorskip("bitsandbytes", reason="the extra [quantization]")
+    run = finished(tmp_path, "chat", **{"model.quantization": bits})
+    loaded = load_run(run)
+    wanted, batch = own_logits(loaded)
+    assert loaded.predict(["what is"])[0]["answer"] is not None
+    export_run(run, tmp_path / "m", merge=True, dequantise=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert not hasattr(model.config, "quantization_config")
+    with torch.no_grad():  # 8 bits round what passes between layers, too
+        torch.testing.assert_close(model(**batch).logits, wanted, atol=near, rtol=0)
 
 
 def test_what_is_refused_writes_nothing(runs, tmp_path):
