@@ -20,6 +20,16 @@ from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from numpy.typing import NDArray
 
+from fedlora_app.baselines import (
+    CENTRAL_KEY,
+    NOT_HERE,
+    OWN_KEY,
+    TIMES_KEY,
+    own_metrics,
+    together,
+    training_of,
+    trains_alone,
+)
 from fedlora_app.config.keys import RunConfig, TrainConfig
 from fedlora_app.config.precision import with_precision
 from fedlora_app.data.kept import encoded, shares_of
@@ -30,7 +40,7 @@ from fedlora_app.launch.inspection import NO_DATA, block, refuse_few
 from fedlora_app.models.bits import BITS
 from fedlora_app.models.lora import add_lora, training_scale
 from fedlora_app.tasks import About, Inputs, Rows, Task, make_task
-from fedlora_app.training import default_device, train
+from fedlora_app.training import default_device, train_rounds
 from strategies.capacity import CAPACITY_KEY
 from strategies.client import (
     IDENTITY_KEYS,
@@ -57,7 +67,6 @@ if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import, which a query does not need
 
 INFO_KEY = "task-info"  # what the server knows of the task, as JSON
-TIMES_KEY = "steps-factor"
 BITS_KEY = "precision-bits"  # of the frozen weights, as each node chose
 PRECISION_BITS = {"float32": 32, "bfloat16": 16}
 
@@ -125,16 +134,22 @@ class LoRAClient(NumPyClient):
             self._refuse(judged or profile_wanted(config), "numbers measured on its rows")
         model = self._receive(parameters, config)
         rows, held_out = self._rows(config)
-        times = int(config.get(TIMES_KEY, 1))
-        settings = self.config.train.in_round(int(config[MODEL_ROUND_KEY]), times=times)
+        seed, clients = self.config.seed, int(self.node.get("num-partitions", 1))
+        settings = training_of(self.config, config, clients)
         inputs = self.task.for_training(rows)
+        own = "" if self.private else str(config.get(OWN_KEY, ""))
+        before = self._evaluate(model, held_out) if own == "both" else {}
         scale = training_scale(self.config.lora)
         with trained_at(model, scale) if scale else nullcontext():
-            done = self._train_with_others(model, inputs, settings, config) or train(
-                model, inputs, settings, config, seed=self.config.seed, rounds=times
+            done = self._train_with_others(
+                model, inputs, settings.in_round(int(config[MODEL_ROUND_KEY])), config
+            ) or train_rounds(
+                model, inputs, settings, config, seed=seed, rounds=int(config.get(TIMES_KEY, 1))
             )
         loaded: dict[str, float] = model.fedlora_loaded
         metrics = {**done.metrics(), BITS_KEY: self._bits, **loaded, **done.memory}
+        after = self._evaluate(model, held_out) if own else {}
+        metrics |= own_metrics(before, after)
         if judged:
             scores = self._evaluate(model, held_out)
             metrics |= {VALIDATION_LOSS: scores["loss"], "quality": self.task.quality(scores)}
@@ -152,7 +167,7 @@ class LoRAClient(NumPyClient):
     ) -> TrainOutcome | None:
         """Train in one batch with clients of other processes, if that is asked for and possible."""
         most = self.config.simulate.clients_per_process
-        if most < 2 or int(message.get(TIMES_KEY, 1)) > 1 or "partition-id" not in self.node:
+        if most < 2 or trains_alone(message) or "partition-id" not in self.node:
             return None
         if message_penalty(model, message) is not None:
             return None
@@ -257,12 +272,16 @@ class LoRAClient(NumPyClient):
         return self._held(config)[2]
 
     def _held(self, config: Settings) -> Held:
-        info = _info(config)
+        info, central = _info(config), CENTRAL_KEY in config
+        if "data-path" in self.node and central:
+            raise SiteError(NOT_HERE, NOT_HERE)
         if "data-path" in self.node:
             return _own_rows(str(self.node["data-path"]), self.config, info)
         if "partition-id" not in self.node or "num-partitions" not in self.node:
             raise SiteError(NO_DATA, NO_DATA)
         share, shares = int(self.node["partition-id"]), int(self.node["num-partitions"])
+        if central:
+            return _all_rows(shares, self.config, info)
         return _partition_rows(share, shares, self.config, info)
 
 
@@ -329,6 +348,16 @@ def _partition_rows(share: int, shares: int, config: RunConfig, info: str) -> He
     indices = _shares(shares, config, info)[share]
     rows = _train_rows(config, info).take(indices)
     return _held(rows, encoded(_task(config), rows), config)
+
+
+@lru_cache(maxsize=1)
+def _all_rows(shares: int, config: RunConfig, info: str) -> Held:
+    """Return the training rows of all clients together, and what they hold out."""
+    rows, task = _train_rows(config, info), _task(config)
+    kept, held_out = together(_shares(shares, config, info), config)
+    inputs, strata = encoded(task, rows), task.strata(rows)
+    none = np.zeros(0, np.int64)
+    return inputs.take(kept), inputs.take(held_out), none if strata is None else strata[kept]
 
 
 @lru_cache(maxsize=1)

@@ -18,8 +18,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_app.alone import Alone
-from fedlora_app.client_app import INFO_KEY, TIMES_KEY
+from fedlora_app.alone import Alone, OwnScores, tune
+from fedlora_app.baselines import CENTRAL_KEY, OWN_KEY, TIMES_KEY, TUNE_KEY
+from fedlora_app.client_app import INFO_KEY
 from fedlora_app.config.build import Parts
 from fedlora_app.config.precision import with_precision
 from fedlora_app.config.read import read_config
@@ -38,7 +39,8 @@ from strategies.lora import Adapter
 from strategies.messages import to_record
 from strategies.privacy import PrivateRun
 from strategies.promises import declares
-from strategies.ranks import CapacityRank
+from strategies.ranks import CapacityRank, UniformRank
+from strategies.sampling import FractionSampling
 from strategies.saving import Saver
 from strategies.wallclock import SimulatedClock
 
@@ -76,9 +78,14 @@ def main(grid: Grid, context: Context) -> None:
     strategy.check(arrays)
     folder.begin()  # only now: a run that cannot start leaves no folder, and none as it was not
     alone = config.method == "local"
-    train_config = ConfigRecord(
-        {INFO_KEY: json.dumps(data.about), TIMES_KEY: config.rounds if alone else 1}
-    )
+    told = {INFO_KEY: json.dumps(data.about)}
+    wanted: dict[str, dict[str, str | int]] = {
+        "local": {TIMES_KEY: config.rounds, OWN_KEY: "after"},
+        "central": {CENTRAL_KEY: 1},
+    }
+    own = OwnScores(parts.task.scores)
+    if alone:
+        strategy.listeners.append(own)
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         beside = strategy.evaluations_can_wait and server_round < config.rounds
@@ -93,8 +100,8 @@ def main(grid: Grid, context: Context) -> None:
             arrays,
             num_rounds=1 if alone else config.rounds,
             timeout=config.round_timeout,
-            train_config=train_config,
-            evaluate_config=train_config,
+            train_config=ConfigRecord({**told, **wanted.get(config.method, {})}),
+            evaluate_config=ConfigRecord({**told}),
             evaluate_fn=None if alone else evaluate,
         )
 
@@ -106,12 +113,16 @@ def main(grid: Grid, context: Context) -> None:
             raise RuntimeError(
                 f"the run ended after round {strategy.round.number}: {strategy.ended}"
             )
+        if config.method == "personal":
+            asked = ConfigRecord({**told, TUNE_KEY: 1, OWN_KEY: "both"})
+            tune(strategy, grid, result.arrays, asked, own, timeout=config.round_timeout)
+            folder(own.record(max(book["round"] for book in folder.rounds)))
         load_adapter(model, effective_adapter(result.arrays, config.lora.scale))
         if isinstance(strategy, Alone):
             scores = strategy.final()
         else:
             scores = test.evaluate(model, everything=True)
-        folder.finish(scores, model, seconds=time.perf_counter() - began)
+        folder.finish({**scores, **own.summary()}, model, seconds=time.perf_counter() - began)
         trackers.finish()
 
 
@@ -183,6 +194,10 @@ def make_strategy(
     if config.method == "local":
         # Whatever the rule: who trains alone trains, and is tested with, all of its adapter.
         return Alone(test, model, **{**settings, "aggregation": "replication"})
+    if config.method == "central":  # one of the clients trains on the rows of all
+        everything = UniformRank(parts.policy.max_rank)
+        one = {"aggregation": "replication", "ranks": everything, "min_replies": 1}
+        return FedLoRA(**{**settings, **one}, sampling=FractionSampling(clients=1))
     blind = declares(parts.sampler, "clock_blind")
     clock = parts.clock.clock_on(
         model, test.all, config, max_rank=parts.policy.max_rank, blind=blind

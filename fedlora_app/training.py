@@ -17,7 +17,7 @@ from fedlora_app.data.batches import training_batches
 from fedlora_app.models.bits import optimizer
 from fedlora_app.tasks.base import Indices, Inputs
 from strategies.dropout import QuickDropout
-from strategies.schedules import anew
+from strategies.messages import MODEL_ROUND_KEY, ROUND_KEY
 from strategies.training import TrainOutcome, train_loop, training_seed
 
 #: Parameters from which ``QuickDropout`` saves more than it costs to look at every call.
@@ -36,7 +36,6 @@ def train(
     message: Mapping[str, Any] | None = None,
     *,
     seed: int,
-    rounds: int = 1,
 ) -> TrainOutcome:
     """Train the weights of ``model`` that require gradients, in place.
 
@@ -54,9 +53,6 @@ def train(
         Decides, with the message's round and client, the order of the rows and the dropout. On the
         same machine, with the same number of threads, it gives the same weights whatever ran
         before.
-    rounds : int (default: 1)
-        The training of so many rounds in one go: in each share of the steps the schedule starts
-        anew, at rates lowered by ``config.round_decay``, as they are from round to round.
 
     Raises
     ------
@@ -84,8 +80,54 @@ def train(
             threads=config.threads,
             num_examples=len(inputs),
             seed=seed,
-            **rates(config, rounds),
+            **rates(config),
         )
+
+
+def train_rounds(
+    model: nn.Module,
+    inputs: Inputs,
+    config: TrainConfig,
+    message: Mapping[str, Any],
+    *,
+    seed: int,
+    rounds: int,
+) -> TrainOutcome:
+    """Train as in so many rounds, one after the other, with nobody else.
+
+    It is what a federation of this client alone would do: each round has its own order of rows, its
+    own rates and an optimiser of its own.
+
+    Parameters
+    ----------
+    model, inputs, seed
+        As of ``train``.
+    config : TrainConfig
+        Of the whole run, not of a round.
+    message : Mapping[str, Any]
+        The received config, which says what the first of the rounds is.
+    rounds : int
+        At least 1.
+
+    Returns
+    -------
+    TrainOutcome
+        Of all rounds: the mean loss over their steps, and the sums of steps and seconds.
+    """
+    first, told = int(message[MODEL_ROUND_KEY]), int(message[ROUND_KEY])
+    done = []
+    for i in range(rounds):
+        in_turn = {**message, ROUND_KEY: told + i}
+        done.append(train(model, inputs, config.in_round(first + i), in_turn, seed=seed))
+    steps = sum(each.steps for each in done)
+    peaks = {key: max(each.memory.get(key, 0.0) for each in done) for key in done[0].memory}
+    return TrainOutcome(
+        sum(each.loss * each.steps for each in done) / steps,
+        steps,
+        sum(each.seconds for each in done),
+        len(inputs),
+        peaks,
+    )
 
 
 def amount(config: TrainConfig, rows: int) -> tuple[int, int]:
@@ -104,14 +146,14 @@ def batches(
     return training_batches(len(inputs), config.batch_size, total, rng, sizes)
 
 
-def rates(config: TrainConfig, rounds: int = 1) -> dict[str, Any]:
+def rates(config: TrainConfig) -> dict[str, Any]:
     """Return by which optimiser and how fast is learned, as ``train_loop`` takes it."""
     own = optimizer(config.optimizer, config.weight_decay)
     return {
         "learning_rate": {"lora_": config.learning_rate, "": config.head_learning_rate},
         "weight_decay": 0.0 if own else config.weight_decay,
         "optimizer": own,
-        "schedule": anew(config.schedule, rounds, config.round_decay),
+        "schedule": config.schedule,
         "max_grad_norm": config.max_grad_norm,
     }
 

@@ -50,6 +50,13 @@ class SamplesRecord(_Timed):
     samples: list[dict[str, Any]]  # asked, wanted, given, score
 
 
+class PersonalRecord(_Timed):
+    """What clients that tuned the model of a round score on their own rows; the app's own."""
+
+    kind: Literal["personal"]
+    clients: list[dict[str, Any]]  # client, node, rows, before_<score>, after_<score>
+
+
 class RankRecord(_Timed):
     """Which client trains which rank, and why; told when that changes."""
 
@@ -206,6 +213,7 @@ Record: TypeAlias = (
     StartRecord
     | ClockRecord
     | SamplesRecord
+    | PersonalRecord
     | RankRecord
     | PilotsRecord
     | PlanRecord

@@ -164,7 +164,13 @@ class Run:
             found[f"{first.label} over rounds"] = float(area)
         worst = f"{first.name}_worst"  # of a round, or of clients alone
         seen = numbers(rounds, f"clients_{worst}")
-        found["worst client"] = seen[-1] if seen else summary.get(worst)
+        of_all = numbers(rounds, f"clients_{first.name}")[-1:]
+        for end, key in (("", first.name), (", global", f"{first.name}_global")):
+            # Of clients that train for themselves the summary says it, of others the last round.
+            own = [summary.get(f"own_{key}"), *(() if end else of_all)]
+            found[f"{first.label}, own rows{end}"] = next((v for v in own if v is not None), None)
+        known = [summary.get(f"own_{worst}"), *seen[-1:], summary.get(worst)]
+        found["worst client"] = next((v for v in known if v is not None), None)
         scores: dict[str, float] = {
             **{label: value for label, value in found.items() if value is not None},
             "mean rank": float(np.mean(ranks)) if ranks else np.nan,

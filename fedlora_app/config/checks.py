@@ -36,10 +36,26 @@ def _rounded_merges(parts: Parts) -> Iterator[str]:
 
 
 def _kept_base(parts: Parts) -> Iterator[str]:
-    if parts.rule.merges_base and parts.task.keeps_base and parts.config.method != "local":
+    if parts.rule.merges_base and parts.task.keeps_base and parts.config.federated:
         yield (
             f"aggregation = {parts.config.aggregation!r} merges into the frozen weights, and "
             f"task = {parts.task.name!r} measures against them as they were; use another rule"
+        )
+
+
+def _baselines(parts: Parts) -> Iterator[str]:
+    """Refuse what a method cannot be measured with."""
+    config = parts.config
+    if config.method in ("personal", "central") and parts.privacy is not None:
+        reason = "puts all rows in one place" if config.method == "central" else (
+            "is about what clients score on their own rows, which a private run keeps to them"
+        )  # fmt: skip
+        yield f"method = {config.method!r} {reason}; set privacy.noise-multiplier = 0"
+    if config.method == "central" and config.sampling.policy != "fraction":
+        yield (
+            "method = 'central' sees as many rows as the clients of a round, and sampling.policy = "
+            f"{config.sampling.policy!r} does not say how many join; set it to 'fraction', with "
+            "the same expected share"
         )
 
 
@@ -116,7 +132,7 @@ def _natural(parts: Parts) -> Iterator[str]:
 
 def _unequal_ranks(parts: Parts) -> Iterator[str]:
     config = parts.config
-    if parts.rule.equal_ranks and parts.policy.may_differ and config.method == "lora":
+    if parts.rule.equal_ranks and parts.policy.may_differ and config.method in ("lora", "personal"):
         key = "list" if isinstance(parts.policy.core, ListRank) else "policy"
         yield (
             f"aggregation = {config.aggregation!r} averages equal ranks only, and ranks.{key} = "
@@ -281,6 +297,7 @@ def _privacy(parts: Parts) -> Iterator[str]:
 CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _rounded_merges,
     _kept_base,
+    _baselines,
     _variant,
     _dora,
     _scores,

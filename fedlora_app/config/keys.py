@@ -146,9 +146,10 @@ class RunConfig:
     )
     method: str = option(
         "lora",
-        "lora (federated), head (baseline: only the head is trained) or "
-        "local (baseline: every client alone, same number of steps)",
-        choices=("lora", "head", "local"),
+        "lora (federated), personal (the same, then every client tunes on for a round), or a "
+        "baseline: head (only the head is trained), local (every client alone, as many rounds), "
+        "central (a simulation's rows in one place, as many rows seen)",
+        choices=("lora", "personal", "head", "local", "central"),
         on_resume="fatal",
     )
     plugins: str = option(
@@ -264,6 +265,11 @@ class RunConfig:
         if problems:
             raise ConfigError(problems)
         return config
+
+    @property
+    def federated(self) -> bool:
+        """Whether clients train one model together."""
+        return self.method not in ("local", "central")
 
     def to_flat(self) -> dict[str, Scalar]:
         """Return the inverse of ``from_flat``."""

@@ -81,6 +81,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "compute activations again on the way back: less memory, about a third more time"
     )
+    personal_steps: int = option(
+        0, "method personal: optimiser steps of every client at the end; 0: those of a round", low=0
+    )
     learning_rate: float = option(3e-3, "AdamW learning rate of the LoRA weights", above=0)
     head_learning_rate: float = option(5e-3, "AdamW learning rate of the head", above=0)
     round_decay: float = option(
@@ -111,13 +114,11 @@ class TrainConfig:
     )
     threads: int = option(1, "torch CPU threads of a client", low=1)
 
-    def in_round(self, number: int, *, times: int = 1) -> TrainConfig:
-        """Return the config of one round, with ``times`` as much training in one go."""
+    def in_round(self, number: int) -> TrainConfig:
+        """Return the config of one round."""
         decay = self.round_decay ** (number - 1)
         return replace(
             self,
-            steps=self.steps * times,
-            epochs=self.epochs * times,
             learning_rate=self.learning_rate * decay,
             head_learning_rate=self.head_learning_rate * decay,
         )

@@ -47,11 +47,16 @@ class FractionSampling(Sampler):
         self, clients: Sequence[Client], server_round: int, rng: np.random.Generator
     ) -> list[Client]:
         """Return the chosen clients."""
-        size = self.clients or max(self.min_clients, round(self.fraction * len(clients)))
+        size = self.size(len(clients))
         if size >= len(clients):
             return list(clients)
         chosen = rng.choice(len(clients), size=size, replace=False)
         return [clients[i] for i in sorted(chosen)]
+
+    def size(self, present: int) -> int:
+        """Return how many of so many clients join a round."""
+        wanted = self.clients or max(self.min_clients, round(self.fraction * present))
+        return min(wanted, present)
 
     def summary(self) -> str:
         """Return the share or number in one line."""

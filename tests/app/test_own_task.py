@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_from_rows_to_scores(flat, tmp_path):
     before = evaluate(task, model, test, batch_size=16)
     found = per_sample_losses(task, model, test, batch_size=7)
     assert found.mean() == pytest.approx(before["loss"], abs=1e-5)
-    train(model, mine, parts.config.train.in_round(1, times=8), seed=0)
+    train(model, mine, replace(parts.config.train, steps=80), seed=0)
     after = evaluate(task, model, test, batch_size=16)
     assert after.keys() == {"loss", "f1", "tag_accuracy"}
     assert after["loss"] < before["loss"]

@@ -16,7 +16,8 @@ from fedlora_app.config.keys import DataConfig, LoraConfig, ModelConfig
 from fedlora_app.evaluation import evaluate, per_sample_losses
 from fedlora_app.models.loading import MeanPoolClassifier, build_model, build_tokenizer
 from fedlora_app.models.lora import add_lora
-from fedlora_app.training import train
+from fedlora_app.training import train, train_rounds
+from strategies.messages import MODEL_ROUND_KEY, ROUND_KEY
 from strategies.surroundings import torch_threads
 from tests.app.texts import TASK, Tokens, load_train, tokenize
 
@@ -137,7 +138,8 @@ def sum_of_rates(rows, **settings):
     model, rounds = Constant(), settings.pop("rounds", 1)
     same_rows = replace(rows, labels=np.zeros(len(rows), dtype=np.int64))
     config = TrainConfig(head_learning_rate=1e-4, max_grad_norm=0, **settings)
-    train(model, same_rows, config, seed=0, rounds=rounds)
+    message = {MODEL_ROUND_KEY: 1, ROUND_KEY: 1}
+    train_rounds(model, same_rows, config, message, seed=0, rounds=rounds)
     return model.bias.item() / 1e-4
 
 
@@ -152,10 +154,8 @@ def test_schedule(rows, schedule, total):
 @pytest.mark.parametrize(
     ("steps", "rounds", "schedule", "total"),
     [
-        (6, 3, "constant", 2 * (1 + 0.5 + 0.25)),
-        (6, 2, "linear", (1 + 2 / 3 + 1 / 3) * 1.5),
-        (5, 2, "constant", 3 + 2 * 0.5),  # 2.5 steps a round
-        (2, 4, "constant", 1 + 0.5),  # fewer steps than rounds
+        (2, 3, "constant", 2 * (1 + 0.5 + 0.25)),
+        (3, 2, "linear", (1 + 2 / 3 + 1 / 3) * 1.5),
         (4, 1, "constant", 4),
     ],
 )

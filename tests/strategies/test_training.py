@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from strategies.dropout import QuickDropout
-from strategies.schedules import SCHEDULES, anew, make_schedule
+from strategies.schedules import SCHEDULES, make_schedule
 from strategies.training import train_loop
 
 
@@ -144,20 +144,6 @@ def sum_of_factors(steps, schedule):
     return model.weight.item()
 
 
-@pytest.mark.parametrize(
-    ("steps", "times", "schedule", "total"),
-    [
-        (6, 3, "constant", 2 * (1 + 0.5 + 0.25)),
-        (6, 2, "linear", (1 + 2 / 3 + 1 / 3) * 1.5),
-        (5, 2, "constant", 3 + 2 * 0.5),  # 2.5 steps a share
-        (2, 4, "constant", 1 + 0.5),  # fewer steps than shares
-        (4, 1, "linear", 1 + 3 / 4 + 2 / 4 + 1 / 4),
-    ],
-)
-def test_a_schedule_that_starts_anew(steps, times, schedule, total):
-    assert sum_of_factors(steps, anew(schedule, times, decay=0.5)) == pytest.approx(total)
-
-
 def test_a_schedule_of_ones_own():
     asked = []
 
@@ -283,7 +269,5 @@ def test_what_the_loop_refuses():
     for options in ({"epochs": 1.5}, {"schedule": "linear"}):
         with pytest.raises(ValueError, match="batches with a length"):
             train_loop(Net(), iter(batches()), **options)
-    with pytest.raises(ValueError, match="times: expected at least 1"):
-        anew("constant", 0)
     assert make_schedule("linear")(1, 4) == 0.75
     assert train_loop(Net(), iter(batches())).steps == 5  # a stream, once
