@@ -72,8 +72,9 @@ def test_everybody_there_against_playing_it(n, busy, buffer):
     pace, late, worth, answered, shares = play(clock, n, busy, buffer, 1500)
     assert found.round_seconds == pytest.approx(pace, rel=0.1)
     assert found.staleness == pytest.approx(late, rel=0.12, abs=0.1)
-    assert found.discount == pytest.approx(worth, rel=0.05)
-    assert found.answered == answered == pytest.approx(1.0, abs=0.02)
+    assert found.discount == pytest.approx(worth, rel=0.08)
+    assert found.answered == 1
+    assert answered == pytest.approx(1.0, abs=0.02)  # but for those still under way
     assert np.abs(found.shares - shares).sum() < 0.25
 
 
