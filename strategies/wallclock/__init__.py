@@ -24,6 +24,7 @@ from strategies.wallclock.channel import (
     sample_devices,
     spectral_efficiency,
 )
+from strategies.wallclock.choosing import Choice, choose_way
 from strategies.wallclock.clock import Clock, RoundTime, Work
 from strategies.wallclock.comings import Diurnal, Exponential
 from strategies.wallclock.conditions import Conditions
@@ -53,6 +54,7 @@ __all__ = [
     "Availability",
     "BandwidthAllocator",
     "BufferedTime",
+    "Choice",
     "ClientProfiles",
     "Clock",
     "CommandAllocator",
@@ -75,6 +77,7 @@ __all__ = [
     "allocate_bandwidth",
     "batch_round_seconds",
     "buffered_time",
+    "choose_way",
     "devices_from_csv",
     "equal_shares",
     "estimate_convergence",
