@@ -50,6 +50,8 @@ class Participation:
         self.seconds = 0.0  # of all rounds so far
         self.population: Population | None = None
         self.weights: dict[int, float] = {}  # of this round, by client index
+        self.trained: Mapping[int, int] = {}  # ranks of this round, by client index
+        self._present: Sequence[Client] = ()
         self.chances: dict[int, float] = {}  # to join this round, by client index
         self._asked: dict[int, int] = {}
         self._answered: dict[int, float] = {}  # late ones by what they count
@@ -140,9 +142,11 @@ class Participation:
         )  # fmt: skip
         sampler.prepare(outlook)
         trained = dict(zip((c.index for c in clients), sampler.ranks(clients, ranks), strict=True))
-        there = self._there(clients)
+        self.trained, self._present = trained, clients
+        there = self._there(clients, wait=not busy)
         idle = [client for client in there if client.node_id not in busy]
-        chosen = sampler.sample(there if self.independent else idle, server_round, rng)
+        can = there if self.independent else idle
+        chosen = sampler.sample(can, server_round, rng) if can or not clients else []
         if extend is not None:
             chosen = extend(chosen, idle, rng)
         self._weigh(clients, a, trained, sampler.probabilities(clients))
@@ -154,11 +158,15 @@ class Participation:
         """Note that a client is asked to train."""
         self._asked[client.index] = self._asked.get(client.index, 0) + 1
 
-    def _there(self, clients: Sequence[Client]) -> Sequence[Client]:
+    def here(self) -> Sequence[Client]:
+        """Return who of this round's clients is there by now, be it nobody."""
+        return self._there(self._present, wait=False)
+
+    def _there(self, clients: Sequence[Client], *, wait: bool) -> Sequence[Client]:
         """Return who is there by the clock; where that is nobody, wait for the first to come."""
         indices = [client.index for client in clients]
         present = self.clock.availability.look(indices, self.clock.now)
-        if clients and not present.here.any():
+        if wait and clients and not present.here.any():
             back = float(present.until.min())
             if math.isinf(back):
                 raise ValueError(
@@ -217,6 +225,10 @@ class Participation:
         self.seconds += time.seconds
         self.clock.now = self.seconds
         return time
+
+    def pass_to(self, seconds: float) -> None:
+        """Set the clock, at the end of a round that it did not time by itself."""
+        self.seconds = self.clock.now = seconds
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned, as JSON can hold it."""

@@ -44,6 +44,10 @@ class Assignment:
     asked: int = 0
     #: How much it counts, where coins decide who joins.
     weight: float | None = None
+    #: Its place among all orders of the run, from 1.
+    number: int = 0
+    #: Whether a record of it was told already, which has its bytes down.
+    told: bool = False
     #: Under which its message is on its way; empty: another loop's.
     message_id: str = ""
     #: When it was sent, in seconds of ``time.perf_counter``.
@@ -51,6 +55,7 @@ class Assignment:
     #: When it began and ended by the clock of the run, where rounds do not wait.
     began: float | None = None
     ended: float | None = None
+    computed_seconds: float = 0.0
     #: How many rounds older than the model is what it was trained from.
     staleness: int = 0
     status: str = "no answer"
@@ -109,6 +114,9 @@ class Assignment:
         if self.began is not None:  # rounds overlap
             own["asked"], own["staleness"] = self.asked, self.staleness
             own["began"], own["ended"] = _rounded(self.began), _rounded(self.ended)
+        if self.told:
+            own["bytes_down"] = 0
+        self.told = True
         return cast(ClientRecord, {**self.reported, **own})
 
 

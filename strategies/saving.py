@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from strategies.checkpoint import Checkpoint, Checkpoints, compare_fingerprints
-from strategies.checkpoint.format import ASIDE, MOMENTS
+from strategies.checkpoint.format import ASIDE, EARLIER, MOMENTS
 from strategies.messages import from_record, to_record
 from strategies.progress import Progress
 
@@ -41,6 +41,13 @@ class HasMoments(Protocol):
     """What has tensors to save as well."""
 
     moments: dict[str, Tensor]
+
+
+@runtime_checkable
+class HasModels(Protocol):
+    """What has models of earlier rounds to save as well."""
+
+    models: dict[str, Tensor]
 
 
 class Saver:
@@ -132,6 +139,8 @@ class Saver:
         for name, part in parts.items():
             if name in known:
                 part.load_state_dict(saved.state[name])
+            if isinstance(part, HasModels):
+                part.models = saved.named(EARLIER)
             if isinstance(part, HasMoments):
                 part.moments = saved.named(MOMENTS)
         for name in _HISTORY:
@@ -183,6 +192,8 @@ class Saver:
         for part in parts.values():  # whose tensors are new in every round, never changed in place
             if isinstance(part, HasMoments):
                 arrays |= {MOMENTS + k: t for k, t in part.moments.items()}
+            if isinstance(part, HasModels):
+                arrays |= {EARLIER + k: t for k, t in part.models.items()}
         state: dict[str, Any] = {name: deepcopy(p.state_dict()) for name, p in parts.items()}
         state["progress"] = [progress.rounds, progress.aside_rounds]
 

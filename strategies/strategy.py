@@ -32,12 +32,12 @@ from strategies.ranks import RankPolicy
 from strategies.records import Record, RoundWarning
 from strategies.round.conclusion import Conclusion
 from strategies.round.evaluation import ClientEvaluation
-from strategies.round.flow import Flow
 from strategies.round.intake import Accepted, Intake
 from strategies.round.models import Models
 from strategies.round.orders import Orders
 from strategies.round.ranks import RankBook
 from strategies.round.replies import MetricsAggregation, Replies
+from strategies.round.virtual import make_flow
 from strategies.round.waiting import Waiting
 from strategies.rounds import Round, spread
 from strategies.run.kept import KeptRun
@@ -194,7 +194,7 @@ class FedLoRA(KeptRun):
             participation, self.census.roster, evaluate_overlap=evaluate_overlap, saver=saver,
             evaluate_every=evaluate_every, listeners=doors.listeners(listeners),
             scores=doors.scores(scores), stop_when=stop_when, min_answering=min_answering,
-            flow=Flow(waiting or Waiting(), participation, orders),
+            flow=make_flow(waiting or Waiting(), participation, orders, self._rng),
         )  # fmt: skip
         self.scale, self.wire_dtype, self.seed = scale, check_wire_dtype(wire_dtype), seed
         self.min_replies, self.min_available_nodes = min_replies, min_available_nodes
@@ -259,7 +259,7 @@ class FedLoRA(KeptRun):
         self.intake.open(book, packing, self.flow.begin(book, grid, self.census.trips))
         # Our own loop sends one after the other: where each client's arrays are its own, they
         # need not be there together. Other loops, and strategies around, are used to a list.
-        lazily = self.led and not self.aggregation.shares_downloads
+        lazily = self.led and (self.flow.virtual or not self.aggregation.shares_downloads)
         return messages if lazily else list(messages)
 
     def aggregate_train(
@@ -345,5 +345,5 @@ class FedLoRA(KeptRun):
     def _present(self, grid: Grid, config: ConfigRecord, server_round: int) -> list[Client]:
         """Return who can take part; from round 2 on, nobody who joins late ends the run."""
         clients = self.census.take(grid, self.ranks, config, server_round)
-        self.hand_on()
+        self.hand_on(clients)
         return clients if server_round == 1 else self.rank_book.served(clients, server_round)

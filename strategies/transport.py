@@ -174,7 +174,7 @@ def exchange(
     looked: dict[str, float] = {}  # when a message was last looked at
 
     def send(some: Iterable[Message]) -> None:
-        for message_id, message in _push(grid, list(some)):
+        for message_id, message in push(grid, list(some)):
             pending.append(message_id)
             asked[message_id] = message.metadata.dst_node_id, message.metadata.message_type
             sent[message_id] = looked[message_id] = time.monotonic()
@@ -261,7 +261,7 @@ def _next(ids: deque[str], count: int) -> list[str]:
     return found
 
 
-def _push(grid: Grid, messages: Sequence[Message]) -> list[tuple[str, Message]]:
+def push(grid: Grid, messages: Sequence[Message]) -> list[tuple[str, Message]]:
     """Send messages; return those that were taken with their ids. The node of others is gone."""
     ids = [None if i is None else str(i) for i in grid.push_messages(messages)]
     if len(ids) == len(messages):
@@ -275,10 +275,10 @@ def _pull_all(
 ) -> Iterator[tuple[str, Message]]:
     """Return the replies that are there, looked for a window after the other."""
     for start in range(0, len(wanted), window):
-        yield from _pull(grid, wanted[start : start + window], asked)
+        yield from look_for(grid, wanted[start : start + window], asked)
 
 
-def _pull(
+def look_for(
     grid: Grid, wanted: Sequence[str], asked: Mapping[str, Asked]
 ) -> Iterator[tuple[str, Message]]:
     """Return the replies that are there by the id of their message; one by one after an error."""
@@ -291,7 +291,7 @@ def _pull(
             raise
         if len(wanted) > 1:
             for message_id in wanted:
-                yield from _pull(grid, [message_id], asked)
+                yield from look_for(grid, [message_id], asked)
             return
         (message_id,) = wanted
         reason = f"the reply cannot be read ({type(error).__name__})"

@@ -39,8 +39,9 @@ FLOAT = "$float"
 ROUND = re.compile(r"round-(\d{6,})")
 _SUMS = re.compile(r"([0-9a-f]{64}  [A-Za-z0-9_][\w.-]*\n)+")
 
-#: How names of arrays begin that are not of the model: of one put aside, of the server optimiser.
-ASIDE, MOMENTS = "aside.", "moments."
+#: How names of arrays begin that are not of the model: of one put aside, of the server optimiser,
+#: and of earlier models from which clients are still training.
+ASIDE, MOMENTS, EARLIER = "aside.", "moments.", "earlier."
 
 Scalar = str | int | float | bool | None
 
@@ -92,7 +93,7 @@ class Checkpoint:
     @property
     def model(self) -> dict[str, Tensor]:
         """The arrays of the model alone."""
-        return {k: t for k, t in self.arrays.items() if not k.startswith((ASIDE, MOMENTS))}
+        return {k: t for k, t in self.arrays.items() if not k.startswith((ASIDE, MOMENTS, EARLIER))}
 
 
 def folder_name(server_round: int) -> str:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from logging import INFO, WARNING
 from typing import Any
 
@@ -19,19 +20,18 @@ from strategies.clients import Client
 from strategies.listing import listed
 from strategies.packing import Packing
 from strategies.participation import Participation
+from strategies.round.lasting import LastingOrders, Rng
 from strategies.round.orders import Orders
-from strategies.round.outstanding import Outstanding
-from strategies.round.patience import Patience
 from strategies.round.waiting import Waiting, refuse_late, refuse_waiting
 from strategies.rounds import Assignment, Round
-from strategies.transport import WINDOW, Asked, Meanwhile, OnArrival, Until, exchange
+from strategies.transport import WINDOW, Asked, Meanwhile, OnArrival, exchange
 from strategies.wallclock import MeasuredClock
 from strategies.wallclock.clock import RoundTime
 
-Rng = Callable[..., np.random.Generator]
+Give = Callable[[Sequence[tuple[Client, int]]], Iterator[Message]]
 
 
-class Flow(Until):
+class Flow(LastingOrders):
     """The orders of a run: placed, on their way, answered in time or later.
 
     Parameters
@@ -39,21 +39,25 @@ class Flow(Until):
     waiting : Waiting
     participation : Participation
     orders : Orders
+    rng : callable
+        Returns the generator of a round and purpose.
     """
 
-    def __init__(self, waiting: Waiting, participation: Participation, orders: Orders) -> None:
-        super().__init__()
-        self.waiting = waiting
+    def __init__(
+        self, waiting: Waiting, participation: Participation, orders: Orders, rng: Rng
+    ) -> None:
+        super().__init__(waiting, rng)
         self.participation = participation
         self.orders = orders
-        self.outstanding = Outstanding()
-        self.patience = Patience()
         #: Whether late replies count; set once it is known that the run can take them.
         self.keeps_late = False
         self.timeout = math.inf  # seconds after which an order is given up
         self.strict = waiting.overlaps
         self._chosen = 0  # without over-selection
-        self._place: Callable[[Sequence[tuple[Client, int]]], Iterator[Message]] | None = None
+        #: Gives more clients of the round in progress their orders.
+        self._place: Callable[[Sequence[tuple[Client, int]]], Iterator[Message]] = lambda _: iter(
+            ()
+        )
         self._book = Round(0)
         self._ahead: list[Assignment] = []  # on their way to be looked at
         self._sent_at = 0.0  # when the round's messages were
@@ -95,22 +99,28 @@ class Flow(Until):
         return self.outstanding.busy
 
     def idle(self, clients: Sequence[Client]) -> list[Client]:
-        """Return who is at no order of an earlier round."""
-        busy = self.busy
+        """Return who is free to answer something else than an order of an earlier round."""
+        busy = self.busy if self.real else {}
         return [client for client in clients if client.node_id not in busy]
 
     def extend(
         self, chosen: Sequence[Client], idle: Sequence[Client], rng: np.random.Generator
     ) -> list[Client]:
-        """Return whom to ask: whom the sampler has chosen, and as many more as is wanted."""
+        """Return whom to ask: whom the sampler has chosen, and as many more as is wanted.
+
+        Where rounds overlap, so many as are missing of those that are to train at a time.
+        """
         self._chosen = len(chosen)
-        more = self.waiting.more_than(len(chosen))
+        size = len(chosen) + self.waiting.more_than(len(chosen))
+        if self.waiting.overlaps:
+            self._wanted = self._wanted or len(chosen)
+            size = max(self._wanted - len(self.outstanding.orders), 0)
+            chosen = [chosen[i] for i in rng.permutation(len(chosen))][:size]
         known = {client.node_id for client in chosen}
         rest = [client for client in idle if client.node_id not in known]
-        if not more or not rest:
-            return list(chosen)
-        added = rng.choice(len(rest), size=min(more, len(rest)), replace=False)
-        return sorted([*chosen, *(rest[i] for i in added)], key=lambda client: client.index)
+        size = min(size - len(chosen), len(rest))
+        more = rng.choice(len(rest), size=size, replace=False) if size > 0 else ()
+        return sorted([*chosen, *(rest[i] for i in more)], key=lambda client: client.index)
 
     def place(
         self,
@@ -123,9 +133,47 @@ class Flow(Until):
     ) -> Iterator[Message]:
         """Give the chosen clients of a round their orders; see ``Orders.place``."""
         self._book = book
-        messages = self.orders.place(chosen, book, packing, config, model_round, rng)
-        for order in book.assignments.values():
-            order.weight = self.participation.weights.get(order.client.index)
+
+        def give(clients: Sequence[tuple[Client, int]]) -> Iterator[Message]:
+            messages = self.orders.place(clients, book, packing, config, model_round, rng)
+            for client, _ in clients:
+                order = book.assignments[client.node_id]
+                order.weight = self.participation.weights.get(client.index)
+                self._number += 1
+                order.number = self._number
+                self.started(order)
+            return messages
+
+        self._place = give
+        return give(chosen)
+
+    def started(self, order: Assignment) -> None:
+        """Learn of an order that was placed."""
+
+    def more(self) -> Iterator[Message]:
+        """Return the orders of clients that take the place of those that have answered."""
+        if not self.waiting.overlaps or self.over() or self._place is None:
+            return iter(())
+        ahead = {order.number for order in self._ahead}
+        under_way = [o for o in self.outstanding.orders.values() if o.number not in ahead]
+        busy = {order.client.node_id for order in under_way}
+        free = [
+            client
+            for client in self.participation.here()
+            if client.node_id not in busy and client.node_id not in self._book.assignments
+        ]
+        size = min(self._wanted - len(under_way), len(free))
+        if size <= 0:
+            return iter(())
+        rng = self.rng(self._book.number, 5, self._number)
+        drawn = [free[i] for i in sorted(rng.choice(len(free), size=size, replace=False))]
+        for client in drawn:
+            self.participation.asked(client)
+        messages = self._place(
+            [(client, self.participation.trained[client.index]) for client in drawn]
+        )
+        for client in drawn:
+            self.outstanding.open[client.node_id] = self._book.assignments[client.node_id]
         return messages
 
     def begin(self, book: Round, grid: Grid, empty: Sequence[float]) -> frozenset[int]:
@@ -142,6 +190,11 @@ class Flow(Until):
         if self.real:
             self.patience.expect(time, [a.client.index for a in book.assignments.values()])
         return time.late
+
+    @property
+    def virtual(self) -> bool:
+        """Whether messages are made when the clock says so."""
+        return False
 
     @property
     def real(self) -> bool:
@@ -166,6 +219,11 @@ class Flow(Until):
             self._zero = time.perf_counter() - self.participation.seconds
         self._sent_at = time.perf_counter()
         self.in_order = not self.waiting.closes
+        self.give_up_old()
+        again, self.revived = self.revived, []
+        messages = chain(map(self.orders.message, again), messages)
+        for order in again:
+            self.outstanding.unsent[order.client.node_id] = order
         return exchange(
             grid, messages, timeout,
             on_arrival=on_arrival, name=name, meanwhile=meanwhile, until=self,
@@ -212,6 +270,10 @@ class Flow(Until):
         if not self.real:
             return math.inf
         book = self._book
+        if self.waiting.overlaps:  # it ends when everybody under way is silent for too long
+            now = time.perf_counter()
+            ages = [now - order.sent_at for order in self.outstanding.orders.values()]
+            waited = min(ages, default=0.0)
         seen = [a.elapsed_seconds for a in book.assignments.values() if a.elapsed_seconds]
         asked = min(len(book.assignments), WINDOW)  # of more, the first must answer first
         limit = self.patience.limit(seen, asked, auto=deadline == "auto")
@@ -251,23 +313,38 @@ class Flow(Until):
         return replace(update, weight=update.weight * part, late=1.0)
 
     def unanswered(self, book: Round) -> list[Assignment]:
-        """Return whose answer is nobody's any more; those that will count are noted as late."""
-        given_up = []
-        waited = time.perf_counter() - self._sent_at
+        """Return whose answer is nobody's any more; those that are late are noted as such."""
+        given_up, late = [], []
+        waited = self.waited()
         for order in list(self.outstanding.open.values()):
+            if self.waiting.overlaps:
+                order.status = "busy"
+                continue
             self.patience.missed(order.client.index, waited)
-            if self.keeps_late and order.message_id and waited < self.timeout:
+            keep = self.keeps_late and bool(order.message_id)
+            if not self.real or (keep and waited < self.timeout):
                 book.wait_for(order, alive=not self.real)
+                late.append(order.client.name)
                 if self._zero is not None:
                     order.began = order.sent_at - self._zero
             else:
                 given_up.append(order)
-                self.outstanding.drop(order)
+            if not keep or order in given_up:
+                self.drop(order)
         self.outstanding.open = {}
-        if late := [a.client.name for a in book.assignments.values() if a.status == "late"]:
-            log(INFO, "round %s: over without %s; what they send later still counts",
-                book.number, listed(late, 5))  # fmt: skip
+        if late:
+            then = "still counts" if self.keeps_late else "does not count"
+            log(INFO, "round %s: over without %s; what they send later %s",
+                book.number, listed(late, 5), then)  # fmt: skip
         return given_up
+
+    def waited(self) -> float:
+        """Return for how many seconds of the run's clock this round has waited."""
+        return time.perf_counter() - self._sent_at
+
+    def drop(self, order: Assignment) -> None:
+        """Wait no more for an order."""
+        self.outstanding.drop(order)
 
     def give_up_old(self) -> None:
         """Forget orders that nobody has answered for as long as a round may last."""
@@ -276,14 +353,14 @@ class Flow(Until):
             if now - order.sent_at >= self.timeout:
                 log(WARNING, "%s: no answer to round %s within %.0f s; it is asked anew",
                     order.client.name, order.asked, self.timeout)  # fmt: skip
-                self.outstanding.drop(order)
+                self.drop(order)
 
     def forget(self, index: int) -> None:
         """Forget the orders of a client whose place is another's now."""
         self.patience.answered(index)
         for order in self.outstanding.older():
             if order.client.index == index:
-                self.outstanding.drop(order)
+                self.drop(order)
 
     def finish(self, book: Round) -> RoundTime:
         """Return the time of a round that is over, and learn from it."""
@@ -292,17 +369,3 @@ class Flow(Until):
                 self.patience.answered(order.client.index)
         self.participation.clock.learn([order.work() for order in book.older], book.number)
         return self.participation.finish(book.works(), book.number)
-
-    # ----- what lasts --------------------------------------------------------------------
-
-    def parts(self) -> dict[str, Any]:
-        """Return what has a state that must last, by its name in a checkpoint."""
-        return {"waiting": self} if self.waiting.closes or self.outstanding.orders else {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what must last, as JSON can hold it."""
-        return {"patience": self.patience.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what ``state_dict`` returned."""
-        self.patience.load_state_dict(state.get("patience", {}))

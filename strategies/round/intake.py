@@ -178,6 +178,8 @@ class Intake:
         book.time = self.flow.finish(book)
         book.clock_total = self.participation.seconds
         for assignment in (*book.older, *book.assignments.values()):
+            if assignment.status == "busy":
+                continue  # told of when it has answered
             tell(assignment.record(book.number, book.time))
 
     def _count(self, client: Client, reply: Reply) -> tuple[Reply, float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord
+from torch import Tensor
 
 from strategies.aggregation import Aggregator
 from strategies.messages import from_record, to_record
@@ -39,6 +41,11 @@ class Models:
     def packed(self, arrays: ArrayRecord, server_round: int) -> Packing:
         """Return the packing of the model in ``arrays`` for one round."""
         return Packing(self.rule, self.of(arrays), self.wire_dtype, server_round)
+
+    def packing(self, tensors: Mapping[str, Tensor], server_round: int) -> Packing:
+        """Return the packing of a model of before, from its arrays."""
+        model = GlobalModel.from_tensors(tensors, self.scale)
+        return Packing(self.rule, model, self.wire_dtype, server_round)
 
     def record(self, model: GlobalModel) -> ArrayRecord:
         """Return a model as arrays."""

@@ -19,17 +19,27 @@ class Outstanding:
     def __init__(self) -> None:
         self.orders: dict[str, Assignment] = {}  # on their way, by the id of their message
         self.open: dict[int, Assignment] = {}  # of this round, without an answer yet, by node
+        self.unsent: dict[int, Assignment] = {}  # of rounds before, about to be sent, by node
 
     def begin(self, book: Round) -> None:
         """Begin with a round."""
         self.open = dict(book.assignments)
 
     def sent(self, message_id: str, message: Message) -> None:
-        """Note under which id an order of this round is on its way."""
-        order = self.open.get(message.metadata.dst_node_id)
+        """Note under which id an order is on its way."""
+        node_id = message.metadata.dst_node_id
+        if (before := self.unsent.pop(node_id, None)) is not None:
+            self.rename(before, message_id)
+            return
+        order = self.open.get(node_id)
         if order is not None and not order.message_id:
-            order.message_id = message_id
-            self.orders[message_id] = order
+            self.rename(order, message_id)
+
+    def rename(self, order: Assignment, message_id: str) -> None:
+        """Give an order the id under which its message is on its way."""
+        self.orders.pop(order.message_id, None)
+        order.message_id = message_id
+        self.orders[message_id] = order
 
     def claim(self, message: Message) -> Assignment | None:
         """Return the order that a message is the first reply to; None: there is no such order."""

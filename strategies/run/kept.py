@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import WARNING
 
 from flwr.app import ArrayRecord, Message
@@ -10,12 +10,13 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from strategies.clients import Roster
+from strategies.clients import Client, Roster
 from strategies.listing import listed
 from strategies.loop import Listener, StreamingStrategy
 from strategies.participation import Participation
 from strategies.progress import Progress
 from strategies.round.flow import Flow
+from strategies.round.models import Models
 from strategies.rounds import Degradation, Round
 from strategies.run.following import Following
 from strategies.sampling import Sampler
@@ -41,6 +42,8 @@ class KeptRun(StreamingStrategy):
         As in ``FedLoRA``.
     flow : Flow
     """
+
+    models: Models
 
     def __init__(
         self,
@@ -178,8 +181,9 @@ class KeptRun(StreamingStrategy):
             log(WARNING, "no reply was ever accepted: the model is the initial one")
         return names
 
-    def hand_on(self) -> None:
-        """Forget what was learned of those whose place is another's now."""
+    def hand_on(self, clients: Sequence[Client]) -> None:
+        """Forget what was learned of those whose place is another's now, and go on with orders."""
+        self.flow.revive(clients, self.models)
         while self.roster.handed_on:
             index = self.roster.handed_on.pop()
             self.participation.guard.forget(index)

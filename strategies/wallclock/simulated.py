@@ -171,8 +171,12 @@ class SimulatedClock(Clock):
         """Return the time of the round as it was; without a forecast of it, also who was late."""
         known = self._verdict[0] == server_round
         time = self._time(works, server_round, self._verdict[1:] if known else None)
-        self._steps.update({work.client: self._steps_of(work) for work in works})
+        self.learn(works, server_round)
         return time
+
+    def learn(self, works: Sequence[Work], server_round: int) -> None:
+        """Learn how many steps each client does."""
+        self._steps.update({work.client: self._steps_of(work) for work in works})
 
     def order(self, work: Work, number: int, busy: int) -> tuple[float, float]:
         """Return the seconds that a client computes and uploads, where there are no rounds.
