@@ -29,6 +29,8 @@ from strategies.flower import (
 
 # Seconds between two looks at a reply that is on its way, and as a share of the time it took.
 SOON, SHARE, MOST = 0.05, 0.05, 1.0
+# A look that is so much of the whole time later than the one before leaves the time unknown.
+BLUR = 0.1
 # So many messages are asked after at once.
 BATCH = 256
 # Seconds after which a message is no longer asked after unless somebody wants its reply.
@@ -48,9 +50,9 @@ class _Coming:
     def due(self, now: float) -> bool:
         return now - self.looked >= min(max(SOON, SHARE * (now - self.since)), MOST)
 
-    def look(self, grid: Grid, now: float) -> None:
+    def look(self, grid: Grid, now: float, sent: float) -> None:
         if self.came is None and self.due(now):
-            blurred = now - self.looked > 2 * MOST
+            blurred = now - self.looked > max(2 * MOST, BLUR * (now - sent))
             if last_part_is_there(grid, self.reply):
                 self.came = math.nan if blurred else time.monotonic()
             self.looked = now
@@ -87,14 +89,13 @@ class PromptGrid(Grid):
         """
         wanted = list(message_ids)
         now = time.monotonic()
-        blurred, self._asked = now - self._asked > 2 * MOST, now
+        before, self._asked = self._asked, now
         others = (i for i in self._sent if i not in wanted)
         ids = [i for i in (*wanted, *islice(others, BATCH)) if i not in self._coming]
         for reply in announced(self.grid, ids) if ids else []:
-            coming = _Coming(reply, now, now - MOST * (3 if blurred else 1))
-            self._coming[reply.reply_to] = coming
-        for coming in self._coming.values():
-            coming.look(self.grid, now)
+            self._coming[reply.reply_to] = _Coming(reply, now, min(before, now - MOST))
+        for message_id, coming in self._coming.items():
+            coming.look(self.grid, now, self._sent.get(message_id, now))
         found: list[Message] = []
         for message_id in wanted:
             there = self._coming.get(message_id)
