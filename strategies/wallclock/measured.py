@@ -176,6 +176,8 @@ class MeasuredClock(Clock):
     def learn(self, works: Sequence[Work], server_round: int) -> None:
         """Learn from work that took longer than its round."""
         for work in works:  # one after the other: a client may have answered two
+            if self.shared_band:  # and was shared by others while it came
+                work = replace(work, elapsed_seconds=None)
             self.finish([work], server_round)
 
     def profiles(

@@ -123,6 +123,15 @@ def test_a_shared_band_predicts_the_round_it_measured():
     assert profiles.bandwidth_hz == 1.0
 
 
+def test_a_late_reply_teaches_no_rate_of_a_shared_band():
+    for shared, rates in ((True, []), (False, [0])):
+        clock = MeasuredClock(shared_band=shared)
+        clock.learn([done(0, 10.0, 60.0)], 2)
+        time = clock.forecast([Work(0, 4, 1000)], 3)
+        assert time.compute_seconds == {0: 10.0}
+        assert list(time.mb_seconds) == rates
+
+
 def test_measured_state_survives_json_and_goes_on_alike():
     clock, again = MeasuredClock(), MeasuredClock()
     clock.finish([done(0, 1 / 3, 0.7), done(11, 0.1, 0.2, steps=None)], 1)
