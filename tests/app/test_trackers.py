@@ -5,12 +5,13 @@ import errno
 import json
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 
 from fedlora_app.config.keys import RunConfig
 from fedlora_app.report.trackers import TRACKERS, make_trackers, tracking_problems
-from fedlora_app.report.trackers.base import Followed, Tracker, scalars
+from fedlora_app.report.trackers.base import Tracker, scalars
 from tests.app.test_report import clocked_run, round_record, write_run
 
 CLOCK = [(0, 0), (1, 4), (2, 13), (3, 28), (4, 34)]
@@ -155,8 +156,11 @@ class Noted(Tracker):
 
     title, needs, extra = "Notes", "json", "notes"
 
+    made: ClassVar[list] = []
+
     def begin(self):
         self.told = []
+        self.made.append(self)
 
     def scalars(self, values, step):
         self.told.append(("scalars", step))
@@ -183,17 +187,23 @@ class Full(Noted):
         super().scalars(values, step)
 
 
+class Away(Noted):
+    """Does not answer."""
+
+    title = "Away"
+
+    def begin(self):
+        raise ConnectionError("nobody answers")
+
+
 def test_what_a_tracker_raises_ends_it_and_not_the_run(tmp_path, caplog, monkeypatch):
     caplog.set_level("WARNING", logger="flwr")
-    made = []
-    for kind in (Noted, Full):
-        monkeypatch.setitem(
-            TRACKERS,
-            kind.__name__.lower(),
-            lambda run, kind=kind: made.append(kind(run)) or made[-1],
-        )
-    follow(tmp_path, "full", "noted", "noted")
+    for kind in (Noted, Full, Away):
+        monkeypatch.setitem(TRACKERS, kind.__name__.lower(), kind)
+    monkeypatch.setattr(Noted, "made", made := [])
+    follow(tmp_path, "full", "away", "noted", "noted")
     full, noted = made
+    assert caplog.text.count("Away gets nothing of this run: nobody answers") == 1
     assert caplog.text.count("Full gets no more of this run: [Errno 28]") == 1
     assert full.told == [("scalars", 0), ("scalars", 1)]
     steps = [("scalars", step) for step in range(5)]
@@ -202,12 +212,12 @@ def test_what_a_tracker_raises_ends_it_and_not_the_run(tmp_path, caplog, monkeyp
 
 
 def test_a_run_that_fails_closes_its_trackers(tmp_path, monkeypatch):
-    made = Noted(Followed(tmp_path, {}))
-    monkeypatch.setitem(TRACKERS, "noted", lambda run: made)
+    monkeypatch.setattr(Noted, "made", made := [])
+    monkeypatch.setitem(TRACKERS, "noted", Noted)
     trackers = make_trackers(RunConfig.from_flat({"tracking": "noted"}), tmp_path)
     with pytest.raises(ValueError, match="thirteen"), trackers:
         raise ValueError("thirteen")
-    assert made.told == [("close", False)]
+    assert made[0].told == [("close", False)]
 
 
 def test_what_cannot_be_followed_is_said_at_the_door(monkeypatch):

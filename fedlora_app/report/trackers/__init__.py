@@ -94,7 +94,7 @@ class Trackers:
 
 
 def make_trackers(config: RunConfig, folder: Path, resume_round: int | None = None) -> Trackers:
-    """Return the trackers that a config names, each begun.
+    """Return the trackers that a config names, each begun; who cannot begin is left out.
 
     Parameters
     ----------
@@ -109,8 +109,15 @@ def make_trackers(config: RunConfig, folder: Path, resume_round: int | None = No
     RuntimeError
         If the library of one is not installed.
     """
-    run = Followed(folder, config.to_flat(), resume_round)
-    return Trackers(folder, [TRACKERS[name](run) for name in _wanted(config)])
+    if problems := tracking_problems(config):
+        raise RuntimeError("\n".join(problems))
+    run, begun = Followed(folder, config.to_flat(), resume_round), []
+    for name in _wanted(config):
+        try:
+            begun.append(TRACKERS[name](run))
+        except Exception as error:  # a server that does not answer, say: the run goes on without
+            log(WARNING, "%s gets nothing of this run: %s", TRACKERS[name].title, error)
+    return Trackers(folder, begun)
 
 
 def tracking_problems(config: RunConfig) -> list[str]:
