@@ -134,7 +134,7 @@ class StreamingStrategy(Strategy):
                 messages = self.configure_evaluate(
                     server_round, arrays, evaluate_config or ConfigRecord(), grid
                 )
-                replies = exchange(grid, messages, timeout, name=self.name_of)
+                replies = self.collect_evaluations(grid, messages, timeout)
                 metrics = self.aggregate_evaluate(server_round, replies)
                 if metrics is not None:
                     result.evaluate_metrics_clientapp[server_round] = metrics
@@ -207,6 +207,12 @@ class StreamingStrategy(Strategy):
             grid, messages, timeout,
             on_arrival=self._arrived, name=self.name_of, meanwhile=meanwhile,
         )  # fmt: skip
+
+    def collect_evaluations(
+        self, grid: Grid, messages: Iterable[Message], timeout: float
+    ) -> Iterable[Message]:
+        """Send messages of an evaluation; return the replies."""
+        return exchange(grid, messages, timeout, name=self.name_of)
 
     def finish(self, server_round: int) -> None:
         """Tell listeners why the run is over, and look back at it."""

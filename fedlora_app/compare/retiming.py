@@ -62,6 +62,7 @@ def training_of(flat: Flat) -> dict[str, Scalar] | None:
     config = parts.config
     acts = not declares(parts.sampler, "clock_blind")
     acts = acts or config.clock.deadline > 0 or config.clock.availability != "always"
+    acts = acts or parts.waiting.closes
     if acts or not config.clock.simulated or not config.federated:
         return None
     return {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedlora_app.config.keys import RunConfig
-from fedlora_app.report import clients_table, samples, style
+from fedlora_app.report import busy, clients_table, samples, style
 from fedlora_app.report.charts import bar_chart, line_chart
 from fedlora_app.report.html import bar_rows, data_size, number, seconds_text, spans, table
 from fedlora_app.report.plots import TOP, bottlenecks, curves_of, points, with_megabytes
@@ -105,6 +105,7 @@ def page(run: RunFiles) -> str:
         "Warnings": warnings(run),
         _heading(run.scores): curves(run),
         "Time of the rounds": round_times(run),
+        "Who was busy when": busy.section(run.records),
         "Plans and pilots": plans(run),
         "Samples": samples.section(run.records),
         "Clients": clients_table.section(

@@ -9,6 +9,9 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from flwr.app import Message
+
+from strategies.transport import WINDOW, Until
 from strategies.wallclock.clock import RoundTime
 
 #: A deadline of its own accord is so many times what the slowest is expected to need.
@@ -17,6 +20,27 @@ MARGIN = 2.0
 DEAD, DEAD_SECONDS = 10.0, 60.0
 #: After so many deadlines missed, one after the other, a client is no longer expected.
 MISSES = 5
+
+
+class Reasonable(Until):
+    """Waits for all, but no longer than is reasonable by those who have answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = 0
+        self._seen: list[float] = []
+
+    def sent(self, message_id: str, message: Message) -> None:
+        """Count a message."""
+        self._asked += 1
+
+    def arrived(self, message: Message, seconds: float | None) -> None:
+        """Learn how long a reply took, if that is known."""
+        self._seen += [] if seconds is None else [seconds]
+
+    def left(self, waited: float) -> float:
+        """Return for how many more seconds it is reasonable to wait, after so many."""
+        return Patience().limit(self._seen, min(self._asked, WINDOW), auto=False) - waited
 
 
 class Patience:

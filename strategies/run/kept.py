@@ -17,12 +17,13 @@ from strategies.participation import Participation
 from strategies.progress import Progress
 from strategies.round.flow import Flow
 from strategies.round.models import Models
+from strategies.round.patience import Reasonable
 from strategies.rounds import Degradation, Round
 from strategies.run.following import Following
 from strategies.sampling import Sampler
 from strategies.saving import Saver, Stateful
 from strategies.scores import Score
-from strategies.transport import Meanwhile
+from strategies.transport import Meanwhile, exchange
 from strategies.wallclock import SimulatedClock
 
 StopWhen = Callable[[Mapping[str, float]], bool]
@@ -85,6 +86,17 @@ class KeptRun(StreamingStrategy):
             grid, messages, timeout,
             on_arrival=self._arrived, name=self.name_of, meanwhile=meanwhile,
         )  # fmt: skip
+
+    def collect_evaluations(
+        self, grid: Grid, messages: Iterable[Message], timeout: float
+    ) -> Iterable[Message]:
+        """Send messages of an evaluation; return the replies of those that are not dead."""
+        if not self.flow.real:
+            return super().collect_evaluations(grid, messages, timeout)
+        until = Reasonable()
+        return exchange(
+            grid, messages, timeout, name=self.name_of, until=until, on_arrival=until.arrived
+        )
 
     def note_arrival(self, message: Message, seconds: float | None) -> None:
         """Note how long the order of a reply took, if that is known."""

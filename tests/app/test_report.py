@@ -446,3 +446,21 @@ def test_ticks_are_few_and_within(high):
     beyond = ticks(0, high, 5, beyond=True)
     assert beyond[-1] >= high * (1 - 1e-9)
     assert beyond[-2] < high
+
+
+def test_who_was_busy_when_is_drawn_where_rounds_overlap():
+    from fedlora_app.report import busy
+
+    def part(client, began, ended, **more):
+        own = {"kind": "client", "round": 2, "client": client, "status": "ok", "asked": 1}
+        return {**own, "began": began, "ended": ended, "staleness": 0, **more}
+
+    records = [part(0, 0.0, 1.5), part(3, 0.0, 4.0, staleness=1),
+               part(5, 1.0, 2.0, status="rejected"), part(7, 0.0, None, status="late"),
+               {"kind": "client", "round": 1, "client": 9, "status": "ok"}]  # fmt: skip
+    drawn = busy.section(records)
+    assert drawn.count('class="bar s1"') == 2  # a span, and the count of those in time
+    assert "client 3: 0 to 4 s, asked in round 1, 1 rounds late" in drawn
+    assert drawn.count('class="bar bad"') == 1
+    assert "client 9" not in drawn
+    assert busy.section(records[-1:]) == ""

@@ -91,6 +91,20 @@ def test_nor_in_the_first_round_once_half_have_answered(clock):
     assert model == pytest.approx(1.5)
 
 
+def test_nor_in_an_evaluation(clock):
+    class Mute(TimedGrid):
+        def answer(self, message):
+            mute = (
+                message.metadata.message_type == "evaluate"
+                and self.partition[message.metadata.dst_node_id] == 2
+            )
+            return None if mute else super().answer(message)
+
+    grid = Mute(clock, [1, 2, 3], lambda i, _: 1.0)
+    start(grid, 1, evaluate_fraction=1.0)
+    assert clock.now == pytest.approx(61, abs=2)
+
+
 def test_where_all_are_late_the_next_round_is_of_the_first_that_comes(clock):
     grid = TimedGrid(clock, [1, 2], lambda i, r: 7.0 + i if r == 1 else 1.0)
     _, found, model = start(grid, 3, waiting=Waiting(deadline=3, staleness=0))

@@ -13,6 +13,7 @@ from strategies import FedLoRA
 from strategies.checkpoint import Checkpoints
 from strategies.messages import from_record, to_record
 from strategies.ranks import UniformRank
+from strategies.round.waiting import Waiting
 from strategies.sampling import FractionSampling
 from strategies.saving import Saver
 
@@ -50,6 +51,7 @@ def main(grid: Grid, context: Context) -> None:
             resume_from=str(config["resume-from"]),
             fingerprint={"rank": 4},
         ),
+        waiting=Waiting(quorum=float(config["quorum"]), staleness=float(config["staleness"])),
         listeners=[listen],
     )
     initial = {
