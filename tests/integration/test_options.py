@@ -79,22 +79,15 @@ OPTIONS = [
     {"clock.profile": "lab"},
     {"evaluate.clients": 0.0},
     {"round.quorum": 0.5},
-    {"round.quorum": 2.0, "round.staleness": "0"},
     {"round.deadline": "auto"},
-    {"round.deadline": 30},
-    {"round.staleness": "drop", "round.deadline": "30"},
-    {"round.over-selection": 0.5, "sampling.clients": 2},
+    {"round.deadline": 30, "round.staleness": "0"},
     {"round.mode": "buffered", "round.buffer": 2, "round.busy": 3, "wire-dtype": "int8"},
-    {"round.mode": "asynchronous"},
     *({"clock.profile": "lab", **option} for option in (
         {"round.quorum": 2.0},
-        {"round.deadline": "auto"},
         {"round.deadline": 1e-3, "round.staleness": "drop"},
         {"round.over-selection": 0.5, "sampling.clients": 2},
         {"round.mode": "buffered", "round.buffer": 2, "ranks.policy": "autorank"},
         {"round.mode": "asynchronous", "aggregation": "flexlora", "round.staleness": 1},
-        {"round.mode": "buffered", "clock.availability": "exponential",
-         "clock.availability-options": "share=0.8, seconds=600"},
     )),
 ]  # fmt: skip
 
