@@ -128,6 +128,7 @@ class Timing:
             change_factor=c.change_factor,
             seed=self.config.seed,
             availability=self.availability,
+            fixed_seconds=c.fixed_seconds,
         )
 
 

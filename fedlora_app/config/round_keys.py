@@ -261,6 +261,9 @@ class ClockConfig:
     deadline: float = option(
         0.0, "simulated: seconds after which a round ends without who is late; 0: none", low=0
     )
+    fixed_seconds: float = option(
+        0.0, "simulated: what every reply takes beside computing and upload", low=0
+    )
     idle_seconds: float = option(1.0, "simulated: length of a round without clients", above=0)
     change_round: int = option(
         0, "simulated: from this round on some clients have a worse channel; 0: never", low=0

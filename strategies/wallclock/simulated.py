@@ -91,6 +91,8 @@ class SimulatedClock(Clock):
         Who is there when. Who goes away before it is done is late, and the server hears of it at
         once: the round lasts until the others are done, and until all who go have gone.
         (default: everybody is always there)
+    fixed_seconds : float
+        What every reply takes beside, such as polling, ≥ 0; counts as computing. (default: 0)
 
     Raises
     ------
@@ -116,6 +118,7 @@ class SimulatedClock(Clock):
         change_share: float = 0.5,
         change_factor: float = 0.1,
         availability: Availability | None = None,
+        fixed_seconds: float = 0.0,
     ) -> None:
         self.devices = devices if isinstance(devices, Devices) else None
         if isinstance(devices, Devices):
@@ -135,6 +138,7 @@ class SimulatedClock(Clock):
                 ("idle_seconds", idle_seconds, False),
                 ("bandwidth_hz", self.bandwidth_hz, True),
                 ("change_factor", change_factor, True),
+                ("fixed_seconds", fixed_seconds, False),
             )
             if not (math.isfinite(value) and (value > 0 or (value == 0 and not positive)))
         ]
@@ -153,7 +157,7 @@ class SimulatedClock(Clock):
         self.steps, self.bandwidth = steps, bandwidth
         self.deadline, self.idle_seconds, self.seed = deadline, idle_seconds, seed
         self.change_round, self.change_share = change_round, change_share
-        self.change_factor = change_factor
+        self.change_factor, self.fixed_seconds = change_factor, fixed_seconds
         if availability is not None:
             self.availability = availability
         self._devices: dict[int, tuple[float, float, bool]] = {}
@@ -200,11 +204,12 @@ class SimulatedClock(Clock):
         """Return what a base station knows before a round: means over the fading, no fades."""
         fixed, per_rank = upload_bytes
         snr, flops, changes = self._table(clients)
+        steps = [self._steps.get(client, self.steps) for client in clients]
         return ClientProfiles(
             weights=weights,
-            base_seconds=self.base_flops / flops,
+            base_seconds=self.base_flops / flops + self.fixed_seconds / np.maximum(steps, 1e-9),
             rank_seconds=self.rank_flops / flops,
-            steps=[self._steps.get(client, self.steps) for client in clients],
+            steps=steps,
             bits_per_rank=8 * per_rank,
             constant_bits=8 * max(fixed, 0.0),  # a difference: it may be below 0 by rounding
             spectral_efficiency=harmonic_efficiency(self.profile, snr)
@@ -310,6 +315,7 @@ class SimulatedClock(Clock):
         efficiency = efficiency_at(self.profile, snr, gain) * self._change(changes, server_round)
         step_flops = self.base_flops + self.rank_flops * np.array([work.rank for work in works])
         compute = np.array([self._steps_of(work) for work in works]) * step_flops / flops
+        compute = compute + self.fixed_seconds
         return compute, 8 * np.array([work.upload_bytes for work in works]) / efficiency
 
     def _leave(
@@ -349,8 +355,7 @@ class SimulatedClock(Clock):
         if not self.deadline:
             return np.zeros(n, bool)
         if self.bandwidth == "equal":
-            late: Mask = compute + upload * n / self.bandwidth_hz > self.deadline
-            return late
+            return np.asarray(compute + upload * n / self.bandwidth_hz > self.deadline)
         left = self.deadline - compute
         need = np.full(n, np.inf)
         np.divide(upload, left, out=need, where=left > 0)
@@ -361,8 +366,7 @@ class SimulatedClock(Clock):
         return late
 
     def _steps_of(self, work: Work) -> float:
-        steps = reported(work.steps)
-        if steps is not None:
+        if (steps := reported(work.steps)) is not None:
             return steps
         if work.client in self._steps or not self._steps:
             return self._steps.get(work.client, self.steps)
@@ -370,12 +374,9 @@ class SimulatedClock(Clock):
 
     def _table(self, clients: Sequence[int]) -> tuple[Array, Array, Mask]:
         """Return each client's mean SNR (dB), speed (FLOP/s), and whether its channel changes."""
-        rows = [self._device(client) for client in clients]
-        return (
-            np.array([snr for snr, _, _ in rows], np.float64),
-            np.array([flops for _, flops, _ in rows], np.float64),
-            np.array([changes for _, _, changes in rows], bool),
-        )
+        rows = np.array([self._device(client) for client in clients], np.float64)
+        snr, flops, changes = rows.reshape(-1, 3).T.copy()
+        return snr, flops, changes > 0
 
     def _device(self, client: int) -> tuple[float, float, bool]:
         if client not in self._devices:
@@ -387,9 +388,8 @@ class SimulatedClock(Clock):
             block, place = divmod(client, _BLOCK)
             rng = self._rng(_CHANGE, block)
             changes = (rng.permutation(_BLOCK)[place] + rng.random()) / _BLOCK < self.change_share
-            self._devices[client] = (
-                float(devices.snr_db[row]), float(devices.flops[row]), bool(changes)
-            )  # fmt: skip
+            snr, flops = devices.snr_db[row], devices.flops[row]
+            self._devices[client] = float(snr), float(flops), bool(changes)
         return self._devices[client]
 
     def _change(self, changes: Mask, server_round: int) -> NDArray[np.float64]:

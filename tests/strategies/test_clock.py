@@ -285,6 +285,24 @@ def test_profiles_foresee_the_mean_round():
     assert sorted(np.round(after, 9).tolist())[4:8] == [0.1, 0.1, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("bandwidth", ["optimal", "equal"])
+def test_what_is_fixed_lengthens_every_round_by_itself(bandwidth):
+    options = {"base_flops": 1e12, "rank_flops": 1e10, "steps": 5.0, "bandwidth": bandwidth}
+    plain = SimulatedClock("rural", **options)
+    fixed = SimulatedClock("rural", fixed_seconds=7.0, **options)
+    works = [Work(i, 4 * i, 10_000 * (i + 1)) for i in range(5)]
+    for clock in (plain, fixed):
+        clock.forecast(works, 1)
+    assert fixed.finish(works, 1).seconds == pytest.approx(plain.finish(works, 1).seconds + 7)
+    known = [
+        clock.profiles(range(3), [1 / 3] * 3, [[4]] * 3, (100, 10), 8, 2).compute_seconds(
+            np.full(3, 4.0)
+        )
+        for clock in (plain, fixed)
+    ]
+    assert known[1] == pytest.approx(known[0] + 7)
+
+
 def test_profiles_count_the_steps_last_reported():
     clock = SimulatedClock("lab", **COST)
     clock.finish([Work(0, 4, 10, steps=33), Work(1, 4, 10), Work(2, 4, 10, steps=float("nan"))], 1)
