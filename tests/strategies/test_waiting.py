@@ -1,11 +1,18 @@
 """When a round is over, on a clock of the test's own, and what becomes of who is later."""
 
+import numpy as np
 import pytest
 
 from strategies import FedLoRA
+from strategies.aggregation import ZeroPadding
+from strategies.checkpoint import Checkpoints
+from strategies.clients import Client
+from strategies.participation import MOST_MADE_UP, Participation
 from strategies.privacy import Privacy, PrivateRun
 from strategies.round.waiting import Waiting
 from strategies.sampling import FractionSampling, IndependentSampling
+from strategies.saving import Saver
+from strategies.wallclock import MeasuredClock
 from tests.strategies.timed import UNHEARD, Clock, TimedGrid, books, start
 
 
@@ -187,3 +194,80 @@ def test_what_a_run_cannot_do_is_refused_with_the_reason(options, said):
 def test_the_wrong_kind_is_told(clock):
     with pytest.raises(TypeError, match="waiting: expected a Waiting, got 3"):
         FedLoRA(waiting=3)
+
+
+# --- what is on its way when the server dies
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_what_a_killed_server_waited_for_is_asked_for_again_and_counts_once(clock, tmp_path):
+    def seconds(i, server_round):
+        return 50.0 if i == 2 and clock.now < 10 else 1.0
+
+    def saver(**more):
+        return Saver(Checkpoints(tmp_path), fingerprint={}, **more)
+
+    def kill(record):
+        if record["kind"] == "round-start" and record["round"] == 3:
+            raise KilledError
+
+    first, waiting = saver(), Waiting(quorum=0.6, staleness=0)
+    with pytest.raises(KilledError):
+        start(TimedGrid(clock, [1, 2, 3], seconds), 5, waiting=waiting, saver=first,
+              listeners=[kill])  # fmt: skip
+    first.checkpoints.close()
+    clock.now = 100.0
+    grid = TimedGrid(clock, [11, 12, 13], seconds)  # and no reply to what was sent before
+    _, found, _ = start(grid, 4, waiting=waiting, saver=saver(resume_from="latest"))
+    done = [(r["client"], r["asked"]) for r in books(found, "client") if r["status"] == "ok"]
+    assert done.count((2, 1)) == 1
+    assert len(done) == len(set(done))
+    assert grid.trained[0] == (2, 1)  # the same work, from the same model
+    assert [i for i, r in grid.trained if r == 1] == [2]
+
+
+def test_who_is_not_there_after_a_resume_is_not_waited_for(clock, tmp_path, caplog):
+    caplog.set_level("WARNING", logger="flwr")
+    first, waiting = Saver(Checkpoints(tmp_path), fingerprint={}), Waiting(quorum=0.6)
+    start(TimedGrid(clock, [1, 2, 3], lambda i, _: 50.0 if i == 2 else 1.0), 2, waiting=waiting,
+          saver=first)  # fmt: skip
+    first.checkpoints.close()
+    again = Saver(Checkpoints(tmp_path), fingerprint={}, resume_from="latest")
+    grid = TimedGrid(clock, [11, 12], lambda i, _: 1.0)
+    start(grid, 3, waiting=waiting, saver=again)
+    assert "client 2 is not there, and its order of round 1 is dropped" in caplog.text
+
+
+# --- what answers in time, late or never do to an estimate
+
+
+@pytest.mark.parametrize(("chance", "late", "part"), [(0.5, 0.0, 1), (0.3, 0.4, 0.6), (1.0, 0, 1)])
+def test_in_the_long_run_everybody_counts_by_its_data(chance, late, part):
+    """Replies in time by chance, others late at a part of their weight, the rest lost."""
+    rng, rounds = np.random.default_rng(0), 4000
+    coins = IndependentSampling(1.0, estimator="unbiased")
+    book = Participation(coins, MeasuredClock(), ZeroPadding())
+    client, other = Client(1, 0, num_examples=10), Client(2, 1, num_examples=30)
+    counted = 0.0
+    for server_round in range(1, rounds + 1):
+        book.choose(server_round, [client, other], [2, 2], lambda: (0.0, 0.0), 2, rng)
+        draw, weight = rng.random(), book.weight(client, 0)
+        if draw < chance + late:
+            share = 1.0 if draw < chance else part
+            counted += share * weight
+            book.answered(client, share)
+    assert counted / rounds == pytest.approx(0.25, rel=0.05)
+
+
+def test_who_failed_twenty_times_counts_five_times_on_its_return():
+    book = Participation(IndependentSampling(1.0), MeasuredClock(), ZeroPadding())
+    clients = [Client(1, 0, num_examples=10), Client(2, 1, num_examples=10)]
+    for server_round in range(1, 22):
+        rng = np.random.default_rng(server_round)
+        book.choose(server_round, clients, [2, 2], lambda: (0.0, 0.0), 2, rng)
+        book.answered(clients[1])
+    assert book.weight(clients[0], 0) == pytest.approx(0.5 * MOST_MADE_UP)
+    assert book.weight(clients[1], 0) == pytest.approx(0.5)
