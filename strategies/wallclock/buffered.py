@@ -2,8 +2,10 @@
 
 ``C`` clients are busy at a time; as one answers, another is chosen uniformly among the idle ones
 that are there, and a model is made after every ``K`` replies (FedBuff, arXiv 2106.06639; K = 1 is
-the asynchronous mode). Each busy client holds ``1/C`` of the band, so that an order takes as long
-as it takes, whatever becomes of the others.
+the asynchronous mode). Those who upload at a moment share the band equally. An upload then takes
+its seconds alone on the band times a stretch, the same for all: one more than the mean number of
+uploads that an arriving one meets, by mean value analysis of a network of two stations, computing
+and uploading (Reiser and Lavenberg, J. ACM 27, 1980, with the means over the orders [D]).
 
 With everybody there the set of the busy has a product form: it is S with a probability in
 proportion to ``Π x`` over S, x the mean seconds of a client's order, whatever their distribution
@@ -14,6 +16,7 @@ go are counted as if there were very many: each of the idle is asked at one comm
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +31,7 @@ _SETS = 256
 # Its own, as in Expectation: all predictions are made with the same luck.
 _SEED = 0x6C6F7261
 _STEPS = 200
+_TURNS = 30
 
 
 @dataclass(frozen=True)
@@ -126,17 +130,25 @@ def buffered_time(
     conditions = profiles.conditions or Conditions()
     there = np.broadcast_to(np.asarray(conditions.there, np.float64), (n,))
     rng = np.random.default_rng(_SEED)
-    seconds = np.broadcast_to(
-        profiles.upload_seconds(ranks) * busy
-        * (1.0 if conditions.slower is None else conditions.slower(stratified(_SETS, n, rng))),
-        (_SETS, n),
-    ) + profiles.compute_seconds(ranks)  # fmt: skip
+    upload = np.broadcast_to(profiles.upload_seconds(ranks), (_SETS, n))
+    if conditions.slower is not None:
+        upload = upload * conditions.slower(stratified(_SETS, n, rng))
     left = np.full((1, n), np.inf)
     if conditions.left is not None:
         left = conditions.left(stratified(_SETS, n, rng))
-    done = seconds <= left
-    success, held = done.mean(axis=0), np.minimum(seconds, left).mean(axis=0)
-    starts = _rates(held, there, busy)
+    compute, stretch = profiles.compute_seconds(ranks), 1.0
+    for _ in range(_TURNS):
+        seconds = compute + stretch * upload
+        done = seconds <= left
+        success, held = done.mean(axis=0), np.minimum(seconds, left).mean(axis=0)
+        starts = _rates(held, there, busy)
+        orders = starts / starts.sum()
+        # What each order takes of both, also where its client goes away before it is done.
+        thinks = float(orders @ np.minimum(compute, left).mean(axis=0))
+        sends = float(orders @ (np.minimum(upload * stretch, np.maximum(left - compute, 0))
+                                / stretch).mean(axis=0))  # fmt: skip
+        # Half way: the longer uploads take, the fewer of them there are.
+        stretch = (stretch + _stretch(thinks, sends, float(starts @ held))) / 2
     replies = starts * success
     rate = float(replies.sum())
     if not rate > 0:
@@ -158,6 +170,16 @@ def buffered_time(
         buffer, busy, round_seconds, shares, rate / float(starts.sum()),
         float(shares @ late), discount, rounds, rounds * round_seconds,
     )  # fmt: skip
+
+
+def _stretch(thinks: float, sends: float, busy: float) -> float:
+    """Return how many times as long an upload takes as alone, by mean value analysis."""
+    uploads, before, stretch = 0.0, 1.0, 1.0
+    for count in range(1, math.ceil(busy) + 1):
+        before, stretch = stretch, 1 + uploads
+        uploads = count * sends * stretch / (thinks + sends * stretch)
+    part = busy - math.floor(busy) or 1.0
+    return before + part * (stretch - before)
 
 
 def _discount(passed: Array, power: float) -> Array:
