@@ -97,7 +97,7 @@ class VirtualFlow(Flow):
         order.began = self.events.now
         self.outstanding.orders[order.message_id] = order
         self._by_number[order.number] = order
-        compute, upload = self.clock.order(order.work(), order.asked, 1)
+        compute, upload = self.clock.order(order.work(), order.asked)
         index = order.client.index
         present = self.clock.availability.look([index], self.events.now)
         gone = float(present.until[0]) if present.here[0] else self.events.now

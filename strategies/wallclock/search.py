@@ -113,7 +113,8 @@ def marginal_search(objective: Objective, q: Array, choice: Choice, q_min: float
         level = objective.round_seconds(q, choice) / objective.bracket(q, choice)
         steps = []
         for scale in _SCALES:
-            wanted = np.sqrt(scale * level * objective.variance / cost)
+            with np.errstate(over="ignore"):  # of what costs nothing
+                wanted = np.sqrt(scale * level * objective.variance / cost)
             candidates = np.clip(wanted, q_min, 1.0)
             worth = cost * candidates / (scale * level) + objective.variance / candidates
             option = worth.argmin(axis=1)

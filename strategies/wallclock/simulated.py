@@ -182,15 +182,14 @@ class SimulatedClock(Clock):
         """Learn how many steps each client does."""
         self._steps.update({work.client: self._steps_of(work) for work in works})
 
-    def order(self, work: Work, number: int, busy: int) -> tuple[float, float]:
-        """Return the seconds that a client computes and uploads, where there are no rounds.
+    def order(self, work: Work, server_round: int) -> tuple[float, float]:
+        """Return the seconds that a client computes, and uploads alone on the whole band.
 
-        Of so many busy clients each holds the same part of the band, whether the others upload or
-        not: an order takes what it takes. ``number``, from 1, says which round's fade is its own.
+        For runs whose orders are no rounds; the fade is that of the round it was asked in.
         """
         snr, flops, changes = self._table([work.client])
-        compute, upload = self._seconds([work], snr, flops, changes, number)
-        return float(compute[0]), float(upload[0] * busy / self.bandwidth_hz)
+        compute, upload = self._seconds([work], snr, flops, changes, server_round)
+        return float(compute[0]), float(upload[0] / self.bandwidth_hz)
 
     def profiles(
         self,

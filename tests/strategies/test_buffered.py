@@ -37,7 +37,7 @@ def play(clock, n, busy, buffer, orders, rank=8, power=0.5, seed=3):
             idle.remove(client)
             given += 1
             begun[given] = client, models
-            compute, upload = clock.order(Work(client, rank, size), given, 1)
+            compute, upload = clock.order(Work(client, rank, size), given)
             events.start(given, compute, upload, present.until[free.index(client)])
         # Who comes back is given an order at once where fewer than wanted are busy.
         waits = len(begun) < min(busy, n)
@@ -72,7 +72,7 @@ def test_everybody_there_against_playing_it(n, busy, buffer):
     assert found.staleness == pytest.approx(late, rel=0.12, abs=0.1)
     assert found.discount == pytest.approx(worth, rel=0.08)
     assert found.answered == 1
-    assert answered == pytest.approx(1.0, abs=0.02)  # but for those still under way
+    assert answered == pytest.approx(1.0, abs=0.03)  # but for those still under way
     assert np.abs(found.shares - shares).sum() < 0.25
 
 
@@ -115,14 +115,14 @@ def test_ten_thousand_clients_stay_in_range():
     assert (rates * held <= 1 + 1e-9).all()
 
 
-def test_an_order_is_a_client_alone_with_its_part_of_the_band():
+def test_an_order_is_a_client_alone_on_the_band():
     clock = SimulatedClock("rural", **COST, bandwidth="equal")
     for number in (1, 2):
         work = Work(3, 8, 500_000, steps=7)
-        compute, upload = clock.order(work, number, busy=8)
+        compute, upload = clock.order(work, number)
         alone = clock.finish([work], number)
         assert compute == alone.compute_seconds[3]
-        assert upload == pytest.approx(8 * alone.upload_seconds[3])
+        assert upload == pytest.approx(alone.upload_seconds[3])
 
 
 def test_out_of_reach_and_bad_arguments():
