@@ -54,7 +54,7 @@ class FedLoRA(KeptRun):
 
     Parameters
     ----------
-    aggregation : Aggregator or str (default: "replication")
+    aggregation : Aggregator or str (default: "support")
         How adapters of different rank become one; a rule or its registered name.
     robust : Robust or str (default: "none")
         What keeps liars among the clients from the result: "median", "trimmed-mean", "norm-filter"
@@ -136,7 +136,7 @@ class FedLoRA(KeptRun):
     def __init__(
         self,
         *,
-        aggregation: Aggregator[Any] | str = "replication",
+        aggregation: Aggregator[Any] | str = "support",
         robust: Robust | str = "none",
         server_optimizer: ServerOptimizer | str = "none",
         ranks: RankPolicy | str = "uniform",

@@ -158,7 +158,7 @@ class RunConfig:
         "imported where the server runs, those of a task where the clients run as well",
     )
     aggregation: str = option(
-        "replication",
+        "support",
         "rule that combines the clients' adapters",
         named_in="strategies.aggregation:AGGREGATIONS",
         on_resume="fatal",
