@@ -195,6 +195,8 @@ def test_progress_of_a_round() -> None:
     moved = {"bytes_down": 2_000_000, "bytes_up": 2_000_000}
     standing.see({"kind": "round", "round": 3, **moved}, 20.0)
     assert (standing.title(), standing.text(21.0)) == ("preparing", "1 s")
+    standing.see({"kind": "round", "round": 6, "bytes_down": 0, "bytes_up": 0}, 22.0)
+    assert standing.title() == "testing, and writing results"
     standing.see({**begun, "round": 4}, 25.0)
     said = "4 in flight · 0 B up, 4.0 MB moved · 4 s · about 6 s left, of the run 0:26"
     assert standing.text(29.0).endswith(said)

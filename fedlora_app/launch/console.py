@@ -71,7 +71,9 @@ class Standing:
             if self.number:
                 self.lengths = [*self.lengths, now - self.since][-LAST:]
             self.moved += (known.get("bytes_down") or 0) + (known.get("bytes_up") or 0)
-            self.number, self.doing, self.since = 0, "preparing", now
+            last = 0 < self.rounds <= record["round"]
+            self.number, self.since = 0, now
+            self.doing = "testing, and writing results" if last else "preparing"
 
     def title(self) -> str:
         """Return what goes on."""
@@ -125,6 +127,7 @@ class Console:
             BarColumn(bar_width=20),
             TextColumn("{task.fields[text]}"),
             console=self.terminal,
+            refresh_per_second=4,
             transient=True,  # what stays is the app's own line about each round
         )
         self._blank = False
