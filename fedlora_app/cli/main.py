@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
+import typer.main
+from typer.models import ArgumentInfo
 
 from fedlora_app.cli import (
     check,
@@ -79,7 +81,10 @@ def door(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``fedlora`` with ``argv`` (default: the program's) and return the exit code."""
-    return _code(app, argv, "fedlora")
+    group: Any = typer.main.get_command(app)
+    for function, name, _, _ in COMMANDS:
+        _explain(group.commands[name], function)
+    return _code(group, argv, "fedlora")
 
 
 def run_as(command: str, argv: Sequence[str] | None, program: str) -> int:
@@ -99,10 +104,20 @@ def run_as(command: str, argv: Sequence[str] | None, program: str) -> int:
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
     )
     alone.command(context_settings={**SETTINGS, **settings})(function)
-    return _code(alone, argv, program)
+    return _code(_explain(typer.main.get_command(alone), function), argv, program)
 
 
-def _code(program: typer.Typer, argv: Sequence[str] | None, name: str) -> int:
+def _explain(command: Any, function: Callable[..., None]) -> Any:
+    """Give a command's arguments their help again, which click from 8.5 on takes from typer's."""
+    hints = get_type_hints(function, include_extras=True)
+    for param in command.params:
+        for told in getattr(hints.get(param.name), "__metadata__", ()):
+            if isinstance(told, ArgumentInfo) and getattr(param, "help", None) is None:
+                param.help = told.help
+    return command
+
+
+def _code(program: Any, argv: Sequence[str] | None, name: str) -> int:
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     try:
         program(args=words, prog_name=name)

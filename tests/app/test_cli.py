@@ -35,6 +35,11 @@ def test_every_command_says_what_it_does_and_shows_a_use(name, capsys):
     assert f"Usage: fedlora {name}" in shown
     assert "Try:" in shown
     assert f"fedlora {name}" in shown.partition("Try:")[2]
+    command = typer.main.get_command(cli.app).commands[name]
+    for param in command.params:
+        if param.param_type_name == "argument":
+            cli._explain(command, next(f for f, other, _, _ in COMMANDS if other == name))
+            assert param.help
     assert run_as(name, ["--help"], f"python {name}.py") == 0
     assert f"Usage: python {name}.py" in capsys.readouterr().out
 
