@@ -87,7 +87,7 @@ _KINDS: dict[str, tuple[Any, str, str]] = {
         "PrivateRun(Privacy(clip=0.5, noise_multiplier=8)) of strategies.privacy",
     ),
     "clock": (Clock, "a Clock", "SimulatedClock('lab', …) of strategies.wallclock"),
-    "waiting": (Waiting, "a Waiting", "Waiting(quorum=0.8, deadline='auto') of strategies"),
+    "waiting": (Waiting, "a Waiting", "Waiting(quorum=0.8) of strategies.round.waiting"),
 }
 
 

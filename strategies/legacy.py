@@ -131,6 +131,7 @@ class LegacyFedLoRA(Strategy):
         self.engine.summary()
         self.engine.check(self.result.arrays)
         self.engine.num_rounds = self.num_rounds or 0
+        self.engine.flow.refuse_other_loops()
         self.engine.led = True
         self._done = self.engine.resume(self.result)
         self.engine.begin(self._done)

@@ -82,6 +82,20 @@ class Flow(LastingOrders):
             raise ValueError("waiting: " + "; ".join(problems))
         self.keeps_late = self.waiting.staleness != "drop" and not refuse_late(rule, **noise)
 
+    def refuse_other_loops(self) -> None:
+        """Refuse a loop that collects all replies of a round before it hands on any.
+
+        Raises
+        ------
+        ValueError
+            If a round may be over before.
+        """
+        if self.waiting.closes:
+            raise ValueError(
+                f"waiting ({self.waiting.summary()}) works in the start of FedLoRA itself alone: "
+                "another strategy's loop waits for everybody; call that, or leave waiting out"
+            )
+
     def summary(self, rule: Aggregator[Any], **noise: bool) -> str:
         """Return the settings in one line; see ``check`` for the parameters."""
         late = f"late replies count {self.waiting.discount(1):.2g} a round later"

@@ -163,6 +163,7 @@ class KeptRun(StreamingStrategy):
 
     def follow(self, server_round: int, arrays: ArrayRecord) -> None:
         """Begin the run, or a round of it, that another strategy's loop drives."""
+        self.flow.refuse_other_loops()
         if self.saver is not None and self.saver.resumed is not None:
             raise ValueError(
                 "a run can be resumed by the start of FedLoRA itself alone; call it, instead "

@@ -2,17 +2,21 @@
 
 import numpy as np
 import pytest
+from flwr.server import SimpleClientManager
 
 from strategies import FedLoRA
 from strategies.aggregation import ZeroPadding
 from strategies.checkpoint import Checkpoints
 from strategies.clients import Client
+from strategies.legacy import LegacyFedLoRA
+from strategies.messages import to_record
 from strategies.participation import MOST_MADE_UP, Participation
 from strategies.privacy import Privacy, PrivateRun
 from strategies.round.waiting import Waiting
 from strategies.sampling import FractionSampling, IndependentSampling
 from strategies.saving import Saver
 from strategies.wallclock import MeasuredClock
+from tests.fakes import random_adapter
 from tests.strategies.timed import UNHEARD, Clock, TimedGrid, books, start
 
 
@@ -271,3 +275,46 @@ def test_who_failed_twenty_times_counts_five_times_on_its_return():
         book.answered(clients[1])
     assert book.weight(clients[0], 0) == pytest.approx(0.5 * MOST_MADE_UP)
     assert book.weight(clients[1], 0) == pytest.approx(0.5)
+
+
+# --- without rounds, on a real clock
+
+
+def test_a_model_after_every_two_replies_and_everybody_counts_once(clock):
+    """Clients 0, 1 and 2 answer together: the third waits for the next model, and is not lost."""
+    grid = TimedGrid(clock, [1, 2, 3, 4], lambda i, _: 5.0 if i == 3 else 1.0)
+    waiting = Waiting(mode="buffered", buffer=2, busy=4)
+    strategy, found, model = start(grid, 10, waiting=waiting)
+    assert [b["accepted"] for b in books(found)] == [2] * 10
+    done = [(r["client"], r["asked"]) for r in books(found, "client") if r["status"] == "ok"]
+    assert len(done) == len(set(done)) == 20
+    under_way = [(o.client.index, o.asked) for o in strategy.flow.under_way()]
+    assert sorted(done + under_way) == sorted(grid.trained)  # nothing is lost
+    assert (3, 1) in done
+    assert model > 0
+
+
+def test_who_hangs_holds_up_nobody_where_rounds_overlap(clock):
+    grid = TimedGrid(clock, [1, 2, 3], lambda i, _: UNHEARD if i == 2 else 1.0)
+    waiting = Waiting(mode="buffered", buffer=2, busy=3)
+    _, found, _ = start(grid, 5, waiting=waiting)
+    assert [b["accepted"] for b in books(found)] == [2] * 5
+    assert clock.now < 10
+
+
+def test_with_a_larger_buffer_than_there_are_clients_alive_it_goes_on_by_reason(clock):
+    grid = TimedGrid(clock, [1, 2, 3], lambda i, _: UNHEARD if i == 2 else 1.0)
+    waiting = Waiting(mode="buffered", buffer=3, busy=3)
+    _, found, _ = start(grid, 3, waiting=waiting)
+    assert [b["accepted"] for b in books(found)] == [2] * 3
+    assert clock.now < 3 * 80
+
+
+def test_another_loop_is_refused_for_it_would_wait_for_everybody():
+    strategy = FedLoRA(waiting=Waiting(quorum=0.5))
+    with pytest.raises(ValueError, match="start of FedLoRA itself alone"):
+        strategy.follow(1, to_record(random_adapter(2, seed=0).to_state_dict()))
+    old = FedLoRA(client_api="numpy", waiting=Waiting(quorum=0.5), query=False)
+    arrays = to_record(random_adapter(8, seed=0).to_state_dict())
+    with pytest.raises(ValueError, match="start of FedLoRA itself alone"):
+        LegacyFedLoRA(old, initial_arrays=arrays).initialize_parameters(SimpleClientManager())
