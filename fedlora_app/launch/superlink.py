@@ -121,16 +121,12 @@ class SuperLink:
 
         Parameters
         ----------
-        address : str
-            Where it listens, as that process's ``address``.
-        home : Path
-            That process's ``home``.
+        address, home
+            Those attributes of that process's.
         """
-        link = cls.__new__(cls)
-        link.simulation, link.ray_address, link.timeout = False, "", 60
-        link.copies, link.ray_head, link.environment = None, None, {}
+        link = cls()
+        link.home.rmdir()  # its own
         link.address, link.home, link.log_file = address, home, home / "superlink.log"
-        link._mark, link._sessions, link._children = uuid.uuid4().hex, set(), []
         return link
 
     def __enter__(self) -> SuperLink:

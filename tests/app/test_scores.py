@@ -128,7 +128,7 @@ def test_a_study_of_a_score_that_falls(tmp_path):
     assert replace(run, target=1e9).scores()["rounds to target"] == 0
     assert not replace(run, target=2.0).scores()["rounds to target"] <= 2  # never
     text = tables(study, tmp_path / "words")
-    assert "| arm | seeds | perplexity | gain in bits | perplexity over rounds | worst" in text
+    assert "| perplexity | gain in bits | perplexity over rounds | perplexity, own rows |" in text
     assert [f.name for f in plot_study(study, tmp_path / "words")] == [
         "perplexity-over-time-here.png"
     ]
