@@ -104,7 +104,7 @@ def _run(
 def _changing(
     args: argparse.Namespace, network: Network, nodes: Sequence[str], table: Path, shaped: bool
 ) -> Iterator[None]:
-    """Change rates after a while, if that is asked for."""
+    """Change rates after a while, if that is asked for, and back at the end of the run."""
     if not args.change_at:
         yield
         return
@@ -115,9 +115,13 @@ def _changing(
     step = max(round(1 / args.change_share), 1)
     chosen = list(range(0, len(network.links), step))
 
+    changed = False
+
     def change() -> None:
+        nonlocal changed
         if over.wait(args.change_at):
             return
+        changed = True
         network.change(chosen, args.change_factor)
         network.write(table, nodes)
         print(f"the rates of nodes {', '.join(map(str, chosen))} are now {args.change_factor:g} "
@@ -130,6 +134,9 @@ def _changing(
     finally:
         over.set()
         thread.join()
+        if changed:  # for the next run
+            network.change(chosen, 1 / args.change_factor)
+            network.write(table, nodes)
 
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Scalar]:
