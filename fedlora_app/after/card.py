@@ -34,10 +34,10 @@ def card(loaded: LoadedRun, export: Export) -> str:
     last: Mapping[str, Any] = {}
     for record in of_kind(records, "round"):
         last = {**last, **{key: value for key, value in record.items() if value is not None}}
-    data, base = shortened(loaded.config.data.name), shortened(export.base)
+    data, base = shortened(loaded.config.data.name), called(loaded, export)
     what = "model" if export.merged else "LoRA adapter"
     lines = [
-        f"# {base.rpartition('/')[2]}, {loaded.task.name}, federated",
+        f"# {_title(base)}, {loaded.task.name}, federated",
         "",
         f"A {what} of `{base}` for {loaded.task.name}, trained by federated learning with FedLoRA:"
         " clients with data of their own trained, and sent their adapters alone.",
@@ -75,6 +75,16 @@ def shortened(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", "~", ".")) else name
 
 
+def called(loaded: LoadedRun, export: Export) -> str:
+    """Return what people call the base: its id, or the last part of where it lies."""
+    here = export.base.startswith("/")  # a packaged model, too, lies in a folder of this machine
+    return shortened(loaded.config.model.name if here else export.base)
+
+
+def _title(base: str) -> str:
+    return base.removeprefix(packaged.PREFIX).rpartition("/")[2]
+
+
 def _front(
     loaded: LoadedRun, export: Export, scores: Sequence[Score], summary: Mapping[str, Any]
 ) -> str:
@@ -82,7 +92,7 @@ def _front(
 
     data, base = loaded.config.data.name, export.base
     known = base if _on_hub(base) else None
-    title = shortened(base).rpartition("/")[2]
+    title = _title(called(loaded, export))
     results = [
         EvalResult(
             task_type=loaded.task.pipeline or "other",
@@ -145,7 +155,7 @@ def _facts(
         share += f", alpha {config.data.alpha:g}"
     facts = [
         ("method", summary.get("method", config.method)),
-        ("base", f"{shortened(export.base)}{_bits(config)}"),
+        ("base", f"{called(loaded, export)}{_bits(config)}"),
         ("data", f"{shortened(config.data.name)}, shared out {share}"),
     ]
     if last.get("clients_total"):
