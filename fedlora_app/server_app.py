@@ -33,6 +33,7 @@ from fedlora_app.report.trackers import make_trackers
 from fedlora_app.resuming import make_saver, resumed_here
 from fedlora_app.tasks import About, Score, primary
 from fedlora_app.timing import rank_cost
+from fedlora_app.ways import settled
 from strategies import FedLoRA
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
@@ -73,8 +74,12 @@ def main(grid: Grid, context: Context) -> None:
     log(INFO, "%s: %s on %s in %s, %s", config.method, config.model.name, config.data.name,
         config.train.precision, adapter)  # fmt: skip
 
-    strategy = make_strategy(parts, folder, test, model, saver)
     arrays = to_record(adapter.to_state_dict())
+    if config.round.mode == "auto":
+        clients = max(config.min_nodes, len(list(grid.get_node_ids())))
+        probe = make_strategy(parts, folder, test, model, tells=False)
+        parts = settled(parts, probe, arrays, clients)
+    strategy = make_strategy(parts, folder, test, model, saver)
     strategy.check(arrays)
     folder.begin()  # only now: a run that cannot start leaves no folder, and none as it was not
     alone = config.method == "local"
@@ -160,8 +165,10 @@ def make_strategy(
     test: HeldOut,
     model: PeftModel,
     saver: Saver | None = None,
+    *,
+    tells: bool = True,
 ) -> FedLoRA:
-    """Return the strategy that is made of these parts."""
+    """Return the strategy that is made of these parts; the folder is told of its clock."""
     config = parts.config
     if test.validation is not None:
         parts.judge_by(partial(test.validation_loss, model))
@@ -202,7 +209,7 @@ def make_strategy(
     clock = parts.clock.clock_on(
         model, test.all, config, max_rank=parts.policy.max_rank, blind=blind
     )
-    if isinstance(clock, SimulatedClock):  # what it takes to time the run again elsewhere
+    if tells and isinstance(clock, SimulatedClock):  # what it takes to time the run again elsewhere
         folder(
             {
                 "kind": "clock",

@@ -17,6 +17,7 @@ from strategies.participation import Participation
 from strategies.privacy import refuse_private
 from strategies.ranks import AutoRank, ListRank
 from strategies.round.waiting import Waiting, refuse_waiting
+from strategies.sampling import PlannedSampling
 from strategies.wallclock import MeasuredClock
 
 
@@ -199,6 +200,22 @@ def _waiting(parts: Parts) -> Iterator[str]:
         )
 
 
+def _ways(parts: Parts) -> Iterator[str]:
+    config = parts.config
+    if config.round.mode != "auto":
+        return
+    if not (isinstance(parts.sampler, PlannedSampling) and config.clock.simulated):
+        yield (
+            "round.mode = 'auto' chooses by what the planner promises; set sampling.policy = "
+            "'planned' and a simulated clock.profile, or name the mode"
+        )
+    if parts.waiting.closes or config.clock.deadline:
+        yield (
+            "round.mode = 'auto' chooses the deadline as well; leave round.quorum, round.deadline, "
+            "round.over-selection and clock.deadline out"
+        )
+
+
 def _server_optimizer(parts: Parts) -> Iterator[str]:
     for reason in refuse_optimizer(parts.optimizer, parts.rule, parts.sampler):
         yield f"server.optimizer: {reason}"
@@ -311,6 +328,7 @@ CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _coins,
     _rule_and_sampler,
     _waiting,
+    _ways,
     _server_optimizer,
     _clock,
     _together,

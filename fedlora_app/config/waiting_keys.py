@@ -18,8 +18,10 @@ class RoundConfig:
     mode: str = option(
         "synchronous",
         "synchronous (rounds), buffered (a new model after every round.buffer replies, while "
-        "round.busy clients train) or asynchronous (after every reply)",
-        choices=("synchronous", "buffered", "asynchronous"),
+        "round.busy clients train) or asynchronous (after every reply); auto: rounds, rounds with "
+        "a deadline or buffered, whichever is promised to end soonest (with sampling.policy = "
+        "planned and a simulated clock)",
+        choices=("synchronous", "buffered", "asynchronous", "auto"),
         on_resume="fatal",
     )
     quorum: float = option(
@@ -60,7 +62,7 @@ class RoundConfig:
             deadline=_number_or(self.deadline, "deadline", "auto"),
             over_selection=self.over_selection,
             staleness=_number_or(self.staleness, "staleness", "auto", "drop"),
-            mode=cast(Mode, self.mode),
+            mode=cast(Mode, "synchronous" if self.mode == "auto" else self.mode),
             buffer=self.buffer,
             busy=self.busy,
         )

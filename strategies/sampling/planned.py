@@ -19,8 +19,9 @@ from strategies.sampling.pilots import Pilots
 from strategies.sampling.plans import Basis, Draw, plan_of, plan_record, plan_state
 from strategies.sampling.refining import Refining
 from strategies.seeding import stream
+from strategies.wallclock.choosing import Choice, choose_way
 from strategies.wallclock.convergence import sampling_variance
-from strategies.wallclock.objective import Phi
+from strategies.wallclock.objective import ClientProfiles, Phi
 from strategies.wallclock.planner import Plan, plan
 
 # Data weights that moved by more than this share of their sum are worth another plan.
@@ -183,17 +184,13 @@ class PlannedSampling(BernoulliSampling):
         elif self.pilots:
             self._uniform(outlook, max(self.pilots.fractions))
         if self._refining:
-            self._draw = Draw.of(outlook, self._q, self._phi(outlook)(self._planned(outlook)))
-
-    def _planned(self, outlook: Outlook) -> Array:
-        return np.array(self.ranks(outlook.clients, outlook.ranks), np.float64)
+            k = np.array(self.ranks(outlook.clients, outlook.ranks), np.float64)
+            self._draw = Draw.of(outlook, self._q, self._phi(outlook)(k))
 
     def _refine(self, book: Refining, outlook: Outlook) -> str:
         """Take what the losses say of β; return why that is worth another plan, or nothing."""
         if self.convergence is None:
-            phi = [float(self._phi(outlook)(np.array(self._options(rank, outlook.sketches))).min())
-                   for rank in outlook.ranks]  # fmt: skip
-            book.beta = max(1.0, 2 * float((outlook.weights**2 * phi).sum()))
+            book.beta = self._guess(outlook)
             self.convergence = 1.0, book.beta
             return ""
         beta, before = book.estimate(), self.convergence[1]
@@ -201,6 +198,26 @@ class PlannedSampling(BernoulliSampling):
             return ""
         self.convergence = self.convergence[0], beta
         return f"beta, by the losses so far, is {beta:.3g} rather than {before:.3g}"
+
+    def _guess(self, outlook: Outlook) -> float:
+        """Return the β to begin with: 1, or twice the least that everybody reaches."""
+        options = (np.array(self._options(rank, outlook.sketches)) for rank in outlook.ranks)
+        phi = [float(self._phi(outlook)(ranks).min()) for ranks in options]
+        return max(1.0, 2 * float((outlook.weights**2 * phi).sum()))
+
+    def ways(self, outlook: Outlook, **options: Any) -> Choice:
+        """Return which way is promised to end soonest, before anybody is asked.
+
+        Parameters
+        ----------
+        outlook : Outlook
+        **options
+            Of `choose_way`.
+        """
+        alpha, beta = self.convergence or (1.0, self._guess(outlook))
+        options |= {"phi": self._phi(outlook), "idle_seconds": self._idle(outlook)}
+        options |= {"q_min": self.q_min, "rng": stream(self.seed, "ways")}
+        return choose_way(self._profiles(outlook), alpha, beta, **options)
 
     def sample(
         self, clients: Sequence[Client], server_round: int, rng: np.random.Generator
@@ -242,13 +259,9 @@ class PlannedSampling(BernoulliSampling):
         began = time.perf_counter()
         basis = Basis.of(outlook)
         same = self._basis is not None and self._basis.clients == basis.clients
-        options = [self._options(rank, outlook.sketches) for rank in basis.ranks]
         reason, measured = "", False
         try:
-            profiles = outlook.clock.profiles(
-                basis.clients, basis.weights, options,
-                outlook.upload_bytes, outlook.full_rank, basis.server_round,
-            )  # fmt: skip
+            profiles = self._profiles(outlook)
             measured = True
             made = plan(
                 profiles,
@@ -257,9 +270,7 @@ class PlannedSampling(BernoulliSampling):
                 rng=stream(self.seed, "plan", basis.server_round),
                 phi=self._phi(outlook),
                 q_min=self.q_min,
-                idle_seconds=outlook.clock.idle_seconds
-                if self.idle_seconds is None
-                else self.idle_seconds,
+                idle_seconds=self._idle(outlook),
                 warm_start=self._plan if same else None,
             )
         except ValueError as error:  # a running deployment goes on
@@ -279,6 +290,17 @@ class PlannedSampling(BernoulliSampling):
         self._told.append(
             plan_record(basis, self._plan, self._q, self._k, alpha=alpha, beta=beta, **told)
         )
+
+    def _profiles(self, outlook: Outlook) -> ClientProfiles:
+        basis = Basis.of(outlook)
+        options = [self._options(rank, outlook.sketches) for rank in basis.ranks]
+        return outlook.clock.profiles(
+            basis.clients, basis.weights, options,
+            outlook.upload_bytes, outlook.full_rank, basis.server_round,
+        )  # fmt: skip
+
+    def _idle(self, outlook: Outlook) -> float:
+        return outlook.clock.idle_seconds if self.idle_seconds is None else self.idle_seconds
 
     def _phi(self, outlook: Outlook) -> Phi:
         """Return what maps ranks to variance factors: ``(R/k)^γ`` for sketches [D], else 1."""

@@ -76,6 +76,7 @@ def choose_way(
     staleness: float = 0.5,
     deadlines: Sequence[float] | None = None,
     buffers: Sequence[tuple[int, int]] | None = None,
+    largest: bool = False,
 ) -> Choice:
     """Predict each way, and return the one that ends soonest.
 
@@ -95,6 +96,9 @@ def choose_way(
     buffers : Sequence of (int, int), optional
         K and C to try; empty: none. (default: C of one to four times the clients of a round
         without a deadline, K of a quarter of these to all)
+    largest : bool
+        Whether clients train their largest rank where there are no rounds, else perhaps those of
+        the plan. (default: False)
 
     Returns
     -------
@@ -128,7 +132,7 @@ def choose_way(
         alternatives["deadline"] = min(alternatives.get("deadline", np.inf), total)
         if total < best.total_seconds:
             best = Choice("deadline", made, deadline, None, made.k.astype(np.float64), total, {})
-    for k in _ranks(profiles, usual):
+    for k in _ranks(profiles, usual, largest):
         for buffer, busy in _sizes(len(profiles), usual) if buffers is None else buffers:
             found = buffered_time(
                 profiles, k, buffer=buffer, busy=busy,
@@ -146,12 +150,12 @@ def _reaches_all(profiles: ClientProfiles) -> bool:
     return bool(Objective(profiles, 1.0, 1.0, None, 0.0, _SETS, rng).reachable.all())
 
 
-def _ranks(profiles: ClientProfiles, usual: Plan) -> Iterator[Array]:
-    """Yield ranks to train without rounds: those of the plan, and the largest."""
-    yield usual.k.astype(np.float64)
-    largest = profiles.options()[:, -1]
-    if (largest != usual.k).any():
-        yield largest
+def _ranks(profiles: ClientProfiles, usual: Plan, largest: bool) -> Iterator[Array]:
+    """Yield ranks to train without rounds: the largest, and those of the plan."""
+    most = profiles.options()[:, -1]
+    yield most
+    if not largest and (most != usual.k).any():
+        yield usual.k.astype(np.float64)
 
 
 def _sizes(n: int, usual: Plan) -> Iterator[tuple[int, int]]:
