@@ -27,7 +27,7 @@ from strategies.ranks import AutoRank as AutoRankPolicy
 from strategies.ranks import ListRank, UniformRank
 from strategies.sampling import FractionSampling, IndependentSampling, PlannedSampling
 from strategies.saving import Saver
-from strategies.wallclock import SimulatedClock
+from strategies.wallclock import Exponential, SimulatedClock
 from tests.fakes import FakeGrid, query_reply, random_adapter, same
 
 PRESETS = [p for p in vars(presets).values() if isinstance(p, type) and issubclass(p, FedLoRA)]
@@ -214,6 +214,7 @@ PLANNED = {
     "sampling": lambda: PlannedSampling(pilot_rounds=2, pilot_fractions=(1.0, 0.5), q_min=0.2),
     "clock": clock,
 }
+COMING = "coming and going"
 SETTINGS = {
     "rbla": {"sampling": lambda: IndependentSampling(0.6)},
     "flora": {"aggregation": "flora"},
@@ -221,6 +222,14 @@ SETTINGS = {
     "rolora": {"aggregation": "rolora"},
     "median": {"robust": "median", "server_optimizer": "adam"},
     "planned": PLANNED,
+    COMING: {
+        "aggregation": "zero-padding",
+        "sampling": partial(PlannedSampling, q_min=0.3),
+        "clock": lambda: clock(
+            deadline=2.0,
+            availability=Exponential(rng=np.random.default_rng(1), share=0.6, seconds=1),
+        ),
+    },
 }
 
 
@@ -246,8 +255,13 @@ def whole_run(tmp_path, name, rounds, *, resume="", nodes=NODES):
     return result, records
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        *((name, stop) for name in SETTINGS for stop in (1, 3, 4, 5) if name != COMING),
+        (COMING, 3),
+    ],
+)
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path, name, stop):
     straight, told = whole_run(tmp_path / "a", name, 7)
     whole_run(tmp_path / "b", name, stop)
@@ -261,7 +275,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path, na
         {k: v for k, v in r.items() if k not in timing} for r in books(told) if r["round"] > stop
     ]
     found = [{k: v for k, v in r.items() if k not in timing} for r in books(later)]
-    if name != "planned":  # the others have no clock of their own: real seconds
+    if "clock" not in SETTINGS[name]:  # real seconds
         for book in (*expected, *found):
             del book["clock_seconds"], book["clock_total"], book["bottleneck"]
     assert json.loads(json.dumps(found)) == json.loads(json.dumps(expected))
