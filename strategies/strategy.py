@@ -194,7 +194,7 @@ class FedLoRA(KeptRun):
             participation, self.census.roster, evaluate_overlap=evaluate_overlap, saver=saver,
             evaluate_every=evaluate_every, listeners=doors.listeners(listeners),
             scores=doors.scores(scores), stop_when=stop_when, min_answering=min_answering,
-            flow=make_flow(waiting or Waiting(), participation, orders, self._rng),
+            flow=make_flow(waiting or Waiting(), participation, orders, seed),
         )  # fmt: skip
         self.scale, self.wire_dtype, self.seed = scale, check_wire_dtype(wire_dtype), seed
         self.min_replies, self.min_available_nodes = min_replies, min_available_nodes
@@ -254,7 +254,7 @@ class FedLoRA(KeptRun):
             book.warnings = self.odd_ranks(clients, ranks)
             self.participation.watch.say(book.warnings, server_round)
         self.tell({"kind": "round-start", "round": server_round, "clients": len(chosen)})
-        messages = self.flow.place(chosen, book, packing, config, model_round, self._rng)
+        messages = self.flow.place(chosen, book, packing, config, model_round)
         self.outside.check(noise_lacking(self))
         self.intake.open(book, packing, self.flow.begin(book, grid, self.census.trips))
         # Our own loop sends one after the other: where each client's arrays are its own, they

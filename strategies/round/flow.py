@@ -143,13 +143,12 @@ class Flow(LastingOrders):
         packing: Packing,
         config: ConfigRecord,
         model_round: int,
-        rng: Rng,
     ) -> Iterator[Message]:
         """Give the chosen clients of a round their orders; see ``Orders.place``."""
         self._book = book
 
         def give(clients: Sequence[tuple[Client, int]]) -> Iterator[Message]:
-            messages = self.orders.place(clients, book, packing, config, model_round, rng)
+            messages = self.orders.place(clients, book, packing, config, model_round, self.rng)
             for client, _ in clients:
                 order = book.assignments[client.node_id]
                 order.weight = self.participation.weights.get(client.index)

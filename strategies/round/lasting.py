@@ -26,6 +26,14 @@ Rng = Callable[..., np.random.Generator]
 _BYTES = "$bytes"
 
 
+def seeded(seed: int, *purpose: int) -> np.random.Generator:
+    """Return the generator of a round and purpose.
+
+    Not one of a strategy's methods: who keeps that keeps the strategy, and a run's lock with it.
+    """
+    return np.random.default_rng([seed, *purpose])
+
+
 def saved(order: Assignment) -> dict[str, Any]:
     """Return an order as JSON can hold it; its model is saved beside it, once a round."""
     settings = {} if order.settings is None else dict(order.settings)

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flwr.app import Error, Message
@@ -19,7 +20,7 @@ from flwr.serverapp import Grid
 
 from strategies.participation import Participation
 from strategies.round.flow import Flow
-from strategies.round.lasting import Rng
+from strategies.round.lasting import Rng, seeded
 from strategies.round.orders import Orders
 from strategies.round.waiting import Waiting
 from strategies.rounds import Assignment, Round
@@ -42,13 +43,13 @@ AHEAD = WINDOW
 GONE, SILENT = 5, 6
 
 
-def make_flow(waiting: Waiting, participation: Participation, orders: Orders, rng: Rng) -> Flow:
+def make_flow(waiting: Waiting, participation: Participation, orders: Orders, seed: int) -> Flow:
     """Return the flow of a run: in virtual time where its clock is simulated and nobody waits.
 
     A simulated clock's own deadline is that of rounds which drop who is late: its best shares of
     the band can be known in advance.
     """
-    clock, w = participation.clock, waiting
+    clock, w, rng = participation.clock, waiting, partial(seeded, seed)
     if not isinstance(clock, SimulatedClock) or not w.closes:
         return Flow(waiting, participation, orders, rng)
     if w == Waiting(deadline=w.deadline, staleness="drop") and w.deadline != "auto":
