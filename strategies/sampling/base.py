@@ -94,7 +94,8 @@ class Sampler(ABC):
         Parameters
         ----------
         clients : Sequence[Client]
-            Everyone present, in a lasting order.
+            Everyone who can be asked now, in a lasting order: of those that ``prepare`` was told
+            of, who is there by the clock and, without ``probabilities``, at no earlier order.
         server_round : int
             From 1.
         rng : numpy.random.Generator
