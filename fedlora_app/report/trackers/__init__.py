@@ -70,7 +70,8 @@ class Trackers:
         run = RunFiles.read(self.folder)
         names = {"loss", *(score.name for score in run.scores)}
         final = {f"final/{name}": float(run.summary[name]) for name in names if name in run.summary}
-        head, rows = client_rows(run.records, run.scores)
+        unit = str(run.config.get("weight-by", "rows"))
+        head, rows = client_rows(run.records, run.scores, unit)
         kept = [i for i in range(len(head)) if not any(isinstance(row[i], Html) for row in rows)]
         head, rows = [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
         file = self.folder / "report.html"
