@@ -334,15 +334,15 @@ class Flow(LastingOrders):
                 order.status = "busy"
                 continue
             self.patience.missed(order.client.index, waited)
-            keep = self.keeps_late and bool(order.message_id)
-            if not self.real or (keep and waited < self.timeout):
-                book.wait_for(order, alive=not self.real)
+            keep = self.keeps_late and self.real and bool(order.message_id)
+            if self.virtual or (keep and waited < self.timeout):
+                book.wait_for(order, alive=self.virtual)
                 late.append(order.client.name)
                 if self._zero is not None:
                     order.began = order.sent_at - self._zero
             else:
                 given_up.append(order)
-            if not keep or order in given_up:
+            if order in given_up or not self.keeps_late:
                 self.drop(order)
         self.outstanding.open = {}
         if late:

@@ -256,3 +256,19 @@ def test_an_older_checkpoint_begins_waiting_anew(tmp_path):
     again = Saver(Checkpoints(tmp_path, every=1, keep=9), fingerprint={}, resume_from="latest")
     _, records, _ = run(MODES["quorum"], saver=again, rounds=3)
     assert [b["round"] for b in of(records, "round")] == [3]
+
+
+def test_where_rounds_wait_a_client_that_never_answers_is_refused_and_not_late():
+    """The machine's seconds are none of a simulated clock's: nothing is kept for later."""
+
+    def mute(message, nodes):
+        lost = nodes.index(message.metadata.dst_node_id) == 2
+        return None if lost and message.metadata.message_type == "train" else client(message, nodes)
+
+    start = to_record(random_adapter(4, seed=0).to_state_dict())
+    records: list[dict] = []
+    strategy = FedLoRA(ranks=ListRank([2, 4], cycle=True), clock=clock(), evaluate_fraction=0.0,
+                       scale=2.0, listeners=[records.append])  # fmt: skip
+    strategy.start(FakeGrid(NODES, partial(mute, nodes=NODES)), start, num_rounds=1, timeout=1)
+    (lost,) = (r for r in records if r["kind"] == "client" and r["status"] != "ok")
+    assert (lost["client"], lost["status"], lost["reason"]) == (2, "rejected", "no answer")
