@@ -110,7 +110,7 @@ def test_lines_that_are_no_utf8_or_not_there_tell_no_folder(tmp_path):
 @pytest.mark.parametrize(
     "place",
     ["_task", "_about", "_held", "train_validation_split", "_own_rows", "_resident_model",
-     "receive_parameters", "train", "evaluate", "fit_reply", "add_lora", "block"],
+     "receive_parameters", "train_rounds", "evaluate", "fit_reply", "add_lora", "block"],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "error",
