@@ -26,7 +26,7 @@ demo: $(READY)  ## fine-tune the packaged model on the packaged data, 10 clients
 	$(BIN)/python run_simulation.py
 
 test: $(READY)  ## everything but what takes minutes
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n auto
 
 test-all: $(READY)
 	$(BIN)/python -m pytest

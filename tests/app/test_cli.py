@@ -53,10 +53,10 @@ def test_what_cannot_be_is_2(words, capsys):
 
 
 def test_what_is_not_installed_is_named_with_what_to_do(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "fedlora_app.partition_report", None)
-    with pytest.raises(ModuleNotFoundError):  # that would be a fault of ours
-        main(["partition"])
-    monkeypatch.delitem(sys.modules, "fedlora_app.partition_report")
+    with monkeypatch.context() as lacking:
+        lacking.setitem(sys.modules, "fedlora_app.partition_report", None)
+        with pytest.raises(ModuleNotFoundError):  # that would be a fault of ours
+            main(["partition"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     def lacks(*_):

@@ -23,7 +23,7 @@ PLANNED = {
     "ranks.policy": "uniform",
     "ranks.rank": 8,
     "sampling.policy": "planned",
-    "sampling.pilots": True,
+    "sampling.pilots": "true",
     "sampling.pilot-rounds": 2,
     "sampling.pilot-fractions": "0.9,0.4",
     "clock.profile": "phones",
