@@ -131,11 +131,14 @@ class Console:
             transient=True,  # what stays is the app's own line about each round
         )
         self._blank = False
+        self._position = 0  # in the file of records
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Console:
         if self.terminal.is_terminal:
+            # Now, not when the thread gets its turn: what is written from here on is of this run.
+            self._position = self.metrics.stat().st_size if self.metrics.exists() else 0
             self._bar.start()
             self._watcher.start()
         return self
@@ -182,9 +185,8 @@ class Console:
         """Keep the status line up to date until the run ends."""
         standing = Standing(self.rounds, time.monotonic())
         task = self._bar.add_task(standing.title(), text="", total=None)
-        position = self.metrics.stat().st_size if self.metrics.exists() else 0
         while not self._done.wait(0.3):
-            records, position = _new_records(self.metrics, position)
+            records, self._position = _new_records(self.metrics, self._position)
             now = time.monotonic()
             for record in records:
                 standing.see(record, now)
