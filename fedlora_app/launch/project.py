@@ -18,16 +18,18 @@ SHIPPED = {"app.toml": "pyproject.toml", "LICENSE": "LICENSE"}
 def project_folder() -> Iterator[Path]:
     """Yield the folder that ``flwr run`` takes: with ``pyproject.toml`` and both packages.
 
+    A copy, of a checkout too: Flower looks at each file below the folder of an app, and a virtual
+    environment in it has seventy thousand, which takes seconds.
+
     Raises
     ------
     FileNotFoundError
         If this package was copied from somewhere without what makes it a Flower app.
     """
     here = APP.parent
-    if (here / "pyproject.toml").exists():
-        yield here
-        return
-    if missing := [name for name in SHIPPED if not (APP / name).exists()]:
+    checkout = (here / "pyproject.toml").exists()
+    shipped = {here / n: n for n in SHIPPED.values()} if checkout else _shipped()
+    if missing := [file.name for file in shipped if not file.exists()]:
         raise FileNotFoundError(
             f"{APP}: expected {', '.join(missing)} in it, or pyproject.toml beside it; install "
             "fedlora with pip, or run it from a checkout"
@@ -37,6 +39,11 @@ def project_folder() -> Iterator[Path]:
         ignored = shutil.ignore_patterns("__pycache__", *SHIPPED)
         for name in PACKAGES:
             shutil.copytree(here / name, folder / name, ignore=ignored)
-        for name, there in SHIPPED.items():
-            shutil.copyfile(APP / name, folder / there)
+        for file, there in shipped.items():
+            shutil.copyfile(file, folder / there)
         yield folder
+
+
+def _shipped() -> dict[Path, str]:
+    """Return what the wheel has for this, and how it is called in a checkout."""
+    return {APP / name: there for name, there in SHIPPED.items()}

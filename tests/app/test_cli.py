@@ -118,9 +118,14 @@ def test_a_check_starts_nothing(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_installed_package_makes_a_project_of_itself(tmp_path, monkeypatch):
+def test_a_project_is_a_copy_without_what_else_lies_there(tmp_path, monkeypatch):
     with project.project_folder() as folder:
-        assert folder == ROOT
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"pyproject.toml", "LICENSE", "fedlora_app", "strategies"}
+        copied = [path.relative_to(folder) for path in folder.rglob("*.py")]
+        assert len(copied) > 200
+        for path in ("pyproject.toml", "LICENSE", *copied):
+            assert (folder / path).read_bytes() == (ROOT / path).read_bytes()
     site = tmp_path / "site-packages"
     for name in project.PACKAGES:
         (site / name / "__pycache__").mkdir(parents=True)
