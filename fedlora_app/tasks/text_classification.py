@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +19,9 @@ from fedlora_app.discretion import DataError
 from fedlora_app.tasks import snippets
 from fedlora_app.tasks.base import About, Indices, Rows, register_task
 from fedlora_app.tasks.classification import Classification
-from fedlora_app.tasks.use import Asked
+from fedlora_app.tasks.use import Asked, Tokenized
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor, nn
 
 LOOKED_AT = 200  # texts that show whether the tokenizer knows their words
@@ -32,7 +29,7 @@ UNKNOWN = 0.5  # of their tokens: more, and it is the tokenizer of another model
 
 
 @register_task
-class TextClassification(Classification):
+class TextClassification(Tokenized, Classification):
     """Texts by their label: ``AutoModelForSequenceClassification``, or a mean-pool head.
 
     An item is a text, or a tuple of two where the data hold pairs; ``about["pairs"]`` says so.
@@ -103,24 +100,6 @@ class TextClassification(Classification):
         ]
 
     # ----- the model
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the model, with a padding token."""
-        from fedlora_app.models.loading import build_tokenizer
-
-        return build_tokenizer(self.config.model)
-
-    def save_encoder(self, folder: Path) -> None:
-        """Write the tokenizer, with its chat template if it has one."""
-        self.tokenizer.save_pretrained(folder)
-
-    def read_encoder(self, folder: Path) -> None:
-        """Take the tokenizer that was written."""
-        from fedlora_app.models.loading import saved_tokenizer
-
-        if (found := saved_tokenizer(folder)) is not None:
-            self.tokenizer = found
 
     def encode(self, rows: Rows) -> Tokens:
         """Return token ids, at most ``data.max-length`` (and what the model takes) each."""

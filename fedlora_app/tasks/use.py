@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from fedlora_app.discretion import DataError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from fedlora_app.config.keys import RunConfig
     from fedlora_app.data.tables import Table
     from fedlora_app.tasks.base import Rows, Sample
 
@@ -135,6 +136,30 @@ class Use:
                 found = evaluate(self, model, inputs.take(chosen), **settings)
                 kinds.append({"kind": name, "rows": len(chosen), **found})
         return Findings({**scores, **more}, {"kinds of rows": kinds} if kinds else {}, samples)
+
+
+class Tokenized(Use):
+    """Rows become the model's inputs by its tokenizer."""
+
+    config: RunConfig
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model, with a padding token."""
+        from fedlora_app.models.loading import build_tokenizer
+
+        return build_tokenizer(self.config.model)
+
+    def save_encoder(self, folder: Path) -> None:
+        """Write the tokenizer, with its chat template if it has one."""
+        self.tokenizer.save_pretrained(folder)
+
+    def read_encoder(self, folder: Path) -> None:
+        """Take the tokenizer that was written."""
+        from fedlora_app.models.loading import saved_tokenizer
+
+        if (found := saved_tokenizer(folder)) is not None:
+            self.tokenizer = found
 
 
 def read_asked(

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedlora_app.data.conversations import ANSWERS, TEXT, Turns, asked_columns, asked_turns
 from fedlora_app.tasks import snippets
 from fedlora_app.tasks.generation import end_tokens, prompt_of, written
-from fedlora_app.tasks.use import Asked, Use, read_asked
+from fedlora_app.tasks.use import Asked, Tokenized, read_asked
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
-    from fedlora_app.config.keys import RunConfig
     from fedlora_app.data.tables import Table
 
 
-class Writing(Use):
+class Writing(Tokenized):
     """A language model writes the answer to a row, or of a plain text what comes next."""
 
     pipeline = "text-generation"
     asked_column = "prompt"
-    config: RunConfig
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the model, with a padding token."""
-        from fedlora_app.models.loading import build_tokenizer
-
-        return build_tokenizer(self.config.model)
-
-    def save_encoder(self, folder: Path) -> None:
-        """Write the tokenizer, with its chat template if it has one."""
-        self.tokenizer.save_pretrained(folder)
-
-    def read_encoder(self, folder: Path) -> None:
-        """Take the tokenizer that was written."""
-        from fedlora_app.models.loading import saved_tokenizer
-
-        if (found := saved_tokenizer(folder)) is not None:
-            self.tokenizer = found
 
     def describe(self, model: nn.Module, about: Mapping[str, Any]) -> None:
         """Have the model keep what it has read while it writes, and end where a turn does."""
