@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import psutil
 
 from deploy.testbed.links import Link, Network
+from fedlora_app.report.records import parsed
 from strategies.wallclock import allocate_bandwidth, simulate_round_time
 
 LOOK = 0.5  # seconds
@@ -66,17 +66,8 @@ class Rounds:
                 before, done = now, rounds
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return []
-        records = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # half a line
-                break
-        return [record for record in records if record["kind"] == kind]
+        records = parsed(self.path.read_bytes()) if self.path.exists() else []
+        return [{**record} for record in records if record["kind"] == kind]
 
     def show(self) -> None:
         """Print a line for each round."""

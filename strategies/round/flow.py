@@ -165,7 +165,7 @@ class Flow(LastingOrders):
 
     def more(self) -> Iterator[Message]:
         """Return the orders of clients that take the place of those that have answered."""
-        if not self.waiting.overlaps or self.over() or self._place is None:
+        if not self.waiting.overlaps or self.over():
             return iter(())
         ahead = {order.number for order in self._ahead}
         under_way = [o for o in self.outstanding.orders.values() if o.number not in ahead]
