@@ -15,10 +15,9 @@ from fedlora_app.baselines import AFTER, BEFORE
 from fedlora_app.held_out import HeldOut
 from fedlora_app.tasks import LOSS
 from strategies import FedLoRA
-from strategies.arrivals import PromptGrid
+from strategies.arrivals import prompt
 from strategies.client import load_adapter
 from strategies.clients import Client
-from strategies.flower import is_http
 from strategies.lora import Adapter
 from strategies.records import PersonalRecord, Record, RoundWarning
 from strategies.sampling import FractionSampling
@@ -130,8 +129,7 @@ def tune(
     timeout : float
         Seconds.
     """
-    if is_http(grid):
-        grid = PromptGrid(grid)
+    grid = prompt(grid)
     listeners, strategy.listeners = strategy.listeners, [own]
     strategy.participation.sampler = FractionSampling()
     try:

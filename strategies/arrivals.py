@@ -23,6 +23,7 @@ from strategies.flower import (
     Announced,
     announced,
     fetch,
+    is_http,
     is_transport_error,
     last_part_is_there,
 )
@@ -158,3 +159,8 @@ class PromptGrid(Grid):
     ) -> Iterable[Message]:
         """Send messages and wait for the replies, as Flower's grid does."""
         return self.grid.send_and_receive(messages, timeout=timeout)
+
+
+def prompt(grid: Grid) -> Grid:
+    """Return a grid whose replies are taken when they are whole; where none is late, the same."""
+    return PromptGrid(grid) if is_http(grid) else grid

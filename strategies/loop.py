@@ -14,9 +14,8 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from strategies.arrivals import PromptGrid
+from strategies.arrivals import prompt
 from strategies.durations import duration
-from strategies.flower import is_http
 from strategies.messages import record_bytes
 from strategies.records import RECORDS_VERSION, EndRecord, Record
 from strategies.rounds import Round
@@ -88,8 +87,7 @@ class StreamingStrategy(Strategy):
         """
         self.num_rounds = num_rounds
         self.led = True
-        if is_http(grid):
-            grid = PromptGrid(grid)
+        grid = prompt(grid)
         self.summary()
         self.check(initial_arrays)
         result = Result(arrays=initial_arrays)

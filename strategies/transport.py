@@ -183,9 +183,10 @@ def exchange(
     rest = iter(messages)
     while some := list(islice(rest, batch)):
         send(some)
-    older = deque(until.older())
     own = frozenset(asked) if until.in_order else frozenset()  # those whose turn is waited for
-    asked |= until.older()
+    before = until.older()
+    older = deque(before)
+    asked |= before
     if meanwhile is not None:
         meanwhile.start()
     early: dict[str, Message] = {}
