@@ -81,13 +81,16 @@ OPTIONS = [
     {"round.quorum": 0.5},
     {"round.deadline": "auto"},
     {"round.deadline": 30, "round.staleness": "0"},
+    {"round.over-selection": 0.5, "sampling.clients": 2},
     {"round.mode": "buffered", "round.buffer": 2, "round.busy": 3, "wire-dtype": "int8"},
+    {"round.mode": "asynchronous", "round.staleness": 0.5},
     *({"clock.profile": "lab", **option} for option in (
         {"round.quorum": 2.0},
         {"round.deadline": 1e-3, "round.staleness": "drop"},
         {"round.over-selection": 0.5, "sampling.clients": 2},
         {"round.mode": "buffered", "round.buffer": 2, "ranks.policy": "autorank"},
         {"round.mode": "asynchronous", "aggregation": "flexlora", "round.staleness": 1},
+        {"round.mode": "auto", "sampling.policy": "planned", "round.staleness": 0.5},
     )),
 ]  # fmt: skip
 
