@@ -28,6 +28,7 @@ from fedlora_app.held_out import HeldOut, effective_adapter
 from fedlora_app.launch.door import check_run
 from fedlora_app.launch.inspection import CHECKED, inspect
 from fedlora_app.models.lora import add_lora
+from fedlora_app.models.starts import STARTS, start_of
 from fedlora_app.report.folder import RunFolder
 from fedlora_app.report.trackers import make_trackers
 from fedlora_app.resuming import make_saver, resumed_here
@@ -38,6 +39,7 @@ from strategies import FedLoRA
 from strategies.client import adapter_state, load_adapter
 from strategies.lora import Adapter
 from strategies.messages import to_record
+from strategies.model import GlobalModel
 from strategies.privacy import PrivateRun
 from strategies.promises import declares
 from strategies.ranks import CapacityRank, UniformRank
@@ -66,15 +68,15 @@ def main(grid: Grid, context: Context) -> None:
         log(INFO, "%s", data)
         log(INFO, "%s: %s", config.model.name, check_run(parts, path, data))
     test = HeldOut(parts.task, data.test, parts.validation_rows)
-    model, adapter = initial_adapter(parts, data.about)
+    model, begin = initial_model(parts, data.about)
     saver = make_saver(config, path, data.about)
     resumed = resumed_here(saver, path)
     columns = data.test.origin.columns
     folder = RunFolder(path, config, data.about, columns=columns, resume_round=resumed)
     log(INFO, "%s: %s on %s in %s, %s", config.method, config.model.name, config.data.name,
-        config.train.precision, adapter)  # fmt: skip
+        config.train.precision, begin.adapter)  # fmt: skip
 
-    arrays = to_record(adapter.to_state_dict())
+    arrays = to_record(begin.to_tensors())
     if config.round.mode == "auto":
         clients = max(config.min_nodes, len(list(grid.get_node_ids())))
         probe = make_strategy(parts, folder, test, model, tells=False)
@@ -131,14 +133,19 @@ def main(grid: Grid, context: Context) -> None:
         trackers.finish()
 
 
-def initial_adapter(parts: Parts, about: About) -> tuple[PeftModel, Adapter]:
-    """Return the server's model and the adapter that round 1 starts from."""
+def initial_model(parts: Parts, about: About) -> tuple[PeftModel, GlobalModel]:
+    """Return the server's model and what round 1 starts from."""
     config = parts.config
     base = parts.task.model(about, seed=config.seed, precision=config.train.precision)
     model = add_lora(base, config.lora, rank=parts.policy.max_rank, seed=config.seed)
     state = {key: value.clone() for key, value in adapter_state(model).items()}
     adapter = Adapter.from_state_dict(state, config=model.peft_config["default"])
-    return model, adapter.only_dense() if config.method == "head" else adapter
+    if config.method == "head":
+        return model, GlobalModel(adapter.only_dense())
+    if (variant := config.lora.variant) not in STARTS:
+        return model, GlobalModel(adapter)
+    start = start_of(model, variant, scale=config.lora.scale, rank=parts.policy.max_rank)
+    return model, GlobalModel(Adapter(start.pairs, adapter.dense), start=start)
 
 
 def stop_at(

@@ -1,8 +1,9 @@
-"""The global model of a run: the adapter, and what was merged into the base so far.
+"""The global model of a run: the adapter, and what was put into the base and taken out of it.
 
 Clients may be fresh processes every round, so a rule that merges into the frozen weights
 (``flora``, ``fedex``) cannot count on their memory. The server owns the sum of all merges
-and sends it along; in a record its keys carry the prefix ``merged.``.
+and sends it along; in a record its keys carry the prefix ``merged.``. An adapter that starts from
+factors of the frozen weights (PiSSA, OLoRA) has them taken out of these; they carry ``start.``.
 """
 
 from __future__ import annotations
@@ -17,37 +18,58 @@ from strategies.lora import Adapter, LoraPair
 from strategies.lora.lowrank import ProductSum
 
 MERGED = "merged."
+START = "start."
 
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """An adapter and the merged base delta; the model is ``W0 + merged + adapter``."""
+    """An adapter and what goes with it; the model is ``W0 + merged + adapter - start``.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    merged : Adapter
+        What was merged into the frozen weights (default: nothing).
+    start : Adapter
+        What the adapter was when it began, if that was not zero (default: nothing). Its entries go
+        with those of the adapter: who holds r of these does without r of the start's, the first r,
+        so that every rank begins with the model as it was loaded.
+    """
 
     adapter: Adapter
     merged: Adapter = field(default_factory=lambda: Adapter({}))
+    start: Adapter = field(default_factory=lambda: Adapter({}))
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], scale: float, *, check_finite: bool = True
     ) -> GlobalModel:
-        """Read adapter keys and ``merged.`` keys.
+        """Read adapter keys, and those with the prefixes ``merged.`` and ``start.``.
 
         Raises
         ------
         AdapterError
             If either part cannot be used.
         """
-        own = {k: t for k, t in tensors.items() if not k.startswith(MERGED)}
-        merged = {k.removeprefix(MERGED): t for k, t in tensors.items() if k.startswith(MERGED)}
+        own = {k: t for k, t in tensors.items() if not k.startswith((MERGED, START))}
+        merged, start = (
+            {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            for prefix in (MERGED, START)
+        )
         return cls(
             Adapter.from_state_dict(own, scale, check_finite=check_finite),
             Adapter.from_state_dict(merged, 1.0, check_finite=check_finite),
+            Adapter.from_state_dict(start, 1.0, check_finite=check_finite),
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the inverse of ``from_tensors``."""
-        merged = self.merged.with_scale(1.0).to_state_dict()
-        return self.adapter.to_state_dict() | {MERGED + k: t for k, t in merged.items()}
+        beside = {MERGED: self.merged, START: self.start}
+        return self.adapter.to_state_dict() | {
+            prefix + key: tensor
+            for prefix, part in beside.items()
+            for key, tensor in part.with_scale(1.0).to_state_dict().items()
+        }
 
     def merging(self, delta: Adapter | None) -> GlobalModel:
         """Return the model with one more delta merged into the base, exactly."""
@@ -60,10 +82,22 @@ class GlobalModel:
 
         Its rank is the sum of both ranks, or ``min(m, n)`` if that is less.
         """
-        if not self.merged.pairs:
+        frozen = self.frozen(self.adapter)
+        if not frozen.pairs:
             return self.adapter
-        pairs = add_deltas([self.adapter, self.merged]).pairs
-        return Adapter(pairs, self.adapter.dense)
+        return Adapter(add_deltas([self.adapter, frozen]).pairs, self.adapter.dense)
+
+    def frozen(self, held: Adapter) -> Adapter:
+        """Return what the frozen weights of who holds ``held`` have more than the loaded ones."""
+        begun = {
+            module: pair.with_rank(min(pair.rank, held.pairs[module].rank))
+            for module, pair in self.start.pairs.items()
+            if module in held.pairs
+        }
+        if not begun:
+            return self.merged
+        taken = Adapter({module: replace(pair, B=-pair.B) for module, pair in begun.items()})
+        return add_deltas([self.merged, taken]) if self.merged.pairs else taken
 
 
 def add_deltas(adapters: Iterable[Adapter], scale: float | None = None) -> Adapter:

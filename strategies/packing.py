@@ -95,9 +95,8 @@ class Packing:
         has_lora = bool(model.adapter.pairs)
         self.trained = rule.trained() if has_lora else ""
         self.uploaded = rule.uploaded() if has_lora else ""
-        merged = GlobalModel(Adapter({}), model.merged).to_tensors()
         # The merges of all rounds are encoded once, whatever the number of clients.
-        self._merged = to_record(encode(merged, wire))
+        self._merged = ArrayRecord() if model.start.pairs else self._beside(model.merged)
         self._made: dict[tuple[str, int], Parcel] = {}
         self._names: list[str] = []  # of the arrays of the last parcel; others have the same
 
@@ -154,7 +153,7 @@ class Packing:
             SEND_KEY: self.uploaded,
             WIRE_KEY: self.wire,
             **({QUALITY_KEY: True} if self.rule.needs_quality else {}),
-            **({MERGES_KEY: True} if self.rule.merges_base else {}),
+            **({MERGES_KEY: True} if self.rule.merges_base or self.model.start.pairs else {}),
         }
         return ConfigRecord({**base, **own})
 
@@ -232,17 +231,21 @@ class Packing:
         down = {k: t for k, t in state.items() if self._travels(k, self.rule.downloaded())}
         encoded = encode(down, self.wire)
         record = to_record(encoded)
+        frozen = self._merged
+        if self.model.start.pairs:  # of each rank its own
+            frozen = self._beside(self.model.frozen(download.adapter))
         if self.wire != "float32":  # what the client starts from is what arrives
             scales = {m: p.scale for m, p in download.adapter.pairs.items()}
             state |= decode(encoded, self.wire)
             adapter = Adapter.from_state_dict(state, scales, check_finite=False)
             download = Download(adapter, download.entries, download.fixed)
-        if len(self._merged):
-            record = ArrayRecord({**record, **self._merged})
         if download.fixed is not None:  # for a rule whose server merges nothing
-            fixed = GlobalModel(Adapter({}), download.fixed).to_tensors()
-            record = ArrayRecord({**record, **to_record(encode(fixed, self.wire))})
-        return Sent(download, record)
+            frozen = ArrayRecord({**frozen, **self._beside(download.fixed)})
+        return Sent(download, ArrayRecord({**record, **frozen}) if len(frozen) else record)
+
+    def _beside(self, frozen: Adapter) -> ArrayRecord:
+        """Return what a client is to merge into its frozen weights, as it travels."""
+        return to_record(encode(GlobalModel(Adapter({}), frozen).to_tensors(), self.wire))
 
     def _shared(self, sent: Sent) -> Parcel:
         """Return a parcel that keeps its content."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from fedlora_app.config.precision import with_precision
 from fedlora_app.config.read import read_config
 from fedlora_app.held_out import HeldOut
-from fedlora_app.server_app import initial_adapter
+from fedlora_app.server_app import initial_model
 from strategies.client import load_adapter
 from strategies.lora import Adapter
 
@@ -22,7 +22,7 @@ for run in map(Path, sys.argv[1:]):
     task = parts.task
     rows = task.test_rows()
     test, score = HeldOut(task, rows, parts.validation_rows), task.scores[0].name
-    model, _ = initial_adapter(parts, rows.about)
+    model, _ = initial_model(parts, rows.about)
     state = load_file(run / "adapter" / "adapter_model.safetensors")
     adapter = Adapter.from_state_dict(state, parts.config.lora.scale)
     scores = []

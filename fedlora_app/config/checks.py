@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from fedlora_app.config.build import Parts
 from fedlora_app.config.keys import RunConfig
 from fedlora_app.models.lora import variant_problem
+from fedlora_app.models.starts import STARTS
 from fedlora_app.tasks import LOSS, TASKS, primary
 from strategies.optimizers import refuse_optimizer
 from strategies.participation import Participation
@@ -63,6 +64,28 @@ def _baselines(parts: Parts) -> Iterator[str]:
 def _variant(parts: Parts) -> Iterator[str]:
     if problem := variant_problem(parts.config.lora.variant):
         yield problem
+
+
+def _start(parts: Parts) -> Iterator[str]:
+    """Refuse what cannot go with factors that are taken out of the frozen weights."""
+    config, variant = parts.config, parts.config.lora.variant
+    if variant not in STARTS:
+        return
+    said = f"lora.variant = {variant!r} takes its factors out of the frozen weights"
+    if refused := parts.rule.refuse_start():
+        yield f"{said}, and {refused}"
+    for key, hinders, reason in (
+        (f"task = {config.task!r}", parts.task.keeps_base, "measures against them as they were"),
+        (
+            f"model.quantization = {config.model.quantization!r}",
+            config.model.quantization != "none",
+            "would round what is left of them",
+        ),
+        ("lora.dora", config.lora.dora, "takes its magnitudes from them"),
+        ("method = 'head'", config.method == "head", "trains no LoRA modules"),
+    ):
+        if hinders:
+            yield f"{said}, and {key} {reason}; leave one of them out"
 
 
 def _dora(parts: Parts) -> Iterator[str]:
@@ -316,6 +339,7 @@ CHECKS: tuple[Callable[[Parts], Iterator[str]], ...] = (
     _kept_base,
     _baselines,
     _variant,
+    _start,
     _dora,
     _scores,
     _units,

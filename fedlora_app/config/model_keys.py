@@ -50,7 +50,8 @@ class LoraConfig:
     )
     variant: str = option(
         "lora",
-        "lora, or rslora: a client of rank r trains at scale / sqrt(r)",
+        "lora; rslora: a client of rank r trains at scale / sqrt(r); pissa or olora: the factors "
+        "start as the leading ones of the frozen weights",
         on_resume="fatal",
     )
     dropout: float = option(0.0, "dropout on the LoRA input", low=0, high=0.9, on_resume="fatal")

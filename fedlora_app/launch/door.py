@@ -25,6 +25,7 @@ from fedlora_app.launch.inspection import Report, inspect
 from fedlora_app.models.bits import BITS, INSTALL, OPTIMIZERS, installed
 from fedlora_app.models.loading import trained_parts
 from fedlora_app.models.lora import add_lora
+from fedlora_app.models.starts import STARTS, check_start
 from fedlora_app.report.trackers import tracking_problems
 from fedlora_app.resuming import check_resume
 from strategies.client import check_mergeable
@@ -90,7 +91,10 @@ def check_model(parts: Parts, data: Report) -> str:
                 f"widest layer with LoRA has {width}, all that a rank can be; lower it"
             ]
         )
-    if parts.rule.merges_base:
+    starts = config.lora.variant in STARTS
+    if starts:
+        check_start(model, config.lora.variant, rank)
+    if parts.rule.merges_base or starts:
         check_mergeable(model)
     return line
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedlora_app.config.keys import LoraConfig
 from fedlora_app.models.loading import trained_parts, untouched_rng
+from fedlora_app.models.starts import STARTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,14 +33,14 @@ TARGETS = (
 
 
 BASE = (
-    "takes its factors out of the frozen weights, and a client of a lower rank, who gets some of "
-    "them, would start from a damaged model"
+    "takes its factors out of the frozen weights, and not in an order of which a client of a lower "
+    "rank could have the first"
 )
 OTHER = "has no pair of factors for each layer that rules could average"
 
 #: Variants of PEFT that are refused, and why.
 REFUSED = {
-    **dict.fromkeys(("pissa", "olora", "corda", "loftq", "lora-ga"), BASE),
+    **dict.fromkeys(("corda", "loftq", "lora-ga"), BASE),
     **dict.fromkeys(("vera", "randlora", "loha", "lokr", "oft", "boft", "ia3", "fourierft"), OTHER),
     "eva": "starts each client from its own data, so that clients' factors do not match",
     "adalora": "changes ranks by itself; see ranks.policy = 'self-pruning'",
@@ -49,11 +50,12 @@ REFUSED = {
 
 def variant_problem(variant: str) -> str:
     """Return why ``lora.variant`` is none that can be averaged; empty: it is one."""
-    if variant in ("lora", "rslora"):
+    known = ("lora", "rslora", *STARTS)
+    if variant in known:
         return ""
     reason = REFUSED.get(variant.lower().replace("_", "-"))
     got = f"{variant!r}, which {reason}" if reason else repr(variant)
-    return f"lora.variant: expected lora or rslora, got {got}"
+    return f"lora.variant: expected one of {', '.join(known)}; got {got}"
 
 
 def training_scale(config: LoraConfig) -> Callable[[int], float] | None:

@@ -203,7 +203,7 @@ class FedIT(Aligning):
     """
 
     name = "fedit"
-    unbiased = linear = symmetric = mean_of_all = entrywise = late = True
+    unbiased = linear = symmetric = mean_of_all = entrywise = late = keeps_start = True
     equal_ranks = True
 
     def add_pairs(self, state: FactorState, update: Update, weight: float) -> None:
@@ -296,7 +296,7 @@ class RBLA(Aligning, HolderMean):
     """
 
     name = "rbla"
-    unbiased = linear = symmetric = entrywise = late = True
+    unbiased = linear = symmetric = entrywise = late = keeps_start = True
 
 
 @register
@@ -329,7 +329,7 @@ class Replication(Aligning, HolderMean):
     """
 
     name = "replication"
-    unbiased = linear = symmetric = entrywise = late = True
+    unbiased = linear = symmetric = entrywise = late = keeps_start = True
 
     def __init__(
         self,

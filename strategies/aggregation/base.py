@@ -114,6 +114,9 @@ class Aggregator(ABC, Generic[StateT]):
     entrywise: ClassVar[bool] = False
     #: Promise that replies to an older model can be added: see ``strategies.aggregation.late``.
     late: ClassVar[bool] = False
+    #: Promise that each entry of the rank axis becomes a mean of those who hold it, or stays: then
+    #: an adapter may start from factors that were taken out of the frozen weights.
+    keeps_start: ClassVar[bool] = False
     #: What keeps liars among the clients from the result; set by ``protect``.
     robust: Robust | None = None
     #: Why clients cannot be sampled independently with this rule as it is set, whatever it
@@ -133,6 +136,16 @@ class Aggregator(ABC, Generic[StateT]):
             "inherits that; use a sampler without probabilities or one of "
             f"{those_that_declare(AGGREGATIONS, 'unbiased')}; if it divides its sums as "
             "State.over says, write unbiased = True into the class"
+        )
+
+    def refuse_start(self) -> str:
+        """Return why an adapter cannot start from the frozen weights' factors; empty: it can."""
+        if declares(self, "keeps_start"):
+            return ""
+        return (
+            f"aggregation {self.name!r} does not declare that it keeps them entry by entry, as "
+            f"{those_that_declare(AGGREGATIONS, 'keeps_start')} do: what it shrinks, cuts or puts "
+            "elsewhere would be missing in the model"
         )
 
     def protect(self, robust: Robust | str) -> None:

@@ -162,8 +162,9 @@ class Intake:
             self.census.roster.observe(client.node_id, max(1, round(count)))
         self.good.append(replace(reply, arrays={}))
         trained = Trained(
-            client, adapter, sent.adapter, reply.metrics, self._book.number, packing.model.merged
-        )
+            client, adapter, sent.adapter, reply.metrics, self._book.number,
+            packing.model.frozen(sent.adapter),
+        )  # fmt: skip
         self._watch(trained, packing)
         self._observe(trained)
         return Accepted(client, adapter)

@@ -40,8 +40,11 @@ def check_settings(strategy: FedLoRA, arrays: ArrayRecord) -> None:
         With what to use instead.
     """
     s, sampler = strategy, strategy.participation.sampler
-    adapter = s.models.of(arrays).adapter
+    model = s.models.of(arrays)
+    adapter = model.adapter
     s.aggregation.check(adapter)
+    if model.start.pairs and (refusal := s.aggregation.refuse_start()):
+        raise ValueError(f"the model starts from factors of its frozen weights, and {refusal}")
     s.participation.check()
     if refused := refuse_optimizer(s.optimizer, s.aggregation, sampler):
         raise ValueError("; ".join(refused))

@@ -10,7 +10,7 @@ from fedlora_app import client_app
 from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.config.read import read_config
 from fedlora_app.held_out import HeldOut
-from fedlora_app.server_app import initial_adapter
+from fedlora_app.server_app import initial_model
 from strategies import FedLoRA
 from strategies.messages import to_record
 from strategies.profiling import METRICS
@@ -22,7 +22,7 @@ from tests.integration.test_rules import ABOUT, FLAT, NODES, App
 def run(*, rounds=2, app=None, score_fn=None, **keys):
     parts = read_config({**FLAT, "ranks.min": 2, "ranks.max": 8, **keys})
     config, policy = parts.config, parts.policy
-    _, adapter = initial_adapter(parts, ABOUT)
+    adapter = initial_model(parts, ABOUT)[1].adapter
     records = []
     if score_fn:
         parts.judge_by(score_fn)
@@ -140,7 +140,7 @@ def test_quality(judge):
         test = HeldOut(parts.task, rows, parts.validation_rows)
         assert len(test.validation) == 50
         assert len(test.all) + 50 == len(rows)
-        model, _ = initial_adapter(parts, ABOUT)
+        model, _ = initial_model(parts, ABOUT)
         score_fn = lambda adapter: test.validation_loss(model, adapter)  # noqa: E731
     _, ranks, records, _ = run(score_fn=score_fn, **keys)
     assert ranks[0] == [2, 2, 2]

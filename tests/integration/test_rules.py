@@ -14,7 +14,7 @@ from fedlora_app.config.read import read_config
 from fedlora_app.held_out import effective_adapter
 from fedlora_app.models.loading import build_model
 from fedlora_app.models.lora import add_lora
-from fedlora_app.server_app import initial_adapter
+from fedlora_app.server_app import initial_model
 from strategies import FedLoRA
 from strategies.aggregation import AGGREGATIONS, make_aggregator
 from strategies.client import load_adapter, receive
@@ -72,7 +72,7 @@ class Forgetful(App):
 def run(rule, *, rounds=2, ranks=(2, 4), config=CONFIG, app=None, **options):
     from flwr.app import ConfigRecord
 
-    _, adapter = initial_adapter(read_config(config.to_flat()), ABOUT)
+    adapter = initial_model(read_config(config.to_flat()), ABOUT)[1].adapter
     records = []
     strategy = FedLoRA(
         aggregation=make_aggregator(rule) if isinstance(rule, str) else rule,
@@ -114,7 +114,7 @@ def test_two_rounds_of_every_rule_and_its_adapter_in_peft(rule, tmp_path):
     evaluated = [r for r in records if r["kind"] == "client-evaluation"]
     assert len(evaluated) == 6
 
-    start = initial_adapter(read_config(FLAT), ABOUT)[1]
+    start = initial_model(read_config(FLAT), ABOUT)[1].adapter
     final = effective_adapter(arrays, CONFIG.lora.scale)
     moved = [float((final.delta(m) - start.delta(m)).norm()) for m in start.pairs]
     assert (min(moved) > 0) == (rule != "fedsa")  # its B stays with the clients

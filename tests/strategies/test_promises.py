@@ -36,6 +36,7 @@ PROMISES = {
     "symmetric": SYMMETRIC,
     "entrywise": LINEAR | {"hetlora", "fslora", "fold"},
     "mean_of_all": {"fedit", "zero-padding", "ffa", "rolora"},
+    "keeps_start": {"fedit", "rbla", "replication"},
 }
 
 
