@@ -52,10 +52,11 @@ def card(loaded: LoadedRun, export: Export) -> str:
         "",
         "## How good it is",
         "",
-        *_table(*_scores(scores, summary, last)),
-        "",
-        f"On all test rows of {data} (server), and on the clients' own rows after the last round in"
-        " which they evaluated; spread is the standard deviation over those clients.",
+        *(
+            _personal(personal, scores)
+            if (personal := read_json(loaded.folder / "personal.json"))
+            else _federated(scores, summary, last, data)
+        ),
         "",
         "## How it was trained",
         "",
@@ -119,6 +120,34 @@ def _front(
 
 def _on_hub(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((packaged.PREFIX, ".", "/", "~"))
+
+
+def _federated(
+    scores: Sequence[Score], summary: Mapping[str, Any], last: Mapping[str, Any], data: str
+) -> list[str]:
+    return [
+        *_table(*_scores(scores, summary, last)),
+        "",
+        f"On all test rows of {data} (server), and on the clients' own rows after the last round in"
+        " which they evaluated; spread is the standard deviation over those clients.",
+    ]
+
+
+def _personal(found: Mapping[str, Any], scores: Sequence[Score]) -> list[str]:
+    """Return what a site's own model scores beside the one that it started from."""
+    rows = [
+        (
+            score.label,
+            *(score.text(found[which].get(score.name)) for which in ("global", "personal")),
+        )
+        for score in scores
+    ]
+    return [
+        *_table(("score", "the run's model", "this model"), rows),
+        "",
+        f"A site's own: trained on by {found['steps']} steps on {found['rows']['trained']} rows of "
+        f"the site, and compared on {found['rows']['compared']} others of it.",
+    ]
 
 
 def _scores(

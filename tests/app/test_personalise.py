@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from fedlora_app.after.export import export_run
 from fedlora_app.after.personalise import personalise
 from fedlora_app.after.run import load_run
 
@@ -31,6 +32,12 @@ def test_a_site_that_calls_things_otherwise_gets_a_model_of_its_own(runs, tmp_pa
         assert not torch.allclose(own.model(**batch).logits, shared.model(**batch).logits)
     assert own.predict(["oil price"])[0]["label"] == "bank"
     assert json.loads((tmp_path / "own" / "personal.json").read_text())["steps"] == found["steps"]
+
+    export_run(tmp_path / "own", tmp_path / "given")
+    told = (tmp_path / "given" / "README.md").read_text()
+    before, after = found["global"]["accuracy"], found["personal"]["accuracy"]
+    assert f"| accuracy | {before:.3f} | {after:.3f} |" in told
+    assert f"by {found['steps']} steps on 24 rows of the site, and compared on 8 others" in told
 
 
 def test_where_nothing_is_better_the_global_model_stays(runs, tmp_path):
