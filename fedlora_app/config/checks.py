@@ -16,7 +16,7 @@ from fedlora_app.tasks import LOSS, TASKS, primary
 from strategies.optimizers import refuse_optimizer
 from strategies.participation import Participation
 from strategies.privacy import refuse_private
-from strategies.ranks import AutoRank, ListRank
+from strategies.ranks import AutoRank, ListRank, SelfPruningRank
 from strategies.round.waiting import Waiting, refuse_waiting
 from strategies.sampling import PlannedSampling
 from strategies.wallclock import MeasuredClock
@@ -83,6 +83,11 @@ def _start(parts: Parts) -> Iterator[str]:
         ),
         ("lora.dora", config.lora.dora, "takes its magnitudes from them"),
         ("method = 'head'", config.method == "head", "trains no LoRA modules"),
+        (
+            f"ranks.policy = {config.ranks.policy!r}",
+            isinstance(parts.policy.core, SelfPruningRank),
+            "gives up entries that fade, which these do not",
+        ),
     ):
         if hinders:
             yield f"{said}, and {key} {reason}; leave one of them out"

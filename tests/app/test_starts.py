@@ -160,6 +160,7 @@ def test_rules_that_would_lose_a_part_of_the_model_are_refused(rule):
         ({"method": "head"}, "method = 'head'"),
         ({"task": "causal-lm", "model.quantization": "4bit"}, "model.quantization = '4bit'"),
         ({"task": "preference"}, "task = 'preference'"),
+        ({"ranks.policy": "self-pruning"}, "ranks.policy = 'self-pruning'"),
         ({"simulate.clients-per-process": 2}, "simulate.clients-per-process"),
     ],
 )
