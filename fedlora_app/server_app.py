@@ -80,7 +80,7 @@ def main(grid: Grid, context: Context) -> None:
     if config.round.mode == "auto":
         clients = max(config.min_nodes, len(list(grid.get_node_ids())))
         probe = make_strategy(parts, folder, test, model, tells=False)
-        parts = settled(parts, probe, arrays, clients)
+        parts = settled(parts, probe, arrays, clients, folder if resumed is None else None)
     strategy = make_strategy(parts, folder, test, model, saver)
     strategy.check(arrays)
     folder.begin()  # only now: a run that cannot start leaves no folder, and none as it was not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from logging import INFO
 
@@ -12,11 +13,18 @@ from flwr.common import log
 from fedlora_app.config.build import Parts
 from strategies import FedLoRA
 from strategies.clients import Client
+from strategies.records import Record
 from strategies.round.waiting import Waiting, refuse_waiting
 from strategies.sampling import FractionSampling, Outlook, PlannedSampling, Sampler
 
 
-def settled(parts: Parts, strategy: FedLoRA, arrays: ArrayRecord, clients: int) -> Parts:
+def settled(
+    parts: Parts,
+    strategy: FedLoRA,
+    arrays: ArrayRecord,
+    clients: int,
+    tell: Callable[[Record], None] | None = None,
+) -> Parts:
     """Return the parts of a run that waits in the way promised to end soonest.
 
     It is chosen before anybody was asked: as if all had as many rows, and the largest rank that the
@@ -32,6 +40,8 @@ def settled(parts: Parts, strategy: FedLoRA, arrays: ArrayRecord, clients: int) 
         The initial model.
     clients : int
         How many there are.
+    tell : callable, optional
+        Is told what was chosen.
     """
     rule, planned = parts.rule, parts.sampler
     if not isinstance(planned, PlannedSampling):
@@ -67,4 +77,11 @@ def settled(parts: Parts, strategy: FedLoRA, arrays: ArrayRecord, clients: int) 
     elif chosen.buffered is not None:
         sampler = FractionSampling(clients=chosen.buffered.busy)
         waiting = replace(late, buffer=chosen.buffered.buffer, busy=chosen.buffered.busy)
+    if tell is not None:
+        buffered = waiting.mode == "buffered"
+        tell({
+            "kind": "way", "round": 0, "way": chosen.way, "deadline": chosen.deadline,
+            "buffer": waiting.buffer if buffered else 0, "busy": waiting.busy if buffered else 0,
+            "alternatives": chosen.alternatives,
+        })  # fmt: skip
     return replace(parts, sampler=sampler, waiting=waiting)

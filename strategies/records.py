@@ -107,6 +107,17 @@ class PlanRecord(_Timed):
     planner_seconds: float
 
 
+class WayRecord(_Timed):
+    """What ``round.mode = "auto"`` has become, before anybody was asked; the app's own."""
+
+    kind: Literal["way"]
+    way: str  # synchronous, deadline or buffered
+    deadline: float  # seconds; 0: none
+    buffer: int  # replies that make a model; 0: there are rounds
+    busy: int
+    alternatives: dict[str, float]  # predicted seconds of the best of each way
+
+
 class RoundStartRecord(_Timed):
     """A round's messages are about to be sent."""
 
@@ -217,6 +228,7 @@ Record: TypeAlias = (
     | RankRecord
     | PilotsRecord
     | PlanRecord
+    | WayRecord
     | RoundStartRecord
     | ArrivedRecord
     | ClientRecord

@@ -27,7 +27,7 @@ from fedlora_app.report.records import (
 )
 from fedlora_app.report.scores import first_of, pictures, scores_of, title
 from fedlora_app.tasks import LOSS, Score
-from strategies.records import ClientRecord, Record, RoundRecord
+from strategies.records import ClientRecord, Record, RoundRecord, WayRecord
 
 MOST_FAILURES = 200
 
@@ -280,8 +280,8 @@ def round_times(run: RunFiles) -> str:
 
 
 def plans(run: RunFiles) -> str:
-    """Return what the pilots found, and every plan with what became of it."""
-    out = []
+    """Return what the run chose, what pilots found, and every plan with what became of it."""
+    out = [f"<p>{escape(_way(record))}</p>" for record in of_kind(run.records, "way")]
     for record in of_kind(run.records, "pilots"):
         out.append(
             f"<p>Pilots: α = {number(record.get('alpha'))}, β = {number(record.get('beta'))}, "
@@ -317,6 +317,20 @@ def plans(run: RunFiles) -> str:
              "real / predicted", "rounds to target", "total", "alternatives"], rows,
         ))  # fmt: skip
     return "".join(out)
+
+
+def _way(record: WayRecord) -> str:
+    said = {
+        "deadline": f" of {seconds_text(record.get('deadline'))}",
+        "buffered": f", {record.get('busy')} clients busy, a model for every {record.get('buffer')}"
+        " of their replies",
+    }.get(record.get("way", ""), "")
+    others = ", ".join(
+        f"{name} {seconds_text(total)}"
+        for name, total in (record.get("alternatives") or {}).items()
+        if total
+    )
+    return f"Chosen before the run: {record.get('way', '?')}{said}. Predicted: {others}."
 
 
 def failures(records: Iterable[ClientRecord]) -> str:

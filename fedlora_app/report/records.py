@@ -20,6 +20,7 @@ from strategies.records import (
     RoundRecord,
     SamplesRecord,
     StartRecord,
+    WayRecord,
 )
 
 Fields = Mapping[str, object]
@@ -113,6 +114,8 @@ def of_kind(
 ) -> list[ClientEvaluationRecord]: ...
 @overload
 def of_kind(records: Iterable[Record], kind: Literal["plan"]) -> list[PlanRecord]: ...
+@overload
+def of_kind(records: Iterable[Record], kind: Literal["way"]) -> list[WayRecord]: ...
 @overload
 def of_kind(records: Iterable[Record], kind: Literal["pilots"]) -> list[PilotsRecord]: ...
 @overload

@@ -27,7 +27,13 @@ def settle(clock, clients=30, **changes):
         aggregation=parts.rule, ranks=parts.policy, sampling=parts.sampler, clock=clock
     )
     arrays = to_record(random_adapter(4, seed=0).to_state_dict())
-    return settled(parts, strategy, arrays, clients)
+    told = []
+    settled_parts = settled(parts, strategy, arrays, clients, told.append)
+    (record,) = told
+    waiting = settled_parts.waiting
+    assert record["buffer"] == (waiting.buffer if waiting.mode == "buffered" else 0)
+    assert record["deadline"] == float(waiting.deadline)
+    return settled_parts
 
 
 def test_the_way_of_least_seconds_is_taken_with_what_belongs_to_it():
@@ -56,7 +62,9 @@ def test_the_choice_is_that_of_the_planner(monkeypatch):
     def ways(self, outlook, **options):
         seen.append((outlook, options))
         buffered = SimpleNamespace(busy=7, buffer=3)
-        return SimpleNamespace(way="buffered", buffered=buffered, deadline=0.0, summary=str)
+        return SimpleNamespace(
+            way="buffered", buffered=buffered, deadline=0.0, summary=str, alternatives={}
+        )
 
     monkeypatch.setattr(PlannedSampling, "ways", ways)
     parts = settle(clock, clients=12, **{"round.staleness": "1"})

@@ -15,6 +15,7 @@ from peft import AutoPeftModelForSequenceClassification
 
 from fedlora_app import client_app, server_app
 from fedlora_app.config.keys import RunConfig
+from fedlora_app.report.page import RunFiles, page
 from fedlora_app.report.records import read_records
 from strategies.aggregation import AGGREGATIONS, ROBUST
 from strategies.optimizers import OPTIMIZERS
@@ -165,6 +166,11 @@ def test_a_run_with_each_option(files, tmp_path, monkeypatch, option):
     assert any(r["status"] == "ok" for r in clients) or option.get("round.staleness") == "drop"
     if flat["weight-by"] == "clients":
         assert {r["num-examples"] for r in clients} == {1}
+    if flat["round.mode"] == "auto":
+        (way,) = (r for r in records if r["kind"] == "way")
+        assert way["alternatives"][way["way"]] == min(filter(None, way["alternatives"].values()))
+        text = page(RunFiles.read(tmp_path / "run"))
+        assert f"Chosen before the run: {way['way']}" in text
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["labels"] == ["bank", "oil"]
     assert summary["accuracy"] >= 0
