@@ -34,7 +34,7 @@ from fedlora_app.launch.copies import Copies
 from fedlora_app.launch.inspection import CORES
 from fedlora_app.launch.project import project_folder
 from fedlora_app.launch.ray_head import RayHead
-from fedlora_app.launch.superlink import SuperLink, exit_on_signals
+from fedlora_app.launch.superlink import POLL, SuperLink, exit_on_signals
 from fedlora_app.report.records import RecordsError, of_kind, read_json, read_records
 from fedlora_app.tasks import Rows, make_task
 
@@ -77,10 +77,10 @@ def execute(study: Study, folder: Path, jobs: int = 1) -> int:
     with ThreadPoolExecutor(jobs) as threads, Copies() as copies, ExitStack() as open_now:
         links = []
         for _ in range(jobs):  # a Ray each: two runs on one would take each other's cores
-            ray_head = open_now.enter_context(RayHead(cores))
-            link = SuperLink(
-                simulation=True, copies=copies, ray_head=ray_head, environment={CORES: f"{cores}"}
-            )
+            ray_head = open_now.enter_context(RayHead(cores, logs=False))
+            # Others train while one waits to begin: looking more often costs more than it gains.
+            own = {CORES: f"{cores}", POLL: "0.5"}
+            link = SuperLink(simulation=True, copies=copies, ray_head=ray_head, environment=own)
             links.append(open_now.enter_context(link))
         project = open_now.enter_context(project_folder())
         open_now.callback(queue.close)

@@ -39,6 +39,10 @@ MARK = "FEDLORA_RUN"
 """Environment variable that every process of a SuperLink inherits."""
 
 
+POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
+"""Environment variable: seconds between two looks of a SuperLink's executor for a new run."""
+
+
 class SuperLinkError(RuntimeError):
     """A SuperLink could not start, or a command to it failed."""
 
@@ -363,11 +367,11 @@ class SuperLink:
             "FLWR_HOME": str(home or self.home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
+            POLL: "0.1",  # both are on this machine
             **self.environment,
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
             "RAY_USAGE_STATS_ENABLED": "0",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # both are on this machine
         }
         if self.ray_address:
             environment |= {"RAY_ADDRESS": self.ray_address, "RAY_RUNTIME_ENV_HOOK": HOOK}
