@@ -388,7 +388,7 @@ def test_the_time_left_is_that_of_runs_like_those_done():
 
 def test_a_study_runs_what_is_left_once(study, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "SuperLink", FakeLink)
-    monkeypatch.setattr(compare, "RayHead", nullcontext)
+    monkeypatch.setattr(compare, "RayHead", lambda cores, logs: nullcontext(cores))
     monkeypatch.setattr(compare, "Copies", nullcontext)
     write(one(study, tmp_path, "lab", "planned"), [0.1, 0.2, 0.6, 0.7], [0, 2, 2, 2])
     assert execute(study, tmp_path) == 0
@@ -426,7 +426,7 @@ def test_runs_go_side_by_side_but_not_those_that_differ_in_the_clock(
     study, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(compare, "SuperLink", SlowLink)
-    monkeypatch.setattr(compare, "RayHead", nullcontext)
+    monkeypatch.setattr(compare, "RayHead", lambda cores, logs: nullcontext(cores))
     monkeypatch.setattr(compare, "Copies", nullcontext)
     seeds = replace(study, arms={"uniform": study.arms["uniform"]})
     assert execute(seeds, tmp_path, jobs=2) == 0
@@ -450,7 +450,7 @@ def test_a_link_that_fails_ends_the_study(study, tmp_path, monkeypatch):
         raise SuperLinkError("gone")
 
     monkeypatch.setattr(compare, "SuperLink", FakeLink)
-    monkeypatch.setattr(compare, "RayHead", nullcontext)
+    monkeypatch.setattr(compare, "RayHead", lambda cores, logs: nullcontext(cores))
     monkeypatch.setattr(compare, "Copies", nullcontext)
     monkeypatch.setattr(FakeLink, "status", fail)
     with pytest.raises(SuperLinkError, match="gone"):
