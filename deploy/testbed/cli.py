@@ -18,7 +18,8 @@ from deploy.testbed.links import HOST, Link, LinkError, Network, links_of
 from deploy.testbed.rounds import Rounds
 from fedlora_app.config.fields import Scalar, typed_value
 from fedlora_app.config.keys import RunConfig
-from fedlora_app.launch.superlink import SuperLink, SuperLinkError, exit_on_signals
+from fedlora_app.launch.processes import exit_on_signals
+from fedlora_app.launch.superlink import SuperLink, SuperLinkError
 from strategies.wallclock import PROFILES
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -32,9 +32,10 @@ from fedlora_app.config.keys import ConfigError, RunConfig
 from fedlora_app.data.kept import shares_of
 from fedlora_app.launch.copies import Copies
 from fedlora_app.launch.inspection import CORES
+from fedlora_app.launch.processes import exit_on_signals
 from fedlora_app.launch.project import project_folder
 from fedlora_app.launch.ray_head import RayHead
-from fedlora_app.launch.superlink import POLL, SuperLink, exit_on_signals
+from fedlora_app.launch.superlink import POLL, SuperLink
 from fedlora_app.report.records import RecordsError, of_kind, read_json, read_records
 from fedlora_app.tasks import Rows, make_task
 

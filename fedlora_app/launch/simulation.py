@@ -30,9 +30,10 @@ from fedlora_app.launch.console import Console
 from fedlora_app.launch.copies import Copies
 from fedlora_app.launch.folders import refuse_used
 from fedlora_app.launch.inspection import CHECKED, CLIENTS, clients_of, inspect
+from fedlora_app.launch.processes import exit_on_signals
 from fedlora_app.launch.project import project_folder
 from fedlora_app.launch.ray_head import RayHead
-from fedlora_app.launch.superlink import SuperLink, SuperLinkError, exit_on_signals
+from fedlora_app.launch.superlink import SuperLink, SuperLinkError
 from fedlora_app.tasks import make_task
 
 if TYPE_CHECKING:

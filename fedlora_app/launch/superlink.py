@@ -11,18 +11,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 import psutil
@@ -37,7 +36,6 @@ Scalar = bool | int | float | str
 
 MARK = "FEDLORA_RUN"
 """Environment variable that every process of a SuperLink inherits."""
-
 
 POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 """Environment variable: seconds between two looks of a SuperLink's executor for a new run."""
@@ -383,22 +381,3 @@ class SuperLink:
         # Ray would attach to a cluster of this machine that it finds in either of them.
         environment.pop("RAY_ADDRESS", None)
         return environment | {"RAY_TMPDIR": str(self.home)}
-
-
-@contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Have the first Ctrl-C or SIGTERM unwind the program, and no later one disturb that."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        os.write(sys.stderr.fileno(), b"\nstopping\n")  # print() may be what was interrupted
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
