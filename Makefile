@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-all lint types bench docs lock clean
+.PHONY: setup demo test test-all test-gpu lint types bench docs lock clean
 
 setup: $(READY)
 
@@ -30,6 +30,9 @@ test: $(READY)  ## everything but what takes minutes
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
+
+test-gpu: $(READY)  ## what needs a GPU; the other tests do not see one
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest tests/gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

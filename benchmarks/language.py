@@ -46,7 +46,8 @@ SHAPES = {
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     },
 }  # fmt: skip
-BITS = ("none", "8bit", "4bit")
+#: Bases that are compared: the name, its precision, its quantisation.
+BASES = {"float32": "none", "bfloat16": "none", "8bit": "8bit", "4bit": "4bit"}
 
 
 def config(args: argparse.Namespace, **more: Any) -> RunConfig:
@@ -149,7 +150,20 @@ def steps(args: argparse.Namespace) -> None:
     for loss in ("nll", "chunked_nll") if args.trl else ():
         variants[f"TRL's SFTTrainer, {loss}"] = by_trl(model, rows, args, loss)
     print(f"{args.steps} steps of {args.rows} rows, {args.precision}\n")
-    print(table(HEAD, ratios(variants, args.repeat)))
+    print(measured(variants, args.repeat, int(rows.sizes.sum())))
+
+
+def measured(variants: dict[str, Callable[[], Any]], repeat: int, tokens: int) -> str:
+    """Return a table of times, tokens a second and, on a GPU, peaks of its memory."""
+    rows = [[*row, f"{tokens / float(row[1]) * 1e3:,.0f}"] for row in ratios(variants, repeat)]
+    head = [*HEAD, "tokens/s"]
+    if torch.cuda.is_available():
+        head.append("peak MB")
+        for row in rows:
+            torch.cuda.reset_peak_memory_stats()
+            variants[row[0]]()
+            row.append(f"{torch.cuda.max_memory_allocated() / 1e6:,.0f}")
+    return table(head, rows)
 
 
 def packing(args: argparse.Namespace) -> None:
@@ -166,16 +180,14 @@ def packing(args: argparse.Namespace) -> None:
         "grouped by length": partial(training.train, model, found["padded"], by_length, seed=1),
         "packed": partial(training.train, model, found["packed"], settings, seed=1),
     }
-    measured = ratios(variants, args.repeat)
-    speeds = [f"{tokens / float(row[1]) * 1e3:,.0f}" for row in measured]
     print(f"{tokens} tokens in {len(rows)} rows, {args.precision}\n")
-    print(table((*HEAD, "tokens/s"), [(*row, s) for row, s in zip(measured, speeds, strict=True)]))
+    print(measured(variants, args.repeat, tokens))
 
 
 def memory(args: argparse.Namespace, kind: str) -> dict[str, float]:
     """Return loss, seconds and peak memory by phase of a training on a base of so many bits."""
-    precision = "float32" if kind == "none" else "bfloat16"
-    told = config(args, **{"model.quantization": kind, "train.precision": precision})
+    precision = "float32" if kind == "float32" else "bfloat16"
+    told = config(args, **{"model.quantization": BASES[kind], "train.precision": precision})
     watch = PhaseMemory(training.default_device())
     with watch.phase("load"):
         task = make_task(told)
@@ -188,9 +200,9 @@ def memory(args: argparse.Namespace, kind: str) -> dict[str, float]:
 
 
 def few_bits(args: argparse.Namespace) -> None:
-    """Compare bases of 32, 8 and 4 bits, each in a process of its own."""
+    """Compare bases of 32, 16, 8 and 4 bits, each in a process of its own."""
     rows = []
-    for kind in BITS:
+    for kind in BASES:
         command = [sys.executable, "-m", "benchmarks.language", *sys.argv[1:], "--bits", kind]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -199,8 +211,7 @@ def few_bits(args: argparse.Namespace) -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         peaks = [f"{found[f'memory_{phase}_mb']:,.0f}" for phase in PHASES]
         losses = f"{found['start']:.3f}", f"{found['loss']:.3f}"
-        name = "float32" if kind == "none" else kind
-        rows.append((name, *losses, f"{found['seconds']:.1f}", *peaks))
+        rows.append((kind, *losses, f"{found['seconds']:.1f}", *peaks))
     print(f"{args.steps} steps of {args.rows} rows, and {args.steps} more on the same\n")
     print(table(("base", "loss", "loss of the second pass", "s", "MB: load", "forward", "backward",
                  "optimiser"), rows))  # fmt: skip

@@ -74,8 +74,9 @@ def machine() -> str:
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
             break
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return (
-        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
+        f"{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB, torch {torch.__version__}, "
         f"Python {platform.python_version()}; load before the run {os.getloadavg()[0]:.1f}"
     )

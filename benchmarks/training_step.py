@@ -140,6 +140,8 @@ def ratios(variants: dict[str, Callable[[], Any]], repeat: int) -> list[Any]:
     def timed(run: Callable[[], Any]) -> float:
         clock = time.perf_counter()
         run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return time.perf_counter() - clock
 
     for run in variants.values():
@@ -176,7 +178,7 @@ def clients_together(count: int, steps: int, repeat: int) -> None:
         def alone(model: nn.Module = model, jobs: list[Job] = jobs) -> None:
             for job in jobs:
                 load_adapter(model, job.adapter)
-                training.train(model, job.rows, job.config, seed=job.seed)
+                training.train(model, job.inputs, job.config, seed=job.seed)
 
         runs = dict(zip(names, (alone, partial(train_together, task, model, jobs)), strict=True))
         print(f"{count} clients of {steps} steps, ranks 4 to 32, float32: {what}\n")

@@ -18,6 +18,9 @@ from strategies.training import sample_losses
 #: Tokens of an evaluation batch for each CPU thread: what passes between layers stays in cache.
 THREAD_TOKENS = 1024
 
+#: Those of one on a GPU: logits over a large vocabulary are gigabytes.
+GPU_TOKENS = 4096
+
 
 def evaluate(
     task: Task, model: nn.Module, inputs: Inputs, *, batch_size: int, precision: str = "float32"
@@ -86,7 +89,7 @@ def row_logits(task: Task, model: nn.Module, inputs: Inputs) -> Tensor:
 def _order(inputs: Inputs, batch_size: int) -> list[NDArray[np.int64]]:
     """Return the rows of each batch."""
     cpu = default_device().type == "cpu"
-    most = THREAD_TOKENS * torch.get_num_threads() if cpu else None
+    most = THREAD_TOKENS * torch.get_num_threads() if cpu else GPU_TOKENS
     return list(evaluation_batches(inputs, batch_size, most))
 
 

@@ -68,7 +68,8 @@ def train(
     )
     model.to(device)
     again = config.gradient_checkpointing  # which must draw the same dropout twice, as torch's does
-    with nullcontext() if again else _dropout(model, device, own):
+    around = getattr(inputs, "around", nullcontext)
+    with nullcontext() if again else _dropout(model, device, own), around(model):
         return train_loop(
             model,
             map(inputs.batch, order),

@@ -27,6 +27,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -162,12 +163,32 @@ def preload(names: Sequence[str]) -> None:
     # A CUDA driver that was asked before the copy was made would not work in it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     for name in filter(None, names):
+        if name == "peft" and _has_cuda() and find_spec("bitsandbytes") is not None:
+            continue  # it imports bitsandbytes, which asks each GPU what it can do
         try:
             importlib.import_module(name)
         except Exception as error:  # whatever a module raises; who needs it will see it again
             print(f"warm start: cannot preload {name}: {error!r}", file=sys.stderr)
     gc.collect()
     gc.freeze()  # a collection in a copy would write to every page of it
+
+
+def _has_cuda() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.backends.cuda.is_built()
+
+
+def spoiled() -> bool:
+    """Return whether a copy of this process could not use a GPU: one was asked from here.
+
+    What was asked is known to copies alone, so one is made to say it.
+    """
+    if not _has_cuda():
+        return False
+    copy = os.fork()
+    if copy == 0:
+        os._exit(int(sys.modules["torch"].cuda._is_in_bad_fork()))
+    return os.waitpid(copy, 0)[1] != 0
 
 
 def forget_app() -> None:
@@ -186,6 +207,8 @@ def reseed() -> None:
 def serve(listener: socket.socket, later: Sequence[str] = ()) -> None:
     """Answer requests until killed; returns in every copy, which is to run ``sys.argv``.
 
+    Where something that was imported asked a GPU, there are no copies: all programs start cold.
+
     Parameters
     ----------
     listener : socket
@@ -193,7 +216,7 @@ def serve(listener: socket.socket, later: Sequence[str] = ()) -> None:
         Modules to import while there is nothing to do.
     """
     asking: dict[int, socket.socket] = {}
-    original, modules = os.getpid(), list(later)
+    original, modules, cold = os.getpid(), list(later), spoiled()
     while True:
         # Copies that end are found by looking: rarely, and not before there is one.
         pause = 0 if modules else 0.02 if asking else None
@@ -201,7 +224,7 @@ def serve(listener: socket.socket, later: Sequence[str] = ()) -> None:
             asked, _ = listener.accept()
             request, files = _read(asked)
             try:
-                copy = os.fork() if request else None
+                copy = os.fork() if request and not cold else None
             except OSError as error:  # no memory or no room for a process: it starts cold, or not
                 print(f"warm start: cannot start a copy: {error}", file=sys.stderr)
                 copy = None
@@ -221,6 +244,7 @@ def serve(listener: socket.socket, later: Sequence[str] = ()) -> None:
                 asked.close()
         elif modules:
             preload([modules.pop(0)])
+            cold = cold or spoiled()
         while asking:
             copy, status = os.waitpid(-1, os.WNOHANG)
             if not copy:

@@ -1,4 +1,4 @@
-"""Logits where something is trained, and not of prompts and padding.
+"""Logits where something is trained, a part of them at a time, and not of prompts and padding.
 
 A large vocabulary makes the last layer a good part of a step, and its logits most of the memory.
 """
@@ -6,7 +6,8 @@ A large vocabulary makes the last layer a good part of a step, and its logits mo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,12 @@ class AnswersAlone:
     Parameters
     ----------
     rows : Sequences or Packed
+    parts : bool (default: False)
+        Whether the model is such that ``loss_in_parts`` gives the same loss.
     """
 
     rows: Inputs
+    parts: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,11 +46,24 @@ class AnswersAlone:
 
     def take(self, indices: Sequence[int] | Indices) -> AnswersAlone:
         """Return the rows at ``indices``, in that order."""
-        return AnswersAlone(self.rows.take(indices))
+        return AnswersAlone(self.rows.take(indices), self.parts)
 
     def batch(self, indices: Sequence[int] | Indices) -> dict[str, Tensor]:
         """Return some rows, with which of the logits are computed and what they predict."""
         return with_few_logits(self.rows.batch(indices))
+
+    @contextmanager
+    def around(self, model: nn.Module) -> Iterator[None]:
+        """Have a model that is trained on these rows compute its loss in parts, where it can."""
+        from fedlora_app.tasks.loss_in_parts import loss_in_parts
+
+        base: Any = getattr(model, "get_base_model", lambda: model)()
+        moves = any(p.requires_grad for p in base.get_output_embeddings().parameters())
+        if not self.parts or moves:
+            yield
+            return
+        with loss_in_parts(base):
+            yield
 
 
 def with_few_logits(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,21 +77,36 @@ def with_few_logits(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**batch, "logits_to_keep": kept, "shift_labels": after[:, kept]}
 
 
-def takes_few_logits(model: nn.Module) -> bool:
+def takes_few_logits(model: nn.Module) -> tuple[bool, bool]:
     """Return whether a model of this kind computes the same loss from a part of the logits.
 
-    Tried on one layer of each kind with random weights.
+    And whether it does so in parts. Tried on one layer of each kind with random weights.
     """
     import torch
 
+    from fedlora_app.tasks.loss_in_parts import loss_in_parts
+
     if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
-        return False
+        return False, False
     try:
         with small_twin(model) as small:
             ids = torch.randint(4, 60, (2, 9))
             labels = ids.masked_fill(torch.arange(9) < torch.tensor([[3], [5]]), IGNORED)
             batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
-            whole, part = small(**batch), small(**with_few_logits(batch))
+            few = with_few_logits(batch)
+            whole, part = small(**batch), small(**few)
+            if part.logits.shape[1] != 6 or not _close(whole.loss, part.loss):
+                return False, False
+            try:
+                with loss_in_parts(small):
+                    return True, _close(whole.loss, small(**few).loss)
+            except Exception:  # as below
+                return True, False
     except Exception:  # code of any model's, which may raise anything: then all are computed
-        return False
-    return part.logits.shape[1] == 6 and bool(torch.isclose(whole.loss, part.loss, rtol=1e-4))
+        return False, False
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    import torch
+
+    return bool(torch.isclose(expected, found, rtol=1e-4))

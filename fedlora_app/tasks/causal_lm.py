@@ -69,7 +69,7 @@ class CausalLM(Writing, Task):
         {"data.train-on", "data.packing", "evaluate.generate"}
     )
     quantizable = True
-    _few_logits = False
+    _few_logits = (False, False)
     scores: tuple[Score, ...] = (
         Score("perplexity", "perplexity", higher_is_better=False, top=None, digits=2),
     )
@@ -319,7 +319,8 @@ class CausalLM(Writing, Task):
             return inputs
         rows: Inputs = Packed(inputs, self._most) if self.config.data.packing else inputs
         shared = self.config.simulate.clients_per_process > 1
-        return AnswersAlone(rows) if self._few_logits and not shared else rows
+        few, parts = self._few_logits
+        return AnswersAlone(rows, parts) if few and not shared else rows
 
     def size(self, inputs: Inputs) -> int:
         """Return what ``weight-by`` counts, the tokens that are trained among it."""

@@ -6,7 +6,7 @@ import transformers
 
 from fedlora_app.config.keys import LoraConfig, TrainConfig
 from fedlora_app.models.lora import add_lora
-from fedlora_app.tasks import make_task
+from fedlora_app.tasks import loss_in_parts, make_task
 from fedlora_app.tasks.answers import AnswersAlone, takes_few_logits
 from fedlora_app.tasks.packing import Packed
 from fedlora_app.together import Job, train_together
@@ -39,9 +39,10 @@ def test_loss_and_gradients_are_those_of_all_logits(make, packed):
         torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-8)
 
 
-def test_a_step_is_the_same_step():
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_step_is_the_same_step(parts):
     rows, found = sequences(), []
-    for inputs in (rows, AnswersAlone(rows)):
+    for inputs in (rows, AnswersAlone(rows, parts)):
         model = add_lora(llama(), LoraConfig(), rank=2, seed=0)
         keys = TrainConfig(steps=3, batch_size=6, precision="float32", accumulate=2,
                            gradient_checkpointing=True)  # fmt: skip
@@ -88,8 +89,71 @@ class Deaf(transformers.LlamaForCausalLM):
         return super().forward(input_ids, labels=labels, logits_to_keep=logits_to_keep)
 
 
+class Capped(transformers.LlamaForCausalLM):
+    """Does something to the logits between its last layer and its loss."""
+
+    def forward(self, input_ids=None, labels=None, logits_to_keep=0, shift_labels=None):
+        out = super().forward(input_ids, logits_to_keep=logits_to_keep)
+        out.logits = torch.tanh(out.logits * 9)
+        vocabulary = self.config.vocab_size
+        out.loss = self.loss_function(
+            out.logits, labels=labels, vocab_size=vocabulary, shift_labels=shift_labels
+        )
+        return out
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, sliding])
+@pytest.mark.parametrize("most", [1, 200, 10**9])
+@pytest.mark.parametrize("kept", [False, True])
+def test_loss_and_gradients_in_parts_are_those_of_all_logits(make, most, kept, monkeypatch):
+    monkeypatch.setattr(loss_in_parts, "LOGITS", most)
+    model = add_lora(make(), LoraConfig(target_modules="all-linear"), rank=2, seed=0).double()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    rows, found = sequences(), []
+    head = model.get_base_model().get_output_embeddings()
+    for inputs in (AnswersAlone(rows), AnswersAlone(rows, parts=True)):
+        batch = (inputs if kept else rows).batch([1, 2, 3, 5, 8])
+        with inputs.around(model):
+            out = model(**batch)
+        (3 * out.loss).backward()
+        found.append((out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad(set_to_none=True)
+        assert "forward" not in vars(head)
+        assert "_loss_function" not in vars(model.get_base_model())
+    (whole, gradients), (part, others) = found
+    assert float(part.loss) == pytest.approx(float(whole.loss), rel=1e-6)
+    assert part.logits.shape[-1] != whole.logits.shape[-1]
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_last_layer_that_is_trained_has_all_its_logits():
+    inputs = AnswersAlone(sequences(), parts=True)
+    model = llama()
+    with inputs.around(model):
+        assert model(**inputs.batch([1, 2])).logits.shape[-1] == model.config.vocab_size
+
+
+def test_what_was_put_on_a_model_before_is_there_again():
+    inputs, model = AnswersAlone(sequences(), parts=True), llama().requires_grad_(False)
+    head, calls = model.get_output_embeddings(), []
+    own, mean = head.forward, model.loss_function
+    head.forward = lambda states: calls.append(len(states)) or own(states)
+    model.loss_function = lambda *a, **k: mean(*a, **k)
+    before = head.forward, model.loss_function
+    with inputs.around(model):
+        model(**inputs.batch([1, 2]))
+    assert calls  # the loss was computed with it
+    assert (head.forward, model.loss_function) == before
+
+
 def test_a_model_is_asked_for_it_only_where_it_holds():
     with torch.device("meta"):
-        assert takes_few_logits(llama())
-        assert not takes_few_logits(Deaf(llama().config))
-        assert not takes_few_logits(transformers.BertModel(transformers.BertConfig()))
+        assert takes_few_logits(llama()) == takes_few_logits(gpt2()) == (True, True)
+        assert takes_few_logits(Capped(llama().config)) == (True, False)
+        assert takes_few_logits(Deaf(llama().config)) == (False, False)
+        bert = transformers.BertModel(transformers.BertConfig())
+        assert takes_few_logits(bert) == (False, False)

@@ -115,6 +115,27 @@ def test_an_app_is_the_copys_own(tmp_path) -> None:
         assert subprocess.check_output(copies.command(str(script))) == b"another\n"
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_programs_start_cold_where_a_gpu_was_asked(tmp_path, monkeypatch, asked) -> None:
+    """A copy of a process that asked a GPU could not use it: CUDA refuses there."""
+    (tmp_path / "gpu.py").write_text(
+        "import sys\n"
+        "from types import SimpleNamespace as Space\n"
+        "built = Space(cuda=Space(is_built=lambda: True))\n"
+        f"cuda = Space(_is_in_bad_fork=lambda: {asked})\n"
+        "sys.modules['torch'] = Space(\n"
+        "    backends=built, cuda=cuda, set_num_threads=lambda _: None\n"
+        ")\n"
+    )
+    (tmp_path / "app.py").write_text("import os, sys; print(os.getppid(), *sys.argv[1:])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Copies(preload=["gpu"], later=[]) as copies:
+        said = subprocess.check_output(copies.command(str(tmp_path / "app.py"), "7"), text=True)
+        parent, word = said.split()
+        assert word == "7"
+        assert (int(parent) == copies.pid) is not asked
+
+
 def test_commands_of_a_superlink_are_shadowed(copies) -> None:
     environment = copies.environment()
     found = subprocess.check_output(
