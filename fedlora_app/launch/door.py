@@ -120,6 +120,18 @@ def resource_problems(cpus: int, gpus: float) -> list[str]:
     return problems
 
 
+def idle_gpus(cpus: int, gpus: float) -> str:
+    """Return how clients would use a GPU that is here and none of them uses; empty: nothing is."""
+    found = torch.cuda.device_count()
+    if gpus or not found:
+        return ""
+    share = found / max(1, (os.cpu_count() or 1) // cpus)
+    return (
+        f"{found} GPU{'s' * (found > 1)} here, and no client has a share: "
+        f"--gpus-per-client {min(1.0, share):.3g} gives each one"
+    )
+
+
 def _optional(config: RunConfig) -> list[str]:
     """Return what else the run would need and does not find."""
     problems = tracking_problems(config)
@@ -150,6 +162,8 @@ def main(question: str) -> int:
         print(data.shared_out, flush=True)
         line = check_run(parts, Path(asked["folder"]), data)
         print(f"{parts.config.model.name}: {line}", flush=True)
+        if asked["resources"] and (hint := idle_gpus(*asked["resources"])):
+            print(hint, flush=True)
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ import transformers
 from fedlora_app.config.keys import ConfigError, LoraConfig, RunConfig
 from fedlora_app.config.read import read_config
 from fedlora_app.launch import door, simulation
-from fedlora_app.launch.door import resource_problems
+from fedlora_app.launch.door import idle_gpus, resource_problems
 from fedlora_app.launch.inspection import Report
 from fedlora_app.models.loading import build_model, positions
 from fedlora_app.resuming import check_resume, make_saver
@@ -104,6 +104,19 @@ def test_resources_that_nobody_has(monkeypatch):
     for wrong in (-1.0, float("nan"), 1.5):
         (problem,) = resource_problems(1, wrong)
         assert "expected a share between 0 and 1 or a whole number" in problem
+
+
+def test_a_gpu_that_no_client_uses_is_said(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert idle_gpus(1, 0) == ""  # there is none
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert idle_gpus(1, 0.5) == ""
+    assert "1 GPU here" in idle_gpus(1, 0)
+    assert "--gpus-per-client 0.125 gives" in idle_gpus(1, 0)
+    assert "--gpus-per-client 0.5 gives" in idle_gpus(4, 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 16)
+    assert "16 GPUs here" in idle_gpus(1, 0)
+    assert "--gpus-per-client 1 gives" in idle_gpus(1, 0)
 
 
 def test_a_checkpoint_of_other_classes_is_refused_with_both_lists(tmp_path):
