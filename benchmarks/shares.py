@@ -8,7 +8,6 @@ first, where the workers start, and the last. Without a GPU the clients share th
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import machine, table
+from fedlora_app.report.records import of_kind, read_records
 
 PROJECT = Path(__file__).parents[1]
 STEPS = 20
@@ -42,12 +42,11 @@ def seconds(folder: Path, args: argparse.Namespace, gpus: float, together: int) 
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-5000:]}{done.stderr[-5000:]}")
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    bad = [r for r in records if r["kind"] == "client" and r["status"] != "ok"]
+    records = read_records(folder / "metrics.jsonl")
+    bad = [r for r in of_kind(records, "client") if r["status"] != "ok"]
     if bad:
         raise RuntimeError(f"a client did not train: {bad[0]}")
-    rounds = {r["round"]: r["seconds"] for r in records if r["kind"] == "round"}
+    rounds = {r["round"]: r["seconds"] for r in of_kind(records, "round")}
     return [rounds[number] for number in range(2, args.rounds)]
 
 

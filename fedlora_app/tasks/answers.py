@@ -6,8 +6,8 @@ A large vocabulary makes the last layer a good part of a step, and its logits mo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,36 +77,34 @@ def with_few_logits(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**batch, "logits_to_keep": kept, "shift_labels": after[:, kept]}
 
 
-def takes_few_logits(model: nn.Module) -> tuple[bool, bool]:
+def takes_few_logits(model: nn.Module) -> bool:
     """Return whether a model of this kind computes the same loss from a part of the logits.
 
-    And whether it does so in parts. Tried on one layer of each kind with random weights.
+    Tried on one layer of each kind with random weights.
     """
-    import torch
+    return _same_loss(model, nullcontext)
 
+
+def takes_parts(model: nn.Module) -> bool:
+    """Return whether it does so from what ``loss_in_parts`` makes of them; tried likewise."""
     from fedlora_app.tasks.loss_in_parts import loss_in_parts
 
+    return _same_loss(model, loss_in_parts)
+
+
+def _same_loss(model: nn.Module, inside: Callable[[Any], AbstractContextManager[Any]]) -> bool:
+    import torch
+
     if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
-        return False, False
+        return False
     try:
         with small_twin(model) as small:
             ids = torch.randint(4, 60, (2, 9))
             labels = ids.masked_fill(torch.arange(9) < torch.tensor([[3], [5]]), IGNORED)
             batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
-            few = with_few_logits(batch)
-            whole, part = small(**batch), small(**few)
-            if part.logits.shape[1] != 6 or not _close(whole.loss, part.loss):
-                return False, False
-            try:
-                with loss_in_parts(small):
-                    return True, _close(whole.loss, small(**few).loss)
-            except Exception:  # as below
-                return True, False
+            whole = small(**batch)
+            with inside(small):
+                part = small(**with_few_logits(batch))
     except Exception:  # code of any model's, which may raise anything: then all are computed
-        return False, False
-
-
-def _close(expected: Tensor, found: Tensor) -> bool:
-    import torch
-
-    return bool(torch.isclose(expected, found, rtol=1e-4))
+        return False
+    return part.logits.shape[1] == 6 and bool(torch.isclose(whole.loss, part.loss, rtol=1e-4))

@@ -28,7 +28,7 @@ from fedlora_app.data.conversations import (
 from fedlora_app.data.kept import fingerprint
 from fedlora_app.data.tables import Table
 from fedlora_app.discretion import LOG, DataError
-from fedlora_app.tasks.answers import AnswersAlone, takes_few_logits
+from fedlora_app.tasks.answers import AnswersAlone, takes_few_logits, takes_parts
 from fedlora_app.tasks.base import (
     About,
     Inputs,
@@ -69,7 +69,7 @@ class CausalLM(Writing, Task):
         {"data.train-on", "data.packing", "evaluate.generate"}
     )
     quantizable = True
-    _few_logits = (False, False)
+    _few_logits = _parts = False
     scores: tuple[Score, ...] = (
         Score("perplexity", "perplexity", higher_is_better=False, top=None, digits=2),
     )
@@ -277,6 +277,7 @@ class CausalLM(Writing, Task):
         )
         model.config.use_cache = False  # type: ignore[union-attr]  # nothing is written here
         self._few_logits = takes_few_logits(model)
+        self._parts = self._few_logits and takes_parts(model)
         return model
 
     def problems(self, model: nn.Module, rows: Rows) -> list[str]:
@@ -319,8 +320,7 @@ class CausalLM(Writing, Task):
             return inputs
         rows: Inputs = Packed(inputs, self._most) if self.config.data.packing else inputs
         shared = self.config.simulate.clients_per_process > 1
-        few, parts = self._few_logits
-        return AnswersAlone(rows, parts) if few and not shared else rows
+        return AnswersAlone(rows, self._parts) if self._few_logits and not shared else rows
 
     def size(self, inputs: Inputs) -> int:
         """Return what ``weight-by`` counts, the tokens that are trained among it."""

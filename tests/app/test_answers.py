@@ -7,7 +7,7 @@ import transformers
 from fedlora_app.config.keys import LoraConfig, TrainConfig
 from fedlora_app.models.lora import add_lora
 from fedlora_app.tasks import loss_in_parts, make_task
-from fedlora_app.tasks.answers import AnswersAlone, takes_few_logits
+from fedlora_app.tasks.answers import AnswersAlone, takes_few_logits, takes_parts
 from fedlora_app.tasks.packing import Packed
 from fedlora_app.together import Job, train_together
 from fedlora_app.training import train
@@ -152,8 +152,12 @@ def test_what_was_put_on_a_model_before_is_there_again():
 
 def test_a_model_is_asked_for_it_only_where_it_holds():
     with torch.device("meta"):
-        assert takes_few_logits(llama()) == takes_few_logits(gpt2()) == (True, True)
-        assert takes_few_logits(Capped(llama().config)) == (True, False)
-        assert takes_few_logits(Deaf(llama().config)) == (False, False)
-        bert = transformers.BertModel(transformers.BertConfig())
-        assert takes_few_logits(bert) == (False, False)
+        for model in (llama(), gpt2()):
+            assert takes_few_logits(model)
+            assert takes_parts(model)
+        capped = Capped(llama().config)
+        assert takes_few_logits(capped)
+        assert not takes_parts(capped)
+        for model in (Deaf(llama().config), transformers.BertModel(transformers.BertConfig())):
+            assert not takes_few_logits(model)
+            assert not takes_parts(model)

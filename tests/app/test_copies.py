@@ -136,6 +136,19 @@ def test_programs_start_cold_where_a_gpu_was_asked(tmp_path, monkeypatch, asked)
         assert (int(parent) == copies.pid) is not asked
 
 
+@pytest.mark.parametrize(("cuda", "bits", "there"), [(1, 1, False), (1, 0, True), (0, 1, True)])
+def test_what_imports_bitsandbytes_is_not_imported_beside_a_gpu(tmp_path, cuda, bits, there):
+    (tmp_path / "peft.py").touch()
+    code = (
+        "import sys; from fedlora_app.launch import copies as c; "
+        f"c._has_cuda = lambda: bool({cuda}); sys.path.insert(0, {str(tmp_path)!r}); "
+        "c.find_spec = lambda name: " + ("name" if bits else "None") + "; "
+        "c.preload(['peft']); print('peft' in sys.modules)"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert said.split()[-1] == str(there)
+
+
 def test_commands_of_a_superlink_are_shadowed(copies) -> None:
     environment = copies.environment()
     found = subprocess.check_output(
