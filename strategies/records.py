@@ -100,6 +100,7 @@ class PlanRecord(_Timed):
     alpha: float
     beta: float
     round_seconds: float | None
+    round_between: NotRequired[list[float] | None]  # of a measured clock; not in older runs
     rounds: float | None
     total_seconds: float | None
     alternatives: dict[str, float | None]

@@ -306,7 +306,7 @@ def plans(run: RunFiles) -> str:
         others = sorted((v, k) for k, v in (plan.get("alternatives") or {}).items() if v)
         rows.append([
             plan.get("round"), plan.get("alpha"), plan.get("beta"),
-            f"{expected:.1f} of {len(entries)}", promised,
+            f"{expected:.1f} of {len(entries)}", _promise(promised, plan.get("round_between")),
             mean if seconds else None, mean / promised if seconds and promised else None,
             plan.get("rounds"), seconds_text(plan.get("total_seconds")),
             ", ".join(f"{name} {seconds_text(total)}" for total, name in others),
@@ -317,6 +317,13 @@ def plans(run: RunFiles) -> str:
              "real / predicted", "rounds to target", "total", "alternatives"], rows,
         ))  # fmt: skip
     return "".join(out)
+
+
+def _promise(seconds: float | None, between: Sequence[float] | None) -> float | str | None:
+    """Return the predicted seconds of a round, with what they lie between where that is known."""
+    if seconds is None or not between:
+        return seconds
+    return f"{seconds:.3g} ({between[0]:.3g} to {between[1]:.3g})"
 
 
 def _way(record: WayRecord) -> str:

@@ -16,7 +16,7 @@ from strategies.records import PilotsRecord, PlanRecord
 from strategies.sampling.base import Array, Estimator, Outlook, Restart, register
 from strategies.sampling.independent import BernoulliSampling
 from strategies.sampling.pilots import Pilots
-from strategies.sampling.plans import Basis, Draw, plan_of, plan_record, plan_state
+from strategies.sampling.plans import Basis, Draw, plan_of, plan_record, plan_state, seconds_between
 from strategies.sampling.refining import Refining
 from strategies.seeding import stream
 from strategies.wallclock.choosing import Choice, choose_way
@@ -259,7 +259,7 @@ class PlannedSampling(BernoulliSampling):
         began = time.perf_counter()
         basis = Basis.of(outlook)
         same = self._basis is not None and self._basis.clients == basis.clients
-        reason, measured = "", False
+        reason, measured, between = "", False, None
         try:
             profiles = self._profiles(outlook)
             measured = True
@@ -282,14 +282,14 @@ class PlannedSampling(BernoulliSampling):
             self._plan = made
             self._q = dict(zip(basis.clients, made.q.tolist(), strict=True))
             self._k = dict(zip(basis.clients, made.k.tolist(), strict=True))
+            between = seconds_between(outlook, made, self._profiles, self._idle(outlook))
             log(INFO, "plan (%s): %s", cause, made.summary())
         # A clock that has yet to measure may know in a round; an unreachable target stays one.
         self._basis = basis if measured else None
-        seconds = time.perf_counter() - began
-        told = {"cause": cause, "reason": reason, "planner_seconds": round(seconds, 4)}
-        self._told.append(
-            plan_record(basis, self._plan, self._q, self._k, alpha=alpha, beta=beta, **told)
-        )
+        seconds = round(time.perf_counter() - began, 4)
+        told = {"cause": cause, "reason": reason, "between": between, "planner_seconds": seconds}
+        told |= {"alpha": alpha, "beta": beta}
+        self._told.append(plan_record(basis, self._plan, self._q, self._k, **told))
 
     def _profiles(self, outlook: Outlook) -> ClientProfiles:
         basis = Basis.of(outlook)

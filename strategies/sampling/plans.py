@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from strategies.clients import Client
 from strategies.records import PlanRecord
 from strategies.sampling.base import Array, Outlook
 from strategies.sampling.refining import Refining
-from strategies.wallclock.planner import Plan
+from strategies.wallclock.objective import ClientProfiles
+from strategies.wallclock.planner import Plan, expected_seconds
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,28 @@ class Draw:
         book.learn_draw(server_round, self.a, self.q, self.phi, joined)
 
 
+def seconds_between(
+    outlook: Outlook, made: Plan, profiles: Callable[[Outlook], ClientProfiles], idle_seconds: float
+) -> list[float] | None:
+    """Return between what the seconds of a planned round lie; None where the clock is sure.
+
+    Parameters
+    ----------
+    outlook : Outlook
+    made : Plan
+    profiles : callable
+        Returns what the planner is told of the clients.
+    idle_seconds : float
+    """
+    ends = outlook.clock.ends()
+    return ends and [
+        expected_seconds(
+            profiles(replace(outlook, clock=end)), made.q, made.k, idle_seconds=idle_seconds
+        )
+        for end in ends
+    ]
+
+
 def plan_record(
     basis: Basis,
     made: Plan | None,
@@ -75,7 +98,7 @@ def plan_record(
     q, k : Mapping
         The probability, and where it is planned the rank, of each client by index.
     **told
-        ``cause``, ``reason``, ``alpha``, ``beta`` and ``planner_seconds``.
+        ``cause``, ``reason``, ``between``, ``alpha``, ``beta`` and ``planner_seconds``.
     """
     alternatives = {} if made is None else made.alternatives
     record: Any = {
@@ -87,6 +110,7 @@ def plan_record(
         "alpha": told["alpha"],
         "beta": told["beta"],
         "round_seconds": None if made is None else made.round_seconds,
+        "round_between": told["between"],
         "rounds": None if made is None else made.rounds,
         "total_seconds": None if made is None else made.total_seconds,
         "alternatives": {name: _finite(total) for name, total in alternatives.items()},

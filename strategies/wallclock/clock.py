@@ -180,6 +180,13 @@ class Clock(ABC):
             The round that is about to start.
         """
 
+    def ends(self) -> tuple[Clock, Clock] | None:
+        """Return this clock at both ends of what it is not sure of, the shorter times first.
+
+        Of use for their ``profiles`` alone; None (default) where there is nothing it doubts.
+        """
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the clock has learned, as JSON can hold it."""
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from logging import WARNING
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from strategies.wallclock.allocators import BandwidthAllocator, Share
 from strategies.wallclock.bandwidth import allocate_bandwidth, equal_shares
 from strategies.wallclock.clock import Clock, RoundTime, Work, by_client, reported
 from strategies.wallclock.objective import ClientProfiles
-from strategies.wallclock.transfers import Estimate, Fit, Transfers
+from strategies.wallclock.transfers import End, Estimate, Fit, Transfers
 
 # The planner needs an upload that takes time, and an efficiency that is finite.
 _NOTHING = 1e-9
@@ -114,6 +115,7 @@ class MeasuredClock(Clock):
         self._told: dict[int, float] = {}  # shares of this round
         self._expected: float | None = None  # seconds of this round
         self._network = True
+        self._end: End | None = None  # of what is fitted: its value
         self._paces: dict[int, Pace] = {}
         self._transfers = Transfers(smoothing)
 
@@ -206,6 +208,7 @@ class MeasuredClock(Clock):
             )
         fixed, per_rank = max(upload_bytes[0], 0.0), upload_bytes[1]
         fit = self._transfers.fit()
+        fit = fit if self._end is None else fit.at(self._end)
         step_seconds, byte_seconds, steps = self._known(clients, fit).T
         base, slope = steps * step_seconds, steps * step_seconds * self.rank_share
         base = base + fit.fixed.value
@@ -228,6 +231,16 @@ class MeasuredClock(Clock):
             ranks=ranks,
             full_rank=full_rank,
         )
+
+    def ends(self) -> tuple[Clock, Clock]:
+        """Return it with all that was fitted to transfers at one end, and at the other.
+
+        What is fixed and what a byte takes are hardly ever both at the same end: it is wider than
+        the interval of either. Compute is taken as measured.
+        """
+        low, high = copy(self), copy(self)
+        low._end, high._end = "low", "high"
+        return low, high
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is known of every client."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from strategies.wallclock.baselines import statistical_q, uniform_q, weighted_q
 from strategies.wallclock.expectation import Expectation
@@ -25,6 +25,7 @@ from strategies.wallclock.waterfill import water_fill
 __all__ = [
     "ClientProfiles",
     "Plan",
+    "expected_seconds",
     "plan",
     "statistical_q",
     "uniform_q",
@@ -186,6 +187,28 @@ def plan(
     alternatives = {name: others[name] for name in dict.fromkeys(n for n, _, _ in candidates)}
     k = objective.at(objective.options, choice).astype(np.int64)
     return Plan(q, k, seconds, rounds, total, objective.exact, alternatives)
+
+
+def expected_seconds(
+    profiles: ClientProfiles, q: ArrayLike, k: ArrayLike, *, idle_seconds: float = 0.0
+) -> float:
+    """Return the expected time of a round under a plan, if clients are as ``profiles`` say.
+
+    Parameters
+    ----------
+    profiles : ClientProfiles
+        Maybe others than those the plan was made for; ``k`` must be among their ranks.
+    q, k : array_like, shape (n,)
+        Of the plan.
+    idle_seconds : float
+        Time of a round in which nobody takes part. (default: 0)
+    """
+    exact = len(profiles) <= _EXACT_CLIENTS and profiles.conditions is None
+    rng = np.random.default_rng(0)  # of sets that _judge does not look at
+    objective = Objective(profiles, 1.0, 1.0, np.ones_like, idle_seconds, None if exact else 1, rng)
+    choice = np.abs(objective.options - np.asarray(k)[:, None]).argmin(axis=1)
+    seconds_of = objective.round_seconds if exact else _judge(objective)
+    return seconds_of(np.asarray(q, np.float64), choice)
 
 
 def _judge(objective: Objective) -> Callable[[Array, Choice], float]:

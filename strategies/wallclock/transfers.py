@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+End = Literal["low", "high"]
 
 MEMORY = 16  # replies of a client that are looked at
 GRID = 33  # values of ``fixed`` that are tried at once; twice
@@ -52,6 +53,10 @@ class Estimate:
         """Return it in another unit."""
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
+    def at(self, end: End) -> Estimate:
+        """Return one end of its interval as its value."""
+        return replace(self, value=self.low if end == "low" else self.high)
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -67,6 +72,10 @@ class Fit:
 
     fixed: Estimate
     byte_seconds: Mapping[int, Estimate]
+
+    def at(self, end: End) -> Fit:
+        """Return it with everything at one end of its interval."""
+        return Fit(self.fixed.at(end), {i: e.at(end) for i, e in self.byte_seconds.items()})
 
 
 class Transfers:

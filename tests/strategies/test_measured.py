@@ -1,10 +1,12 @@
+import itertools
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from strategies.wallclock import MeasuredClock, RoundTime, Work, plan
+from strategies.wallclock import ClientProfiles, MeasuredClock, RoundTime, Work, plan
+from strategies.wallclock.planner import expected_seconds
 
 
 def done(client, train, elapsed, *, steps=10.0, size=1000, rank=4, answered=True):
@@ -56,6 +58,51 @@ def test_estimates_are_smoothed_and_unknown_clients_are_as_the_mean():
     profiles = clock.profiles([0, 1, 2, 3], [1 / 4] * 4, [[4]] * 4, (100, 100), 4, 3)
     found = profiles.compute_seconds(np.full(4, 4.0)) + profiles.upload_seconds(np.full(4, 4.0))
     assert found == pytest.approx([total[i] + time.fixed_seconds for i in range(4)])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_plan_lies_between_what_the_intervals_say(shared):
+    clock, rng = MeasuredClock(shared_band=shared), np.random.default_rng(3)
+    for number in range(6):
+        sizes = rng.integers(1000, 9000, 3)
+        waits = 0.5 + rng.uniform(0, 0.6, 3) + 1e-4 * sizes * [1, 2, 3]
+        works = [done(i, 2.0, 2.0 + waits[i], size=int(sizes[i])) for i in range(3)]
+        clock.finish(works, number + 1)
+    about = [0, 1, 2], [0.5, 0.3, 0.2], [[2, 4]] * 3, (100, 2000), 4, 7
+    made = plan(clock.profiles(*about), 1.0, 2.0, rng=rng)
+    low, value, high = (
+        expected_seconds(c.profiles(*about), made.q, made.k) for c in with_ends(clock)
+    )
+    assert low < value < high
+    assert value == pytest.approx(made.round_seconds)
+    if not shared:  # by hand: the mean over who joins of the slowest
+        fit = clock._transfers.fit()
+        for end, found in (("low", low), ("high", high)):
+            alone = [
+                2.0 + getattr(fit.fixed, end) + getattr(fit.byte_seconds[i], end) * (100 + 2000 * k)
+                for i, k in enumerate(made.k)
+            ]
+            wanted = 0.0
+            for there in itertools.product([0, 1], repeat=3):
+                chance = np.prod([q if x else 1 - q for x, q in zip(there, made.q, strict=True)])
+                wanted += chance * max(s * x for s, x in zip(alone, there, strict=True))
+            assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def with_ends(clock):
+    low, high = clock.ends()
+    return low, clock, high
+
+
+def test_what_a_plan_promises_is_found_again_for_many_clients():
+    profiles = ClientProfiles(
+        weights=[1 / 14] * 14, base_seconds=np.linspace(1, 3, 14), rank_seconds=0.1, steps=2,
+        bits_per_rank=1e6, constant_bits=1e5, spectral_efficiency=np.linspace(1, 4, 14),
+        bandwidth_hz=1e6, ranks=[[2, 4, 8]] * 14, full_rank=8,
+    )  # fmt: skip
+    made = plan(profiles, 1.0, 2.0, rng=np.random.default_rng(0), idle_seconds=0.5)
+    found = expected_seconds(profiles, made.q, made.k, idle_seconds=0.5)
+    assert found == made.round_seconds
 
 
 def test_what_surrounds_training_at_the_client_is_not_the_network():

@@ -10,7 +10,7 @@ from strategies.clients import Client
 from strategies.sampling import Outlook, PlannedSampling
 from strategies.sampling.refining import Refining
 from strategies.wallclock.bandwidth import allocate_bandwidth
-from strategies.wallclock.clock import Clock, RoundTime
+from strategies.wallclock.clock import Clock, RoundTime, Work
 from strategies.wallclock.measured import MeasuredClock
 from strategies.wallclock.objective import ClientProfiles
 
@@ -494,6 +494,26 @@ def test_a_clock_that_has_measured_nothing_is_asked_again():
     world.clock = known
     assert world.play(sampler, [2])[0]["told"][0]["feasible"]
     assert world.play(sampler, [3])[0]["told"] == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_plan_says_how_sure_the_clock_is():
+    world = World()
+    sampler = PlannedSampling(alpha=3.0, beta=0.6)
+    assert world.play(sampler, [1])[0]["told"][0]["round_between"] is None
+    rng, clock = np.random.default_rng(4), MeasuredClock()
+    for number in range(1, 7):
+        sizes = rng.integers(10_000, 90_000, 20)
+        seconds = 1.5 + rng.uniform(0, 0.6, 20) + 1e-5 * sizes
+        works = [
+            Work(i, 4, int(size), 10.0, 1.0, float(took))
+            for i, (size, took) in enumerate(zip(sizes, seconds, strict=True))
+        ]
+        clock.finish(works, number)
+    world.clock = clock
+    record = world.play(PlannedSampling(alpha=3.0, beta=0.6), [1])[0]["told"][0]
+    low, high = json.loads(json.dumps(record["round_between"]))
+    assert 1.0 < low < record["round_seconds"] < high
 
 
 @pytest.mark.parametrize(

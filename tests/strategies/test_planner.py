@@ -165,8 +165,10 @@ def test_sampled_sets_find_what_exact_ones_find(bandwidth):
     assert sampled.total_seconds == pytest.approx(judge.total(sampled.q, choice), rel=0.02)
 
 
-def test_marginal_costs_against_enumeration():
-    profiles = make_profiles(7, 2)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bandwidth_hz", [1e6, 1e15])  # the second as of lines of their own
+def test_marginal_costs_against_enumeration(bandwidth_hz):
+    profiles = make_profiles(7, 2, bandwidth_hz=bandwidth_hz)
     rng = np.random.default_rng(0)
     sampled = Objective(profiles, 1.0, 1.0, None, 0.0, 4000, rng)
     exact = Objective(profiles, 1.0, 1.0, None, 0.0, None, rng)
