@@ -23,7 +23,7 @@ _MAX_ROUNDS = 20
 _MIN_STRIDE = 0.1
 _DEADLINES = (0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.995)
 _WORTHWHILE = 1e-4
-_NO_BAND = 1e-6  # uploads beside computing, where shares of a band cannot be told from zero
+_LEAST_UPLOAD = 1e-7  # beside computing
 
 
 def coordinate_search(objective: Objective, q: Array, choice: Choice, q_min: float) -> Point:
@@ -171,14 +171,14 @@ def marginal_seconds(objective: Objective, q: Array, choice: Choice) -> Array:
     masks, _ = objective.sets(q)
     masks = masks[: max(8, 48_000 // masks.shape[1])]
     tau, upload = objective.at(objective.tau, choice), objective.at(objective.upload, choice)
+    # On lines of their own nobody takes from a band, and shares of it would be lost in rounding.
+    upload = np.maximum(upload, _LEAST_UPLOAD * tau.max())
     slower: Array | float = 1.0
     if objective.luck is not None:
         slower = objective.luck.fades(len(masks))
         upload = upload * slower
         if objective.luck.conditions.bandwidth == "equal":
-            return _floored(_slowest_costs(objective, tau, upload, slower, masks, shared=True))
-    if upload.sum() <= _NO_BAND * tau.max():  # lines of their own: nobody slows anybody down
-        return _floored(_slowest_costs(objective, tau, upload, slower, masks, shared=False))
+            return _floored(_equal_costs(objective, tau, upload, slower, masks))
     latest = objective.latest
     seconds = batch_round_seconds(tau, upload, masks, idle_seconds=objective.idle_seconds)[:, None]
     gap = np.where(masks, seconds - tau, 1.0)
@@ -202,24 +202,15 @@ def marginal_seconds(objective: Objective, q: Array, choice: Choice) -> Array:
     return _floored(cost)
 
 
-def _slowest_costs(
-    objective: Objective,
-    tau: Array,
-    upload: Array,
-    slower: Array | float,
-    masks: NDArray[np.bool_],
-    *,
-    shared: bool,
+def _equal_costs(
+    objective: Objective, tau: Array, upload: Array, slower: Array, masks: NDArray[np.bool_]
 ) -> Array:
-    """Return the same where a round lasts as long as its slowest client alone would.
-
-    Under equal shares of a band a client takes from everybody's, and may be the last.
-    """
+    """Return the same under equal shares: a client takes from everybody's, and may be the last."""
     others = masks.sum(axis=1)[:, None] - masks
     cost = np.empty_like(objective.tau)
     idle, latest = objective.idle_seconds, objective.latest
 
-    def last_of_others(shares: Array | float) -> Array:
+    def last_of_others(shares: Array) -> Array:
         # Everybody is the last but for the last one, without whom it is the second.
         done = np.where(masks, tau + upload * shares, 0.0)
         top = (
@@ -228,11 +219,10 @@ def _slowest_costs(
         return np.where(done == top[:, -1:], top[:, :1], top[:, -1:])
 
     # Nearly right: the set's size with and without the client is taken for all sets alike.
-    without, crowd = (np.maximum(others, 1.0), others + 1.0) if shared else (1.0, 1.0)
-    before = np.where(others > 0, last_of_others(without), idle)
-    along = last_of_others(crowd)
+    before = np.where(others > 0, last_of_others(np.maximum(others, 1.0)), idle)
+    along = last_of_others(others + 1.0)
     for option in range(cost.shape[1]):
-        mine = objective.tau[:, option] + objective.upload[:, option] * slower * crowd
+        mine = objective.tau[:, option] + objective.upload[:, option] * slower * (others + 1)
         after = np.minimum(np.maximum(along, mine), latest)
         cost[:, option] = (after - np.minimum(before, latest)).mean(axis=0)
     return cost

@@ -166,9 +166,20 @@ def test_sampled_sets_find_what_exact_ones_find(bandwidth):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("bandwidth_hz", [1e6, 1e15])  # the second as of lines of their own
-def test_marginal_costs_against_enumeration(bandwidth_hz):
-    profiles = make_profiles(7, 2, bandwidth_hz=bandwidth_hz)
+@pytest.mark.parametrize("n", [12, 30])
+def test_lines_of_their_own_are_the_limit_of_a_wide_band(n):
+    totals = []
+    for bandwidth in (1e10, 1e12, 1e15, 1e20):
+        profiles = make_profiles(n, 1, bandwidth_hz=bandwidth)
+        beta = slack_beta(profiles, 3)
+        found = plan(profiles, 5.0, beta, rng=np.random.default_rng(0))
+        assert found.total_seconds < 0.97 * min(found.alternatives.values())
+        totals.append(found.total_seconds)
+    assert totals == pytest.approx([totals[0]] * 4, rel=0.01)
+
+
+def test_marginal_costs_against_enumeration():
+    profiles = make_profiles(7, 2)
     rng = np.random.default_rng(0)
     sampled = Objective(profiles, 1.0, 1.0, None, 0.0, 4000, rng)
     exact = Objective(profiles, 1.0, 1.0, None, 0.0, None, rng)
