@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from pathlib import Path
 
 import matplotlib as mpl
@@ -52,6 +54,19 @@ RULES = [
     ("raflora", "by rank partition", "SVD", (8.2, LOW)),
 ]
 WIDTH, HEIGHT = 1.34, 0.74
+# What is drawn of studies/rates.toml: settings, and a colour and a mark for each rule.
+RATES = {
+    "dirichlet-01": "texts, Dirichlet 0.1",
+    "dirichlet-05": "texts, Dirichlet 0.5",
+    "images-dirichlet-01": "images, Dirichlet 0.1",
+    "images-dirichlet-05": "images, Dirichlet 0.5",
+}
+RULE_COLOURS = {
+    "support": ("#0072b2", "o"),
+    "zero-padding": ("#009e73", "s"),
+    "flexlora": ("#b5578f", "^"),
+    "replication": ("#d55e00", "D"),
+}
 FEW = 3  # holders of an entry below this are drawn as a warning
 # left edge and width of the columns, lower edge and height of the rows
 COLUMNS = [(-0.05, 5.2), (5.25, 3.75)]
@@ -169,7 +184,46 @@ def ranks_picture(path: Path) -> None:
     plt.close(figure)
 
 
+def rates_picture(path: Path, records: Path) -> None:
+    """Draw what the rules of ``studies/rates.toml`` reach at each learning rate."""
+    # by setting, rule and rate: one accuracy a seed
+    found: dict[str, dict[str, dict[float, list[float]]]] = {name: {} for name in RATES}
+    with tarfile.open(records) as archive:
+        for member in archive:
+            _, setting, arm, *_ = Path(member.name).parts
+            if not member.name.endswith("/summary.json") or setting not in found:
+                continue
+            rule, _, rate = arm.rpartition("-")
+            if (file := archive.extractfile(member)) is not None:
+                accuracy = json.load(file)["accuracy"]
+                own = found[setting].setdefault(rule, {})
+                own.setdefault(float(rate), []).append(accuracy)
+    figure, row = plt.subplots(
+        1, len(RATES), figsize=(12, 3.4), dpi=130, sharey="row", layout="constrained"
+    )
+    for axes, (setting, title) in zip(row, RATES.items(), strict=True):
+        for rule, (colour, shape) in RULE_COLOURS.items():
+            curve = sorted(found[setting].get(rule, {}).items())
+            rates = [rate for rate, _ in curve]
+            means = [sum(values) / len(values) for _, values in curve]
+            axes.plot(rates, means, color=colour, marker=shape, label=rule)
+            for rate, values in curve:
+                axes.plot([rate] * len(values), values, ".", color=colour, alpha=0.35, markersize=5)
+        axes.set_xscale("log")
+        axes.set_xticks([0.001, 0.003, 0.009], ["0.001", "0.003", "0.009"])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=10, color=INK)
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    row[0].set_ylabel("accuracy at the end")
+    figure.supxlabel("learning rate", fontsize=9)
+    row[-1].legend(frameon=False, fontsize=9)
+    figure.savefig(path, facecolor="white")
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
     rules_picture(PICTURES / "rules.png")
     ranks_picture(PICTURES / "ranks-policies.png")
+    rates_picture(PICTURES / "rates.png", PICTURES.parents[1] / "studies/records/rates.tar.xz")
