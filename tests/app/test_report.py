@@ -373,6 +373,15 @@ def test_the_page_says_who_failed_when_and_why(tmp_path):
     assert "the estimate is not reliable" in words
 
 
+def test_the_page_says_how_sure_a_planned_round_is(tmp_path):
+    records = clocked_run()
+    last = [record for record in records if record["kind"] == "plan"][-1]
+    last["round_between"] = [4.25, 6.125]
+    _, _, words = made_page(write_run(tmp_path / "run", records))
+    assert "5 (4.25 to 6.12)" in words
+    assert words.count(" to 6.12)") == 1  # the first plan, of an older run, has none
+
+
 def test_the_page_adds_up(tmp_path):
     summary = {"accuracy": 0.8125, "macro_f1": 0.7, "seconds": 250.0}
     run = write_run(tmp_path / "run", clocked_run(), summary=summary)
