@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedlora_app.cli.run import Gpus
 from fedlora_app.cli.shared import exit_with
 
 
@@ -18,10 +19,11 @@ def compare(
     jobs: Annotated[
         int,
         typer.Option(
-            help="Runs side by side (default: one a core where memory allows, with a GPU one).",
+            help="Runs side by side (default: one a core where memory allows, on a GPU one).",
             show_default=False,
         ),
     ] = 0,
+    gpus: Gpus = 0.0,
     only_table: Annotated[
         bool, typer.Option("--only-table", help="Run nothing, print the tables.")
     ] = False,
@@ -52,6 +54,12 @@ def compare(
 
     exit_with(
         runs.compare(
-            study, output, jobs=jobs, only_table=only_table, listed=listed, against=against
+            study,
+            output,
+            jobs=jobs,
+            gpus=gpus,
+            only_table=only_table,
+            listed=listed,
+            against=against,
         )
     )

@@ -66,7 +66,23 @@ def check_shares(study: Study, folder: Path) -> None:
             raise ValueError(f"{run.setting}, seed {run.seed}: {error}") from error
 
 
-def execute(study: Study, folder: Path, jobs: int = 1) -> int:
+def check_gpus(gpus: float) -> None:
+    """Refuse a share of GPUs that are not here; say where there are some that nobody uses.
+
+    Raises
+    ------
+    ValueError
+        What is asked for, and what there is.
+    """
+    from fedlora_app.launch.door import idle_gpus, resource_problems  # torch takes seconds
+
+    if problems := resource_problems(1, gpus):
+        raise ValueError("\n".join(problems))
+    if hint := idle_gpus(1, gpus):
+        print(hint, flush=True)
+
+
+def execute(study: Study, folder: Path, jobs: int = 1, gpus: float = 0.0) -> int:
     """Run what is not done yet, so many side by side, and return how many runs failed."""
     reuse(study, folder)
     queue = StudyQueue(study, folder, lambda running: reuse(study, folder, running))
@@ -81,20 +97,26 @@ def execute(study: Study, folder: Path, jobs: int = 1) -> int:
             ray_head = open_now.enter_context(RayHead(cores, logs=False))
             # Others train while one waits to begin: looking more often costs more than it gains.
             own = {CORES: f"{cores}", POLL: "0.5"}
-            link = SuperLink(simulation=True, copies=copies, ray_head=ray_head, environment=own)
+            link = SuperLink(
+                simulation=True, copies=copies, ray_head=ray_head, environment=own, wait=False
+            )
             links.append(open_now.enter_context(link))
         project = open_now.enter_context(project_folder())
         open_now.callback(queue.close)
-        working = [threads.submit(_work, queue, link, project) for link in links]
+        working = [threads.submit(_work, queue, link, project, gpus) for link in links]
         for ended in wait(working, return_when=FIRST_EXCEPTION).done:
             ended.result()
     return queue.failed
 
 
-def _work(queue: StudyQueue, link: SuperLink, project: Path) -> None:
+def _work(queue: StudyQueue, link: SuperLink, project: Path, gpus: float) -> None:
     """Run what the queue hands out on one SuperLink, one after the other."""
     while (run := queue.next()) is not None:
-        federation: Flat = {"num-supernodes": run.clients, "client-resources-num-cpus": 1}
+        federation: Flat = {
+            "num-supernodes": run.clients,
+            "client-resources-num-cpus": 1,
+            "client-resources-num-gpus": gpus,
+        }
         run_id = link.run(project, run.config, federation)
         for _ in link.stream(run_id):
             pass
@@ -133,6 +155,7 @@ def compare(
     output: Path = Path("runs"),
     *,
     jobs: int = 0,
+    gpus: float = 0.0,
     only_table: bool = False,
     listed: bool = False,
     against: str | None = None,
@@ -146,7 +169,10 @@ def compare(
     output : Path
         Folder of the study's own folder (default: ``runs``).
     jobs : int
-        Runs side by side; 0: one a core where memory allows, with a GPU one (default).
+        Runs side by side; 0: one a core where memory allows, on a GPU one (default).
+    gpus : float
+        Share of a GPU that each client gets (default: 0, they train on the CPU). Runs side by
+        side all see the same GPU.
     only_table, listed : bool
         Run nothing: print the tables, or say what is to do (default: False).
     against : str, optional
@@ -158,29 +184,26 @@ def compare(
         print(error, file=sys.stderr)
         return 2
     folder = (output / study.name).expanduser().absolute()
-    jobs = jobs if jobs > 0 else _jobs()
+    jobs = (
+        jobs
+        if jobs > 0
+        else jobs_for(os.cpu_count() or 1, psutil.virtual_memory().available, gpu=gpus > 0)
+    )
     failed = 0
     try:
         if listed:
             print(listing(study, folder, jobs))
             return 0
         if not only_table:
+            check_gpus(gpus)
             check_shares(study, folder)
             with exit_on_signals():
-                failed = execute(study, folder, jobs)
+                failed = execute(study, folder, jobs, gpus)
         show(study, folder)
     except (RecordsError, ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     return 1 if failed else 0
-
-
-def _jobs() -> int:
-    """Return how many runs this machine does side by side."""
-    import torch  # takes seconds to import
-
-    free = psutil.virtual_memory().available
-    return jobs_for(os.cpu_count() or 1, free, torch.cuda.is_available())
 
 
 def show(study: Study, folder: Path) -> None:

@@ -81,6 +81,9 @@ class SuperLink:
         What the environment of runs is to have more.
     host : str (default: "127.0.0.1")
         This machine's address that it listens on.
+    wait : bool (default: True)
+        Whether entering it waits until it has come up; otherwise the first run does, and
+        several come up side by side.
 
     Examples
     --------
@@ -101,6 +104,7 @@ class SuperLink:
         ray_head: RayHead | None = None,
         environment: Mapping[str, str] | None = None,
         host: str = "127.0.0.1",
+        wait: bool = True,
     ) -> None:
         self.simulation = simulation
         self.ray_address = ray_address
@@ -108,6 +112,7 @@ class SuperLink:
         self.copies = copies
         self.ray_head = ray_head
         self.environment = dict(environment or {})
+        self.wait = wait
         self.address = f"{host}:{free_port()}"
         # Not below TMPDIR, which may be long: Ray keeps its sockets in here, and the path
         # of a socket ends at 107 characters.
@@ -116,6 +121,7 @@ class SuperLink:
         self._mark = uuid.uuid4().hex
         self._sessions: set[int] = set()
         self._children: list[subprocess.Popen[bytes]] = []
+        self._coming_up: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def at(cls, address: str, home: Path) -> SuperLink:
@@ -134,6 +140,8 @@ class SuperLink:
     def __enter__(self) -> SuperLink:
         try:
             self._start()
+            if self.wait:
+                self._come_up()
         except BaseException:  # Ctrl-C as well: __exit__ is not called for a failed __enter__
             self.close()
             raise
@@ -164,6 +172,7 @@ class SuperLink:
         federation_config : Mapping[str, Scalar] | None (default: None)
             Options of a simulation, such as ``num-supernodes``.
         """
+        self._come_up()
         command = ["run", str(project), "link"]
         if run_config:
             # A file, because on the command line Flower splits values at blanks and quotes.
@@ -287,7 +296,13 @@ class SuperLink:
         if self.simulation:
             command.append("--simulation")
         with self.log_file.open("wb") as log:
-            process = self._spawn(command, log)
+            self._coming_up = self._spawn(command, log)
+
+    def _come_up(self) -> None:
+        """Wait until it answers, if it has not yet."""
+        process = self._coming_up
+        if process is None:
+            return
         deadline = time.monotonic() + self.timeout
         while not self._healthy():
             if process.poll() is not None:
@@ -300,6 +315,7 @@ class SuperLink:
                     f"{self.timeout:g} s:\n{self.log_tail()}"
                 )
             time.sleep(0.05)
+        self._coming_up = None
 
     def _healthy(self) -> bool:
         connection = HTTPConnection(self.address, timeout=2)

@@ -357,9 +357,10 @@ class FakeLink:
     """Runs nothing; what it is asked to run is written by hand."""
 
     runs: list[str] = []  # noqa: RUF012
+    shares: set[float] = set()  # noqa: RUF012
 
     def __init__(self, **_):
-        type(self).runs = []
+        type(self).runs, type(self).shares = [], set()
 
     def __enter__(self):
         return self
@@ -370,6 +371,7 @@ class FakeLink:
     def run(self, project, config, federation):
         folder = Path(config["output"])
         self.runs.append("/".join(folder.parts[-3:]))
+        self.shares.add(federation["client-resources-num-gpus"])
         write(type("R", (), {"folder": folder, "config": config}), [0.1, 0.2, 0.6, 0.7],
               [0, 2, 2, 2])  # fmt: skip
         return len(self.runs)
@@ -401,6 +403,7 @@ def test_a_study_runs_what_is_left_once(study, tmp_path, monkeypatch, capsys):
     ]
     assert all(run.done for run in study.runs(tmp_path))
     said = capsys.readouterr().out
+    assert FakeLink.shares == {0.0}
     assert "[1/7] lab, uniform, seed 1 …" in said
     assert re.search(r"rural, planned, seed 2, left \d:\d\d …", said)
     FakeLink.runs = []
@@ -443,6 +446,26 @@ def test_one_run_a_core_as_far_as_memory_goes():
     assert jobs_for(64, 24 * 2**30, gpu=False) == 6
     assert jobs_for(64, 2**30, gpu=False) == 1
     assert jobs_for(64, 2**40, gpu=True) == 1
+
+
+def test_clients_of_a_study_get_the_share_of_a_gpu_that_is_asked_for(
+    study, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(compare, "SuperLink", FakeLink)
+    monkeypatch.setattr(compare, "RayHead", lambda cores, logs: nullcontext(cores))
+    monkeypatch.setattr(compare, "Copies", nullcontext)
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY)
+    assert compare.compare(file, tmp_path / "none", gpus=0.5) == 2
+    assert "--gpus-per-client: a client would need 0.5 GPUs" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert execute(study, tmp_path, gpus=0.5) == 0
+    assert FakeLink.shares == {0.5}
+    compare.check_gpus(0.5)
+    assert capsys.readouterr().out.count("GPU") == 0
+    compare.check_gpus(0.0)
+    assert "1 GPU here, and no client has a share" in capsys.readouterr().out
 
 
 def test_a_link_that_fails_ends_the_study(study, tmp_path, monkeypatch):

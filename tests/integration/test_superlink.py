@@ -39,3 +39,14 @@ def test_a_superlink_that_cannot_start_says_why_and_cleans_up() -> None:
         pass
     assert not link.processes()
     assert not link.home.exists()
+
+
+def test_one_that_is_not_waited_for_says_so_when_it_is_used(tmp_path: Path) -> None:
+    with SuperLink(simulation=True, wait=False) as link:
+        run_id = link.run(TINY, {"rounds": 1, "output": str(tmp_path)}, {"num-supernodes": 2})
+        assert "\n".join(link.stream(run_id))
+    link = SuperLink(simulation=True, wait=False)
+    link.address = "192.0.2.1:9"  # of no machine
+    with link, pytest.raises(SuperLinkError, match=r"ended with code 1"):
+        link.run(TINY, {"rounds": 1})
+    assert not link.processes()
