@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -16,6 +18,9 @@ from matplotlib.patches import FancyBboxPatch
 from strategies.clients import Client
 from strategies.profiling import METRICS
 from strategies.ranks import AutoRank, RankPolicy, StaircaseRank, UniformRank
+
+# summaries of runs by setting and rule, and by learning rate: one a seed
+Scores = defaultdict[tuple[str, str], defaultdict[float, list[dict[str, Any]]]]
 
 PICTURES = Path(__file__).parent / "pictures"
 
@@ -54,13 +59,17 @@ RULES = [
     ("raflora", "by rank partition", "SVD", (8.2, LOW)),
 ]
 WIDTH, HEIGHT = 1.34, 0.74
-# What is drawn of studies/rates.toml: settings, and a colour and a mark for each rule.
-RATES = {
-    "dirichlet-01": "texts, Dirichlet 0.1",
-    "dirichlet-05": "texts, Dirichlet 0.5",
-    "images-dirichlet-01": "images, Dirichlet 0.1",
-    "images-dirichlet-05": "images, Dirichlet 0.5",
-}
+# What is drawn: study, setting, title and score; and a colour and a mark for each rule.
+RATES = [
+    ("rates", "dirichlet-01", "R8, Dirichlet 0.1", "accuracy"),
+    ("rates", "r52-dirichlet-01", "R52, Dirichlet 0.1", "accuracy"),
+    ("rates", "images-dirichlet-01", "digits, Dirichlet 0.1", "accuracy"),
+    ("language_rates", "four", "language model, four clients", "perplexity"),
+    ("rates", "dirichlet-05", "R8, Dirichlet 0.5", "accuracy"),
+    ("rates", "r52-dirichlet-05", "R52, Dirichlet 0.5", "accuracy"),
+    ("rates", "images-dirichlet-05", "digits, Dirichlet 0.5", "accuracy"),
+    ("language_rates", "ten", "language model, ten clients", "perplexity"),
+]
 RULE_COLOURS = {
     "support": ("#0072b2", "o"),
     "zero-padding": ("#009e73", "s"),
@@ -184,40 +193,44 @@ def ranks_picture(path: Path) -> None:
     plt.close(figure)
 
 
-def rates_picture(path: Path, records: Path) -> None:
-    """Draw what the rules of ``studies/rates.toml`` reach at each learning rate."""
-    # by setting, rule and rate: one accuracy a seed
-    found: dict[str, dict[str, dict[float, list[float]]]] = {name: {} for name in RATES}
-    with tarfile.open(records) as archive:
-        for member in archive:
-            _, setting, arm, *_ = Path(member.name).parts
-            if not member.name.endswith("/summary.json") or setting not in found:
+def scores_by_rate(archive: Path) -> Scores:
+    """Read the packed records of a study whose arms are RULE-RATE."""
+    found: Scores = defaultdict(lambda: defaultdict(list))
+    with tarfile.open(archive) as packed:
+        for member in packed:
+            if not member.name.endswith("/summary.json"):
                 continue
+            _, setting, arm, *_ = Path(member.name).parts
             rule, _, rate = arm.rpartition("-")
-            if (file := archive.extractfile(member)) is not None:
-                accuracy = json.load(file)["accuracy"]
-                own = found[setting].setdefault(rule, {})
-                own.setdefault(float(rate), []).append(accuracy)
-    figure, row = plt.subplots(
-        1, len(RATES), figsize=(12, 3.4), dpi=130, sharey="row", layout="constrained"
-    )
-    for axes, (setting, title) in zip(row, RATES.items(), strict=True):
+            if (file := packed.extractfile(member)) is not None:
+                found[setting, rule][float(rate)].append(json.load(file))
+    return found
+
+
+def rates_picture(path: Path, records: Path) -> None:
+    """Draw what rules reach at each learning rate; of a perplexity the lower is drawn higher."""
+    studies = {name: scores_by_rate(records / f"{name}.tar.xz") for name, *_ in RATES}
+    figure, grid = plt.subplots(2, 4, figsize=(12, 6), dpi=130, layout="constrained")
+    for axes, (study, setting, title, score) in zip(grid.flat, RATES, strict=True):
         for rule, (colour, shape) in RULE_COLOURS.items():
-            curve = sorted(found[setting].get(rule, {}).items())
+            curve = sorted(studies[study][setting, rule].items())
+            values = [[summary[score] for summary in summaries] for _, summaries in curve]
             rates = [rate for rate, _ in curve]
-            means = [sum(values) / len(values) for _, values in curve]
+            means = [sum(of) / len(of) for of in values]
             axes.plot(rates, means, color=colour, marker=shape, label=rule)
-            for rate, values in curve:
-                axes.plot([rate] * len(values), values, ".", color=colour, alpha=0.35, markersize=5)
+            for rate, of in zip(rates, values, strict=True):
+                axes.plot([rate] * len(of), of, ".", color=colour, alpha=0.35, markersize=5)
         axes.set_xscale("log")
         axes.set_xticks([0.001, 0.003, 0.009], ["0.001", "0.003", "0.009"])
         axes.minorticks_off()
         axes.set_title(title, fontsize=10, color=INK)
+        axes.set_ylabel(score, fontsize=9)
         axes.grid(axis="y", color=LINE, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    row[0].set_ylabel("accuracy at the end")
+        if score == "perplexity":
+            axes.invert_yaxis()
     figure.supxlabel("learning rate", fontsize=9)
-    row[-1].legend(frameon=False, fontsize=9)
+    grid[1][0].legend(frameon=False, fontsize=9)
     figure.savefig(path, facecolor="white")
     plt.close(figure)
 
@@ -226,4 +239,4 @@ if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
     rules_picture(PICTURES / "rules.png")
     ranks_picture(PICTURES / "ranks-policies.png")
-    rates_picture(PICTURES / "rates.png", PICTURES.parents[1] / "studies/records/rates.tar.xz")
+    rates_picture(PICTURES / "rates.png", PICTURES.parents[1] / "studies/records")

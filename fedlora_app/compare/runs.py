@@ -35,7 +35,7 @@ from fedlora_app.launch.inspection import CORES
 from fedlora_app.launch.processes import exit_on_signals
 from fedlora_app.launch.project import project_folder
 from fedlora_app.launch.ray_head import RayHead
-from fedlora_app.launch.superlink import POLL, SuperLink
+from fedlora_app.launch.superlink import POLL, SuperLink, SuperLinkError
 from fedlora_app.report.records import RecordsError, of_kind, read_json, read_records
 from fedlora_app.tasks import Rows, make_task
 
@@ -92,9 +92,10 @@ def execute(study: Study, folder: Path, jobs: int = 1, gpus: float = 0.0) -> int
     cores = max(1, (os.cpu_count() or 1) // jobs)
     # Entered first, so that its threads are waited for when all they wait for has ended.
     with ThreadPoolExecutor(jobs) as threads, Copies() as copies, ExitStack() as open_now:
+        # A Ray each: two runs on one would take each other's cores. All start side by side.
+        rays = [open_now.enter_context(RayHead(cores, logs=False)) for _ in range(jobs)]
         links = []
-        for _ in range(jobs):  # a Ray each: two runs on one would take each other's cores
-            ray_head = open_now.enter_context(RayHead(cores, logs=False))
+        for ray_head in rays:
             # Others train while one waits to begin: looking more often costs more than it gains.
             own = {CORES: f"{cores}", POLL: "0.5"}
             link = SuperLink(
@@ -203,6 +204,9 @@ def compare(
     except (RecordsError, ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
+    except SuperLinkError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 1 if failed else 0
 
 

@@ -34,6 +34,8 @@ from fedlora_app.launch.ray_head import RayHead
 
 Scalar = bool | int | float | str
 
+PROGRAM = "flower-superlink"
+
 MARK = "FEDLORA_RUN"
 """Environment variable that every process of a SuperLink inherits."""
 
@@ -82,8 +84,7 @@ class SuperLink:
     host : str (default: "127.0.0.1")
         This machine's address that it listens on.
     wait : bool (default: True)
-        Whether entering it waits until it has come up; otherwise the first run does, and
-        several come up side by side.
+        Whether entering it waits until it has come up; otherwise the first run does.
 
     Examples
     --------
@@ -291,7 +292,11 @@ class SuperLink:
             f'[superlink.link]\naddress = "{self.address}"\ninsecure = true\n',
             encoding="utf-8",
         )
-        command = self._command("flower-superlink", "--insecure", "--isolation", "subprocess")
+        if shutil.which(PROGRAM, path=self._environment()["PATH"]) is None:
+            raise SuperLinkError(
+                f"no program {PROGRAM} beside {sys.executable} or on PATH: install flwr there"
+            )
+        command = self._command(PROGRAM, "--insecure", "--isolation", "subprocess")
         command += ["--disable-runtime-dependency-installation", "--host", host, "--port", port]
         if self.simulation:
             command.append("--simulation")
@@ -305,15 +310,10 @@ class SuperLink:
             return
         deadline = time.monotonic() + self.timeout
         while not self._healthy():
-            if process.poll() is not None:
-                raise SuperLinkError(
-                    f"flower-superlink ended with code {process.returncode}:\n{self.log_tail()}"
-                )
-            if time.monotonic() > deadline:
-                raise SuperLinkError(
-                    f"flower-superlink did not answer on {self.address} within "
-                    f"{self.timeout:g} s:\n{self.log_tail()}"
-                )
+            late = f"did not answer on {self.address} within {self.timeout:g} s"
+            if (code := process.poll()) is not None or time.monotonic() > deadline:
+                problem = late if code is None else f"ended with code {code}"
+                raise SuperLinkError(f"{PROGRAM} {problem}:\n{self.log_tail()}")
             time.sleep(0.05)
         self._coming_up = None
 

@@ -468,7 +468,7 @@ def test_clients_of_a_study_get_the_share_of_a_gpu_that_is_asked_for(
     assert "1 GPU here, and no client has a share" in capsys.readouterr().out
 
 
-def test_a_link_that_fails_ends_the_study(study, tmp_path, monkeypatch):
+def test_a_link_that_fails_ends_the_study(study, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise SuperLinkError("gone")
 
@@ -478,6 +478,11 @@ def test_a_link_that_fails_ends_the_study(study, tmp_path, monkeypatch):
     monkeypatch.setattr(FakeLink, "status", fail)
     with pytest.raises(SuperLinkError, match="gone"):
         execute(study, tmp_path, jobs=3)
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY)
+    monkeypatch.setattr(compare, "check_shares", lambda *_: None)
+    assert compare.compare(file, tmp_path) == 1
+    assert capsys.readouterr().err == "gone\n"
 
 
 def test_shares_that_cannot_be_are_refused_before_any_run(tmp_path, capsys):

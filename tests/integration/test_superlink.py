@@ -50,3 +50,11 @@ def test_one_that_is_not_waited_for_says_so_when_it_is_used(tmp_path: Path) -> N
     with link, pytest.raises(SuperLinkError, match=r"ended with code 1"):
         link.run(TINY, {"rounds": 1})
     assert not link.processes()
+
+
+def test_a_flower_without_its_programs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    link = SuperLink()
+    monkeypatch.setattr("fedlora_app.launch.superlink.PROGRAM", "flower-elsewhere")
+    with pytest.raises(SuperLinkError, match=r"no program flower-elsewhere beside .*python"), link:
+        pass
+    assert not link.home.exists()
