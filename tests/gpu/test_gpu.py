@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedlora_app.after.evaluate import evaluate_run
+from fedlora_app.compare.runs import compare as compare_arms
 from fedlora_app.config.keys import RunConfig
 from fedlora_app.config.precision import with_precision
 from fedlora_app.models.lora import add_lora
@@ -112,3 +113,20 @@ def test_clients_of_a_simulation_share_a_gpu(tmp_path, together):
     assert np.isfinite(json.loads((out / "summary.json").read_text())["loss"])
     for record in records(out, "client"):
         assert record["precision-bits"] == 16
+
+
+def test_clients_of_a_study_share_a_gpu(tmp_path):
+    strings = ("task", "data.name", "data.partition", "model.name", "train.precision", "ranks.list")
+    keys = dict(key.split("=", 1) for key in tiny(tmp_path))
+    config = (f"{k} = {json.dumps(v) if k in strings else v}\n" for k, v in keys.items())
+    file = tmp_path / "study.toml"
+    file.write_text(
+        f"clients = 2\nseeds = [1, 2]\ntarget = 0.9\n[config]\n{''.join(config)}"
+        '[settings.one]\n[arms.support]\naggregation = "support"\n'
+    )
+    assert compare_arms(file, tmp_path / "out", jobs=2, gpus=0.5) == 0
+    for seed in (1, 2):
+        run = tmp_path / "out" / "study" / "one" / "support" / f"seed-{seed}"
+        assert [r["status"] for r in records(run, "client")] == ["ok"] * 2
+        # Of a GPU it is what torch has taken there; of the CPU it would be all of the process.
+        assert all(0 < r["memory_forward_mb"] < 200 for r in records(run, "client"))
