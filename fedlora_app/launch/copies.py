@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -178,6 +179,13 @@ def _has_cuda() -> bool:
     return torch is not None and torch.backends.cuda.is_built()
 
 
+def _fork() -> int:
+    # One thread there is, of pyarrow's allocator, which knows forks; from 3.12 Python warns of any.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        return os.fork()
+
+
 def spoiled() -> bool:
     """Return whether a copy of this process could not use a GPU: one was asked from here.
 
@@ -185,7 +193,7 @@ def spoiled() -> bool:
     """
     if not _has_cuda():
         return False
-    copy = os.fork()
+    copy = _fork()
     if copy == 0:
         os._exit(int(sys.modules["torch"].cuda._is_in_bad_fork()))
     return os.waitpid(copy, 0)[1] != 0
@@ -224,7 +232,7 @@ def serve(listener: socket.socket, later: Sequence[str] = ()) -> None:
             asked, _ = listener.accept()
             request, files = _read(asked)
             try:
-                copy = os.fork() if request and not cold else None
+                copy = _fork() if request and not cold else None
             except OSError as error:  # no memory or no room for a process: it starts cold, or not
                 print(f"warm start: cannot start a copy: {error}", file=sys.stderr)
                 copy = None
