@@ -25,6 +25,8 @@ sign = 1 if score.higher_is_better else -1
 best: dict[str, dict[object, float]] = defaultdict(dict)
 for (setting, rule), rates in found.items():
     seeds = sorted(set.intersection(*map(set, rates.values())))
+    if not seeds:
+        continue
     means = {rate: sum(of[seed] for seed in seeds) / len(seeds) for rate, of in rates.items()}
     rate = max(means, key=lambda rate: sign * means[rate])
     print(f"{setting}, {rule}: {means[rate]:.3f} at {rate}, seeds {seeds}")

@@ -19,7 +19,7 @@ def compare(
     jobs: Annotated[
         int,
         typer.Option(
-            help="Runs side by side (default: one a core where memory allows, on a GPU one).",
+            help="Runs side by side (default: one a core where memory allows, with a GPU one).",
             show_default=False,
         ),
     ] = 0,

@@ -170,7 +170,7 @@ def compare(
     output : Path
         Folder of the study's own folder (default: ``runs``).
     jobs : int
-        Runs side by side; 0: one a core where memory allows, on a GPU one (default).
+        Runs side by side; 0: one a core where memory allows, with a GPU one (default).
     gpus : float
         Share of a GPU that each client gets (default: 0, they train on the CPU). Runs side by
         side all see the same GPU.
@@ -185,11 +185,7 @@ def compare(
         print(error, file=sys.stderr)
         return 2
     folder = (output / study.name).expanduser().absolute()
-    jobs = (
-        jobs
-        if jobs > 0
-        else jobs_for(os.cpu_count() or 1, psutil.virtual_memory().available, gpu=gpus > 0)
-    )
+    jobs = jobs if jobs > 0 else _jobs()
     failed = 0
     try:
         if listed:
@@ -208,6 +204,14 @@ def compare(
         print(error, file=sys.stderr)
         return 1
     return 1 if failed else 0
+
+
+def _jobs() -> int:
+    """Return how many runs this machine does side by side."""
+    import torch  # takes seconds to import
+
+    free = psutil.virtual_memory().available
+    return jobs_for(os.cpu_count() or 1, free, torch.cuda.is_available())
 
 
 def show(study: Study, folder: Path) -> None:

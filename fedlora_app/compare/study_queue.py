@@ -110,7 +110,6 @@ def jobs_for(cores: int, memory: int, gpu: bool) -> int:
     memory : int
         Bytes that are free.
     gpu : bool
-        Whether clients have a share of one.
     """
     return 1 if gpu else max(1, min(cores, memory // A_RUN))
 

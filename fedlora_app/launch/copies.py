@@ -128,7 +128,7 @@ class Copies:
 
     def command(self, script: str, *arguments: str) -> list[str]:
         """Return the command that runs a script, one on PATH, or (``-m``) a module."""
-        found = script if script == "-m" else shutil.which(script, path=_path()) or script
+        found = script if script == "-m" else shutil.which(script, path=search_path()) or script
         if self._original is None:
             return [sys.executable, found, *arguments]
         return [sys.executable, str(ASK), self._socket, found, *arguments]
@@ -137,7 +137,7 @@ class Copies:
         """Return what has a SuperLink, and Ray under it, start copies too."""
         if self._original is None:
             return {}
-        places = os.pathsep.join([str(self._folder), _path()])
+        places = os.pathsep.join([str(self._folder), search_path()])
         return {"PATH": places, PLACE: self._socket, "RAY_RUNTIME_ENV_HOOK": HOOK}
 
     def _shadow_commands(self) -> None:
@@ -154,7 +154,7 @@ def with_copies(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(runtime_env or {}) | {"py_executable": " ".join(map(shlex.quote, words))}
 
 
-def _path() -> str:
+def search_path() -> str:
     """Return PATH with the commands of this Python in front, activated or not."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 

@@ -27,7 +27,7 @@ from typing import IO, Any, NamedTuple
 import psutil
 
 from fedlora_app.launch.cluster import HOOK
-from fedlora_app.launch.copies import Copies
+from fedlora_app.launch.copies import Copies, search_path
 from fedlora_app.launch.ports import free_port
 from fedlora_app.launch.processes import die_with
 from fedlora_app.launch.ray_head import RayHead
@@ -292,7 +292,7 @@ class SuperLink:
             f'[superlink.link]\naddress = "{self.address}"\ninsecure = true\n',
             encoding="utf-8",
         )
-        if shutil.which(PROGRAM, path=self._environment()["PATH"]) is None:
+        if shutil.which(PROGRAM, path=search_path()) is None:
             raise SuperLinkError(
                 f"no program {PROGRAM} beside {sys.executable} or on PATH: install flwr there"
             )
@@ -310,10 +310,13 @@ class SuperLink:
             return
         deadline = time.monotonic() + self.timeout
         while not self._healthy():
-            late = f"did not answer on {self.address} within {self.timeout:g} s"
-            if (code := process.poll()) is not None or time.monotonic() > deadline:
-                problem = late if code is None else f"ended with code {code}"
-                raise SuperLinkError(f"{PROGRAM} {problem}:\n{self.log_tail()}")
+            if (code := process.poll()) is not None:
+                raise SuperLinkError(f"{PROGRAM} ended with code {code}:\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise SuperLinkError(
+                    f"{PROGRAM} did not answer on {self.address} within "
+                    f"{self.timeout:g} s:\n{self.log_tail()}"
+                )
             time.sleep(0.05)
         self._coming_up = None
 
@@ -368,16 +371,13 @@ class SuperLink:
         return child
 
     def _environment(self, home: Path | None = None) -> dict[str, str]:
-        # Flower finds its own commands through PATH, also when the caller has not activated
-        # the environment of this Python.
-        commands = str(Path(sys.executable).parent)
         # This machine is not reached through a proxy that the caller may have.
         no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
         here = f"127.0.0.1,{self.address.rpartition(':')[0]}"
         no_proxy = f"{no_proxy},{here}" if no_proxy else here
         environment = os.environ | {
             MARK: self._mark,
-            "PATH": os.pathsep.join([commands, os.environ.get("PATH", os.defpath)]),
+            "PATH": search_path(),  # Flower finds its own commands through it
             "FLWR_HOME": str(home or self.home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
