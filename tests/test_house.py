@@ -130,7 +130,8 @@ def test_what_a_task_alone_knows_is_named_nowhere_else():
     found = {}
     for path in (ROOT / "fedlora_app").rglob("*.py"):
         inside = path.relative_to(ROOT / "fedlora_app")
-        if inside.parts[0] not in ROOMS_OF_TASKS:
+        starter = "starter" in inside.parts  # a project of its own, which has one task
+        if inside.parts[0] not in ROOMS_OF_TASKS and not starter:
             words = set(words_in(ast.parse(path.read_text(encoding="utf-8"))))
             if named := words & OF_A_TASK:
                 found[str(inside)] = named

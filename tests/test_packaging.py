@@ -249,11 +249,45 @@ def test_flower_hub_would_take_every_file_of_the_repository():
     _validate_files(list(sent.values()))  # sizes, numbers, UTF-8
 
 
+@pytest.fixture(scope="module")
+def from_hub(tmp_path_factory):
+    """Return the project as `flwr new` brings it: what Flower Hub takes, and nothing else."""
+    from flwr.cli.utils import filter_paths_for_publish
+
+    known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if known.returncode:
+        pytest.skip("not a git repository")
+    folder = tmp_path_factory.mktemp("hub") / "fedlora"
+    files = {name: ROOT / name for name in known.stdout.split("\n") if (ROOT / name).is_file()}
+    for name, path in filter_paths_for_publish(files).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / name)
+    return folder
+
+
+def test_a_copy_from_the_hub_can_be_installed(from_hub, tmp_path):
+    """The second of a Hub app's three lines; from what is here, so with no build of its own."""
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
+    command += ["--target", str(tmp_path), str(from_hub)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "fedlora_app/app.toml").exists()
+
+
+def test_a_copy_from_the_hub_writes_new_projects_and_knows_its_model(from_hub, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(from_hub), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "fedlora_app.cli", "new", "my-app"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert {"my-app/pyproject.toml", "my-app/README.md", "my-app/my_app/task.py"} <= made
+
+
 def test_what_flower_installs_is_the_extra_and_a_model_and_data_to_begin_with():
     toml = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     groups, uv = toml["dependency-groups"], toml["tool"]["uv"]
     assert groups["app"] == toml["project"]["optional-dependencies"]["app"]
-    pinned = (ROOT / "requirements-assets.txt").read_text(encoding="utf-8")
+    pinned = (ROOT / "fedlora_app/requirements-assets.txt").read_text(encoding="utf-8")
     assert all(f"\n{package} " in pinned for package in groups["demo"])
     alone = {f"{known['name']}=={known['version']}" for known in uv["dependency-metadata"]}
     assert alone == set(groups["demo"])

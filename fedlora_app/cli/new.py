@@ -12,7 +12,8 @@ import typer
 
 from fedlora_app.cli.shared import refuse
 
-STARTER = Path(__file__).with_name("starter")
+STARTER = Path(__file__).with_name("starter")  # plain files: Flower Hub takes no other endings
+NAMES = {"project.toml": "pyproject.toml"}  # else tools would take it for one of this project
 NUMPY = '\n        client_api="numpy",'
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 LONGEST = 32  # characters of a name that Flower takes
@@ -67,10 +68,10 @@ def new(
     try:
         (folder / package).mkdir(parents=True)
         for file in files(api):
-            place = folder / package if file.name.endswith(".py.txt") else folder
+            place = folder / package if file.suffix == ".py" else folder
             text = re.sub("|".join(words), lambda m: words[m[0]], file.read_text("utf-8"))
-            there = file.name.removesuffix(".txt").replace(f".{api}.", ".")
-            (place / there).write_text(text, encoding="utf-8")
+            there = file.name.replace(f"_{api}.", ".")
+            (place / NAMES.get(there, there)).write_text(text, encoding="utf-8")
         about = f'"""{name}: a Flower app whose clients train LoRA adapters of different rank."""\n'
         (folder / package / "__init__.py").write_text(about, encoding="utf-8")
     except OSError as error:
@@ -80,5 +81,6 @@ def new(
 
 def files(api: Api) -> list[Path]:
     """Return the files of a project for this kind of client."""
-    others = tuple(f".{other}.py.txt" for other in Api if other is not api)
-    return [file for file in sorted(STARTER.iterdir()) if not file.name.endswith(others)]
+    others = tuple(f"_{other}.py" for other in Api if other is not api)
+    found = sorted(path for path in STARTER.iterdir() if path.is_file())
+    return [file for file in found if not file.name.endswith(others)]

