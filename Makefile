@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.*
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ASSETS := fedlora_app/requirements-assets.txt
 
 # Keep small matrix products from fighting over cores, and the hub out of it.
 export OMP_NUM_THREADS ?= 1
@@ -13,8 +14,6 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: setup demo test test-all test-gpu lint types bench docs lock clean
 
 setup: $(READY)
-
-ASSETS := fedlora_app/requirements-assets.txt
 
 $(READY): pyproject.toml constraints.txt $(ASSETS)
 	$(PYTHON) -m venv $(VENV)

@@ -236,30 +236,30 @@ def test_the_bundle_is_code_alone_and_of_the_format_that_flower_hub_takes(tmp_pa
     _validate_description(head["description"])
 
 
-def test_flower_hub_would_take_every_file_of_the_repository():
-    from flwr.cli.app_cmd.publish import _validate_files
+@pytest.fixture(scope="module")
+def sent():
+    """Return what Flower Hub would take of the repository: paths, by their names in it."""
     from flwr.cli.utils import filter_paths_for_publish
 
     known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if known.returncode:
         pytest.skip("not a git repository")
     files = {name: ROOT / name for name in known.stdout.split("\n") if (ROOT / name).is_file()}
-    sent = filter_paths_for_publish(files)
+    return filter_paths_for_publish(files)
+
+
+def test_flower_hub_would_take_every_file_of_the_repository(sent):
+    from flwr.cli.app_cmd.publish import _validate_files
+
     assert {"pyproject.toml", "README.md", "LICENSE", "fedlora_app/client_app.py"} <= set(sent)
     _validate_files(list(sent.values()))  # sizes, numbers, UTF-8
 
 
 @pytest.fixture(scope="module")
-def from_hub(tmp_path_factory):
+def from_hub(sent, tmp_path_factory):
     """Return the project as `flwr new` brings it: what Flower Hub takes, and nothing else."""
-    from flwr.cli.utils import filter_paths_for_publish
-
-    known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if known.returncode:
-        pytest.skip("not a git repository")
     folder = tmp_path_factory.mktemp("hub") / "fedlora"
-    files = {name: ROOT / name for name in known.stdout.split("\n") if (ROOT / name).is_file()}
-    for name, path in filter_paths_for_publish(files).items():
+    for name, path in sent.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / name)
     return folder
@@ -274,7 +274,7 @@ def test_a_copy_from_the_hub_can_be_installed(from_hub, tmp_path):
     assert (tmp_path / "fedlora_app/app.toml").exists()
 
 
-def test_a_copy_from_the_hub_writes_new_projects_and_knows_its_model(from_hub, tmp_path):
+def test_a_copy_from_the_hub_writes_new_projects(from_hub, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(from_hub), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-m", "fedlora_app.cli", "new", "my-app"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -82,5 +82,5 @@ def new(
 def files(api: Api) -> list[Path]:
     """Return the files of a project for this kind of client."""
     others = tuple(f"_{other}.py" for other in Api if other is not api)
-    found = sorted(path for path in STARTER.iterdir() if path.is_file())
+    found = sorted(path for path in STARTER.iterdir() if path.is_file())  # pip compiles beside them
     return [file for file in found if not file.name.endswith(others)]
