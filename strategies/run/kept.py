@@ -183,6 +183,11 @@ class KeptRun(StreamingStrategy):
                 rule.name, ", ".join(sorted(kept)))  # fmt: skip
         return self.saver.resume(self.parts(), self.progress, result)
 
+    def finish(self, server_round: int) -> None:
+        """Tell that the run is over, and give back the band that was shared out for it."""
+        super().finish(server_round)
+        self.participation.clock.close()
+
     def look_back(self) -> list[str]:
         """Say who was asked and never took part; return their names."""
         silent = self.participation.never_answered()

@@ -11,7 +11,7 @@ import json
 import shlex
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -64,6 +64,9 @@ class BandwidthAllocator(ABC):
         server_round : int
         """
 
+    def release(self) -> None:  # noqa: B027
+        """Give the band back, when a run is over."""
+
     def summary(self) -> str:
         """Return it and its settings in one line."""
         return self.name
@@ -72,7 +75,8 @@ class BandwidthAllocator(ABC):
 class CommandAllocator(BandwidthAllocator):
     """Call a command of the user's, with the shares as JSON on its standard input.
 
-    It gets ``{"round": 3, "shares": [{"client": 0, "node": "123…", "share": 0.25}, …]}``.
+    It gets ``{"round": 3, "shares": [{"client": 0, "node": "123…", "share": 0.25}, …]}``, and
+    ``{"round": null, "shares": []}`` when the run is over.
 
     Parameters
     ----------
@@ -105,6 +109,10 @@ class CommandAllocator(BandwidthAllocator):
         """
         told = [{"client": s.client, "node": str(s.node), "share": s.share} for s in shares]
         _run(self.command, json.dumps({"round": server_round, "shares": told}))
+
+    def release(self) -> None:
+        """Run the command without shares."""
+        _run(self.command, json.dumps({"round": None, "shares": []}))
 
     def summary(self) -> str:
         """Return it and its settings in one line."""
@@ -147,13 +155,25 @@ class HTBAllocator(BandwidthAllocator):
             If the file cannot be used, or ``tc`` fails.
         """
         wanted = {str(s.node): s.share for s in shares}
+        rows = self._rows()
+        if unknown := wanted.keys() - {row["node"] for row in rows}:
+            raise ValueError(f"{self.links}: no link of node {', '.join(sorted(unknown))}")
+        self._set(rows, wanted)
+
+    def release(self) -> None:
+        """Give every node of the file an equal share."""
+        rows = self._rows()
+        self._set(rows, {row["node"]: 1 / len(rows) for row in rows})
+
+    def _rows(self) -> list[dict[str, str]]:
         with self.links.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if missing := set(COLUMNS) - set(rows[0] if rows else ()):
             raise ValueError(f"{self.links}: expected the columns {', '.join(COLUMNS)}; there is "
                              f"no {', '.join(sorted(missing))}")  # fmt: skip
-        if unknown := wanted.keys() - {row["node"] for row in rows}:
-            raise ValueError(f"{self.links}: no link of node {', '.join(sorted(unknown))}")
+        return rows
+
+    def _set(self, rows: Sequence[Mapping[str, str]], wanted: Mapping[str, float]) -> None:
         batches: dict[str, list[str]] = {}
         for row in rows:
             bits = round(float(row["mbit"]) * 1e6 * wanted.get(row["node"], 0.0))

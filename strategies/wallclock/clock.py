@@ -187,6 +187,9 @@ class Clock(ABC):
         """
         return None
 
+    def close(self) -> None:  # noqa: B027
+        """Let go of whatever was set for the rounds, when a run is over."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the clock has learned, as JSON can hold it."""
         return {}

@@ -281,6 +281,14 @@ class MeasuredClock(Clock):
             return {}
         return {share.client: share.share for share in told}
 
+    def close(self) -> None:
+        """Give the band back."""
+        if self.allocator is not None:
+            try:
+                self.allocator.release()
+            except Exception as error:  # as above: a run that is over does not fail
+                log(WARNING, "the band is not given back: %s", error)
+
     def _shares(self, clients: Sequence[int], compute: Array, upload: Array) -> Array:
         """Return who has how much of the band."""
         if all(client in self._told for client in clients):

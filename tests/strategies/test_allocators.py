@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from strategies import FedLoRA
 from strategies.wallclock import (
     BandwidthAllocator,
     CommandAllocator,
@@ -37,6 +38,11 @@ class Told(BandwidthAllocator):
         if self.error:
             raise self.error
         self.shares.append({s.client: s.share for s in shares})
+
+    def release(self):
+        if self.error:
+            raise self.error
+        self.shares.append({})
 
 
 def play(clock, round_, works, *, byte_seconds, compute=1.0, fixed=0.5):
@@ -104,6 +110,18 @@ def test_nobody_gets_nothing():
     assert min(told.shares[1].values()) > 0.1 / 4 * 0.9
 
 
+def test_the_band_is_given_back_when_a_run_is_over(caplog):
+    told = Told()
+    strategy = FedLoRA(clock=MeasuredClock(bandwidth="optimal", allocator=told))
+    strategy.finish(3)
+    assert told.shares == [{}]
+    told.error = RuntimeError("no such link")
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        strategy.finish(4)
+    assert "the band is not given back: no such link" in caplog.text
+    FedLoRA().finish(1)  # none has to give anything
+
+
 def test_a_command_is_told_as_json(tmp_path):
     script = tmp_path / "set shares.py"
     script.write_text(f"import sys; open({str(tmp_path / 'told')!r}, 'w').write(sys.stdin.read())")
@@ -116,6 +134,8 @@ def test_a_command_is_told_as_json(tmp_path):
             {"client": 1, "node": "7", "share": 0.75},
         ],
     }
+    allocator.release()
+    assert json.loads((tmp_path / "told").read_text()) == {"round": None, "shares": []}
 
 
 @pytest.mark.parametrize(
@@ -146,6 +166,10 @@ def test_classes_are_set_in_one_go(monkeypatch, tmp_path):
         "class change dev up classid 1:11 htb rate 3000000bit ceil 3000000bit",
         "class change dev up classid 1:12 htb rate 64000bit ceil 64000bit",
     ]
+    HTBAllocator(links).release()
+    assert [line.split()[-1] for line in calls[1][1].splitlines()] == [
+        "2666667bit", "1333333bit", "1333333bit"
+    ]  # fmt: skip
     links.write_text(HEADER + "7,up,1:11,4,base\n")
     with pytest.raises(ValueError, match=f"no link of node {2**63 + 1}"):
         HTBAllocator(links).allocate(SHARES, 1)
