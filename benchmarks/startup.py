@@ -3,7 +3,8 @@
     python -m benchmarks.startup [--repeat 5] [--config key=value …]
 
 First the parts: each repetition starts a new interpreter that does what a message makes it do.
-Then rounds of one training step on a real SuperLink with one SuperNode, Flower's and the warm one.
+Then rounds of one training step on a real SuperLink with one SuperNode: Flower's, one that imports
+once, and one whose client stays with model and rows.
 """
 
 import argparse
@@ -86,11 +87,18 @@ def write_rows(file: Path, count: int = 500) -> None:
             writer.writerow([text, rows.about["labels"][label]])
 
 
-def rounds(site: Path, repeat: int, *, warm: bool) -> list[float]:
-    """Return the seconds of rounds in which one SuperNode trains for one step."""
+NODES: dict[str, dict] = {
+    "flower-supernode": {"warm": False},
+    "fedlora supernode --keep 0": {"warm": True, "options": ["--keep", "0"]},
+    "fedlora supernode": {"warm": True},
+}
+
+
+def rounds(site: Path, repeat: int, name: str) -> list[float]:
+    """Return the seconds of rounds in which one SuperNode, of ``NODES``, trains for one step."""
     from fedlora_app.launch.superlink import SuperLink
 
-    folder = site.parent / ("warm" if warm else "cold")
+    folder = site.parent / name
     config = {
         "output": str(folder),
         "rounds": repeat + 1,
@@ -101,7 +109,7 @@ def rounds(site: Path, repeat: int, *, warm: bool) -> list[float]:
         "checkpoint-every": 0,
     }
     with SuperLink() as link:
-        link.start_supernode(f'data-path="{site}"', warm=warm)
+        link.start_supernode(f'data-path="{site}"', **NODES[name])
         run_id = link.run(Path(__file__).parents[1], config)
         log = list(link.stream(run_id))
         if not link.status(run_id).completed:
@@ -133,15 +141,15 @@ def main() -> None:
                 [*command, "--config", *args.config], check=True, capture_output=True, text=True
             )
             runs.append(json.loads(done.stdout.splitlines()[-1]))
-        cold, warm = (rounds(site, args.repeat, warm=warm) for warm in (False, True))
+        seconds = {name: rounds(site, args.repeat, name) for name in NODES}
     print(f"| part | seconds (median of {args.repeat}) |\n|---|---|")
     for part in PARTS:
         print(f"| {part} | {statistics.median(run[part] for run in runs):.2f} |")
     total = statistics.median(sum(run.values()) for run in runs)
     print(f"| all | {total:.2f} |")
-    print(f"\n| SuperNode | seconds a round of one step (median of {len(cold)}) |\n|---|---|")
-    for name, seconds in (("flower-supernode", cold), ("fedlora_app.supernode", warm)):
-        print(f"| {name} | {statistics.median(seconds):.2f} |")
+    print(f"\n| SuperNode | seconds a round of one step (median of {args.repeat - 1}) |\n|---|---|")
+    for name, found in seconds.items():
+        print(f"| {name} | {statistics.median(found):.2f} |")
 
 
 if __name__ == "__main__":

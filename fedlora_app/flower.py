@@ -56,6 +56,17 @@ PARTS = {
     "flwr_clientapp": Part(
         "flwr.supernode.cli.flwr_clientapp", "flwr_clientapp", "what a copy becomes"
     ),
+    "clientapp": Part(
+        "flwr.supernode.runtime.run_clientapp",
+        None,
+        "its `flwr_exit`, `push_message` and `start_parent_process_monitor` are replaced: "
+        "it comes back",
+    ),
+    "exit_handlers": Part(
+        "flwr.supercore.exit.exit_handler",
+        "trigger_exit_handlers",
+        "what a client does when it ends",
+    ),
 }
 
 

@@ -1,14 +1,15 @@
 """A Flower SuperNode that starts its ClientApps warm.
 
-    fedlora supernode [--preload MODULE,…] [--poll SECONDS] [--patience SECONDS] [--unchecked]
-                      ARGUMENTS
+    fedlora supernode [--preload MODULE,…] [--poll SECONDS] [--keep SECONDS] [--patience SECONDS]
+                      [--unchecked] ARGUMENTS
 
 (or ``python -m fedlora_app.supernode``) with the arguments of ``flower-supernode``.
 
 Flower's SuperNode starts a new Python for every message, and each imports torch, transformers
-and PEFT anew, which takes longer than many a message's training. Here one process imports them
-once and is then copied (``fork``) for every message: still a process of its own for each, with
-the same memory shared as long as nobody writes to it.
+and PEFT anew, and reads model and rows, which takes longer than many a message's training. Here
+one process imports them once and is copied (``fork``) for a client, with the same memory shared
+as long as nobody writes to it; and a client stays for the next message of its app, with what that
+has loaded.
 
 It becomes ``flower-supernode --isolation process`` with a SuperExec beside it, as Flower means
 SuperNodes to be extended; the app is loaded from the message's own bundle, as ever.
@@ -21,6 +22,7 @@ the reason (``fedlora_app.launch.watch``), for a service manager to start it aga
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import threading
@@ -48,6 +50,9 @@ Nothing of the app itself: every message brings the version of it that it wants.
 POLL = 1.0
 """Seconds between two looks at the SuperLink for a message (Flower: 3)."""
 
+KEEP = 600.0
+"""Seconds for which a client stays for the next message of its app."""
+
 GRACE = 10.0
 """Seconds a SuperNode may take to end after its executor has."""
 
@@ -57,6 +62,7 @@ def become(
     preload: Sequence[str] = PRELOAD,
     poll: float = POLL,
     patience: float = PATIENCE,
+    keep: float = KEEP,
     *,
     unchecked: bool = False,
 ) -> None:
@@ -69,10 +75,14 @@ def become(
     preload : sequence of str
         What to import once (default: ``PRELOAD``).
     poll : float
-        Seconds between two looks at the SuperLink for a message (default: 1).
+        Seconds between two looks at the SuperLink for a message (default: 1). The executor
+        looks for work four times as often, at least once a second.
     patience : float
         Seconds a message may be here without a live client or a reply before this SuperNode
         ends with 1 (default: 180).
+    keep : float
+        Seconds for which a client that has answered stays for the next message of its app, with
+        model and rows; 0: every message has a process of its own (default: 600).
     unchecked : bool
         Do not look at the node config before: it is that of another app (default: False).
 
@@ -87,6 +97,8 @@ def become(
     for name, value in (("poll", poll), ("patience", patience)):
         if not value > 0:
             raise ValueError(f"--{name}: expected a number of seconds above 0, got {value}")
+    if not (math.isfinite(keep) and keep >= 0):
+        raise ValueError(f"--keep: expected a number of seconds of at least 0, got {keep}")
     connect = _runtime_api(theirs)
     if not unchecked:
         _check(theirs)
@@ -94,7 +106,8 @@ def become(
     executor = os.fork()
     if executor == 0:
         die_with(node)
-        run_executor([*connect, "--parent-pid", str(node)], preload)
+        look = min(max(poll / 4, 0.01), 1.0)  # Flower takes no less than 0.01
+        run_executor([*connect, "--parent-pid", str(node)], preload, look, keep)
         return
     threading.Thread(target=_need, args=(executor,), daemon=True).start()
     # From here on this process is the SuperNode: its signals and its exit code are Flower's,

@@ -33,6 +33,14 @@ def supernode(
             "SuperNode ends with 1.",
         ),
     ] = 180.0,
+    keep: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a client stays for the next message of its app, with model and rows; "
+            "0: every message has a process of its own.",
+        ),
+    ] = 600.0,
     unchecked: Annotated[
         bool,
         typer.Option(
@@ -41,7 +49,7 @@ def supernode(
         ),
     ] = False,
 ) -> None:
-    r"""Be `flower-supernode`, with the imports of its clients done once.
+    r"""Be `flower-supernode`, with clients that import, and read model and rows, once.
 
     All other arguments are those of flower-supernode, and are passed on. It looks at the node's
     own data and limits first and ends with 2 if it cannot work with them; when the SuperLink
@@ -56,6 +64,6 @@ def supernode(
 
     modules = node.PRELOAD if preload is None else preload.split(",")
     try:
-        node.become(context.args, modules, poll, patience, unchecked=unchecked)
+        node.become(context.args, modules, poll, patience, keep, unchecked=unchecked)
     except ValueError as error:
         refuse(f"{context.command_path}: {error}")

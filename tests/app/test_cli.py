@@ -92,6 +92,7 @@ def test_the_defaults_of_a_node_are_those_of_its_module():
     command = typer.main.get_command(cli.app).commands["supernode"]
     told = {param.name: param.default for param in command.params}
     assert (told["poll"], told["patience"]) == (node.POLL, watch.PATIENCE)
+    assert told["keep"] == node.KEEP
 
 
 def test_what_a_node_does_not_know_is_passed_on_in_order(monkeypatch):
@@ -99,7 +100,8 @@ def test_what_a_node_does_not_know_is_passed_on_in_order(monkeypatch):
     monkeypatch.setattr(node, "become", lambda *args, **more: called.append((args, more)))
     theirs = ["--superlink", "a:1", "--insecure", "--node-config", "max-rank=8 x=-1"]
     assert main(["supernode", *theirs[:3], "--poll", "2", *theirs[3:]]) == 0
-    assert called == [((theirs, node.PRELOAD, 2.0, watch.PATIENCE), {"unchecked": False})]
+    settings = (theirs, node.PRELOAD, 2.0, watch.PATIENCE, node.KEEP)
+    assert called == [(settings, {"unchecked": False})]
 
 
 def test_a_check_starts_nothing(monkeypatch, tmp_path, capsys):

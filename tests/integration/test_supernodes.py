@@ -16,7 +16,7 @@ from tests.integration.conftest import ROOT, SMALL, records
     "rule", ["fedsa", *(pytest.param(r, marks=pytest.mark.slow) for r in ("replication", "flora"))]
 )
 def test_two_supernodes_with_their_own_data_and_limits(rule, tmp_path):
-    """Every message is a fresh process: fedsa's B lasts in the node's Flower state."""
+    """What fedsa keeps on a node lasts in its Flower state, whatever becomes of its client."""
     rows = make_task(RunConfig()).train_rows()
     for site in range(2):
         with (tmp_path / f"site{site}.csv").open("w", newline="") as file:

@@ -1,6 +1,10 @@
-"""Every node answers with its partition id, after ``seconds``; ``seed = 13`` fails."""
+"""Every node answers with its partition id, after ``seconds``; ``seed = 13`` fails.
+
+So does a node in the round of its ``fails-in``. Every client prints the number of its process.
+"""
 
 import json
+import os
 import time
 from logging import INFO, WARNING
 from pathlib import Path
@@ -17,6 +21,9 @@ client = ClientApp()
 @client.train()
 def train(message: Message, context: Context) -> Message:
     partition = int(context.node_config["partition-id"])
+    print(f"process {os.getpid()}", flush=True)
+    if message.content["config"]["round"] == context.node_config.get("fails-in"):
+        raise ValueError("as it was told")
     time.sleep(float(context.node_config.get("seconds", 0)))
     return Message(RecordDict({"reply": MetricRecord({"id": partition})}), reply_to=message)
 
