@@ -45,6 +45,7 @@ from strategies.capacity import CAPACITY_KEY
 from strategies.client import (
     IDENTITY_KEYS,
     adapter_state,
+    bundled,
     capacity,
     fit_reply,
     load_adapter,
@@ -378,11 +379,20 @@ def _held(rows: Rows, inputs: Inputs, config: RunConfig) -> Held:
     return inputs.take(kept), inputs.take(held_out), strata[kept] if len(strata) else strata
 
 
+@lru_cache(maxsize=1)
+def _begin(run_id: int) -> None:
+    """Forget what this process holds of another run: a site's file may have other rows by now."""
+    rows = (_train_rows, _shares, _partition_rows, _all_rows, _own_rows)
+    for held in (_task, _resident_model, *rows):
+        held.cache_clear()
+
+
 def client_fn(context: Context) -> Client:
     """Return the client of one node."""
+    _begin(context.run_id)
     # The server has checked it. In what this node computes is for its own hardware to say.
     config = with_precision(RunConfig.from_flat(context.run_config))
     return LoRAClient(config, dict(context.node_config), context.state).to_client()
 
 
-app = ClientApp(client_fn=client_fn, mods=[discreet, timed])
+app = ClientApp(client_fn=client_fn, mods=[discreet, bundled, timed])

@@ -19,13 +19,14 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from strategies.bundles import bundle, mark, marked, unbundle
 from strategies.flower import (
     Announced,
     announced,
     fetch,
     is_http,
+    is_there,
     is_transport_error,
-    last_part_is_there,
 )
 
 # Seconds between two looks at a reply that is on its way, and as a share of the time it took.
@@ -45,7 +46,7 @@ class _Coming:
     reply: Announced
     since: float
     looked: float
-    #: When its last part was found; None before, NaN if nobody had looked for a while.
+    #: When all of it was found; None before, NaN if nobody had looked for a while.
     came: float | None = None
 
     def due(self, now: float) -> bool:
@@ -54,13 +55,15 @@ class _Coming:
     def look(self, grid: Grid, now: float, sent: float) -> None:
         if self.came is None and self.due(now):
             blurred = now - self.looked > max(2 * MOST, BLUR * (now - sent))
-            if last_part_is_there(grid, self.reply):
+            if is_there(grid, self.reply):
                 self.came = math.nan if blurred else time.monotonic()
             self.looked = now
 
 
 class PromptGrid(Grid):
     """A grid that hands out replies when they are whole, and knows when that was.
+
+    Arrays travel as one to and from nodes whose app can read that (``strategies.bundles``).
 
     Parameters
     ----------
@@ -74,10 +77,11 @@ class PromptGrid(Grid):
         self._coming: dict[str, _Coming] = {}
         self._seconds: dict[str, float | None] = {}
         self._asked = 0.0
+        self._able: set[int] = set()  # nodes that read bundles
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; return their ids."""
-        ids = list(self.grid.push_messages(messages))
+        ids = list(self.grid.push_messages([self._going(message) for message in messages]))
         now = time.monotonic()
         self._sent = {i: sent for i, sent in self._sent.items() if now - sent < GIVEN_UP}
         self._sent.update({str(i): now for i in ids if i})
@@ -103,7 +107,7 @@ class PromptGrid(Grid):
             if there is None or there.came is None:
                 continue
             try:
-                replies = fetch(self.grid, there.reply)
+                replies = [self._came(reply) for reply in fetch(self.grid, there.reply)]
             except Exception as error:  # whatever the bytes of a client make Flower's decoder raise
                 if found and not is_transport_error(error):
                     continue  # next time, when it loses nobody else's
@@ -120,6 +124,20 @@ class PromptGrid(Grid):
         Once, after it was pulled.
         """
         return self._seconds.pop(message_id, None)
+
+    def _going(self, message: Message) -> Message:
+        if message.has_content():
+            if message.metadata.dst_node_id in self._able:
+                bundle(message.content)
+            mark(message.content)
+        return message
+
+    def _came(self, reply: Message) -> Message:
+        if reply.has_content():
+            if marked(reply.content):
+                self._able.add(reply.metadata.src_node_id)
+            unbundle(reply.content)
+        return reply
 
     def _done(self, message_id: str, came: float) -> None:
         del self._coming[message_id]

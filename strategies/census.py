@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.common import log
 from flwr.serverapp import Grid
 
+from strategies.arrivals import PromptGrid
 from strategies.capacity import ECHO_KEY, ELAPSED_KEY
 from strategies.claims import clean
 from strategies.clients import Client, Roster, whole
@@ -120,6 +121,10 @@ class Census:
             }
             soon = min(self.timeout, AGAIN_SECONDS)
             known = {**known, **self._ask(grid, again, settings, soon)}
+            if isinstance(grid, PromptGrid):
+                # Once more, for nothing: clients have started by now, and the time is the way's.
+                answered = [node_id for node_id in new if node_id in known]
+                self._ask(grid, answered, ConfigRecord({**self.told}), soon, empty=True)
             if not any(node_id in known for node_id in again):
                 again += left  # they would not answer either
             for node_id in (*new, *again):

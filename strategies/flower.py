@@ -84,6 +84,7 @@ class Announced(NamedTuple):
 
     reply_to: str
     response: Any  # of Flower's protocol, as if it had been asked after alone
+    awaited: list[str]  # of the parts that may come last, those that nobody has seen there
 
 
 def is_http(grid: object) -> bool:
@@ -125,6 +126,8 @@ class _Fetching:
 
 
 _TRIES, _PAUSE = 50, 0.05
+# So many of the last parts of arrays are looked at, which takes them once more to the server.
+_LARGE = 4
 
 
 def _pull(grid: Any, client: Any, ids: Sequence[str]) -> list[Message]:
@@ -148,21 +151,46 @@ def announced(grid: Any, ids: Sequence[str]) -> list[Announced]:
         Announced(
             message.metadata.reply_to_message_id,
             type(whole)(messages_list=[message], message_object_trees=[tree]),
+            _last_to_come(tree),
         )
         for message, tree in zip(whole.messages_list, whole.message_object_trees, strict=True)
     ]
 
 
-def last_part_is_there(grid: Any, reply: Announced) -> bool:
-    """Tell whether the part that a SuperNode sends last is on the SuperLink, or never will be."""
+def _last_to_come(tree: Any) -> list[str]:
+    """Return the parts of a reply of which one comes last.
+
+    A SuperNode sends the root last, but two parts at a time: the end of an array, which is large,
+    can take longer than all the small parts after it.
+    """
+    leaves: list[tuple[int, str]] = []
+
+    def walk(part: Any, depth: int) -> None:
+        for child in part.children:
+            walk(child, depth + 1)
+        if not part.children:
+            leaves.append((depth, part.object_id))
+
+    walk(tree, 0)
+    deepest = max(depth for depth, _ in leaves)  # the bytes of arrays
+    return [tree.object_id, *[part for depth, part in leaves if depth == deepest][-_LARGE:]]
+
+
+def is_there(grid: Any, reply: Announced) -> bool:
+    """Tell whether all of a reply is on the SuperLink, or never will be."""
     from flwr.proto.message_pb2 import PullObjectRequest
 
-    root = reply.response.message_object_trees[0].object_id
-    request = PullObjectRequest(node=grid.node, run_id=grid.run.run_id, object_id=root)
-    answer = grid._runtime_client.PullObject(request)
-    return bool(answer.object_available or not answer.object_found)
+    while reply.awaited:
+        request = PullObjectRequest(
+            node=grid.node, run_id=grid.run.run_id, object_id=reply.awaited[0]
+        )
+        answer = grid._runtime_client.PullObject(request)
+        if answer.object_found and not answer.object_available:
+            return False
+        del reply.awaited[0]
+    return True
 
 
 def fetch(grid: Any, reply: Announced) -> list[Message]:
-    """Return a reply whose last part is there."""
+    """Return a reply of which all is there."""
     return _pull(grid, _Fetching(grid._runtime_client, reply.response), [reply.reply_to])

@@ -8,6 +8,7 @@ The rank policies that ask more of a client have a helper each: ``register_profi
 ``profile`` (autorank), ``capacity`` (capacity), ``tail_penalty`` (self-pruning).
 """
 
+from strategies.client.bundling import bundled
 from strategies.client.exchange import KEPT_KEY, RankLimitError, check_limit, receive, send
 from strategies.client.message_api import apply_adapter, make_reply, training_metrics
 from strategies.client.numpy_api import fit_reply, receive_parameters, send_parameters
@@ -44,6 +45,7 @@ __all__ = [
     "RankLimitError",
     "adapter_state",
     "apply_adapter",
+    "bundled",
     "capacity",
     "check_limit",
     "check_mergeable",

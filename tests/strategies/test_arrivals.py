@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse, PushAppMessagesResponse
@@ -18,6 +18,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from strategies import arrivals, flower, transport
 from strategies.arrivals import PromptGrid
+from strategies.bundles import KIND, bundle, mark
 from strategies.flower import is_http, is_network
 from strategies.transport import exchange
 
@@ -44,27 +45,43 @@ class SuperLink:
     def __init__(self, time, ways):
         self.time, self.ways = time, ways
         self.replies, self.parts, self.confirmed, self.requests = {}, {}, [], 0
-        self.broken = set()
+        self.broken, self.able, self.wrong = set(), set(), set()
+        self.lags = {}  # by node, how long after all others the last bytes of arrays come
+        self.sent = []  # node and number of objects of each message
 
     def PushMessages(self, request):  # noqa: N802
         ids = []
-        for proto in request.messages_list:
+        for proto, sent_tree in zip(
+            request.messages_list, request.message_object_trees, strict=True
+        ):
             node = proto.metadata.dst_node_id
+            self.sent.append((node, len(list(iterate_object_tree(sent_tree)))))
             head, pace = self.ways[node]
             asked = Message(RecordDict(), node, "train")
             asked.metadata.__dict__["_message_id"] = proto.metadata.message_id
             arrays = ArrayRecord([np.full(4, node), np.full(4, -node)])
-            reply = Message(RecordDict({"arrays": arrays}), reply_to=asked)
+            content = RecordDict({"arrays": arrays})
+            if node in self.able:
+                content["config"] = ConfigRecord()
+                mark(content)
+                bundle(content)
+            if node in self.wrong:
+                content["arrays"][KIND].data = b"rubbish"
+            reply = Message(content, reply_to=asked)
             reply.metadata.__dict__["_message_id"] = reply.object_id
             with no_object_id_recompute():
                 tree = get_object_tree(reply)
-                objects = {i: o.deflate() for i, o in get_all_nested_objects(reply).items()}
+                nested = get_all_nested_objects(reply)
+                *_, chunk = (i for i, o in nested.items() if type(o).__name__ == "ArrayChunk")
+                objects = {i: o.deflate() for i, o in nested.items()}
                 proto_reply = message_to_proto(reply)
             sent = self.time.now
             self.replies[proto.metadata.message_id] = sent + head, proto_reply, tree
             for count, part in enumerate(iterate_object_tree(tree), 1):
                 content = b"rubbish" if node in self.broken else objects[part.object_id]
                 self.parts[part.object_id] = sent + head + count * pace, content
+            if node in self.lags:
+                self.parts[chunk] = sent + head + count * pace + self.lags[node], objects[chunk]
             ids.append(proto.metadata.message_id)
         return PushAppMessagesResponse(message_ids=ids)
 
@@ -131,6 +148,54 @@ def test_a_slow_upload_holds_up_nobody_and_each_is_timed(time):
         assert exact - 0.01 <= took[node] <= 1.06 * exact + 0.2
     assert len(link.confirmed) == 4
     assert link.requests < 1500  # of a minute and a half
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_the_end_of_a_large_array_may_come_after_the_root(time, one):
+    ways = {1: (0.1, 0.01), 2: (0.1, 0.01)}
+    link, grid, messages = make(time, ways)
+    link.lags[1] = 30.0  # far longer than Flower's code would try before it waits
+    link.able |= {1, 2} if one else set()
+    took = {}
+
+    def arrived(reply, seconds):
+        took[reply.metadata.src_node_id] = seconds
+
+    for reply in exchange(grid, messages, 600, on_arrival=arrived):
+        node = reply.metadata.src_node_id
+        assert [a.numpy()[0] for a in reply.content["arrays"].values()] == [node, -node]
+    assert list(took) == [2, 1]
+    assert took[2] < 0.5
+    assert 30 <= took[1] < 33
+
+
+def test_arrays_travel_as_one_to_who_says_it_reads_that(time):
+    link, grid, _ = make(time, {1: (0.1, 0.01), 2: (0.1, 0.01)})
+    link.able.add(2)
+
+    def messages():
+        for node in (1, 2):
+            arrays = ArrayRecord([np.ones(2), np.zeros(3)])
+            content = RecordDict({"arrays": arrays, "config": ConfigRecord({"rank": 2})})
+            yield Message(content, node, "train")
+
+    for _ in range(2):
+        replies = list(exchange(grid, messages(), 60))
+        for node, reply in enumerate(replies, 1):
+            assert [a.numpy()[0] for a in reply.content["arrays"].values()] == [node, -node]
+            assert not any(reply.content.config_records.values())
+    # Each array is two objects; beside them their record, the config, the content, the message.
+    assert link.sent == [(1, 8), (2, 8), (1, 8), (2, 6)]
+
+
+def test_a_bundle_that_cannot_be_read_is_its_own_node_s_loss(time):
+    link, grid, messages = make(time, {1: (0.1, 0.01), 2: (0.1, 0.01)})
+    link.able.add(2)
+    link.wrong.add(2)
+    first, second = exchange(grid, messages, 60)
+    assert not first.has_error()
+    assert second.error.reason == "the reply cannot be read (ValueError)"
+    assert second.metadata.src_node_id == 2
 
 
 def test_who_is_outside_the_window_is_timed_too_and_its_arrays_stay_there(time):
