@@ -75,6 +75,10 @@ def test_rates_as_tc_writes_them_and_change(monkeypatch):
     network.change([1], 0.1)
     assert told == [f"class change dev up0 classid 1:11 htb {links._rate(0.25)}"]
     assert [link.mbit for link in network.links] == [1.0, 0.5]
+    told.clear()
+    network.reset()
+    assert told == [f"class change dev up0 classid 1:1{i} htb {links._rate(r)}"
+                    for i, r in enumerate((0.5, 0.25))]  # fmt: skip
     with pytest.raises(LinkError, match="no class 1:12"):
         Network([Link(1.0)] * 3, 100).change([2], 0.1)
 
@@ -97,3 +101,10 @@ def test_rounds_beside_what_was_expected(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1].split() == [
         "1", "4.50", "4.25", "3.00", "1.00", "0.50", "3.00", "-"
     ]  # fmt: skip
+    assert (tmp_path / "testbed.csv").read_text().splitlines() == [
+        "round,seconds,expected,by_links,compute,fixed,upload,busy", "1,4.5,4.25,3.0,1.0,0.5,3.0,"
+    ]  # fmt: skip
+
+
+def test_queues_hold_half_a_second_and_some_packets():
+    assert [links._queue(mbit) for mbit in (0.05, 0.5, 10)] == [8, 21, 413]

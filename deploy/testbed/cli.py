@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deploy.testbed import probe
@@ -88,13 +88,23 @@ def _run(
             "clock.allocate-with": str(table),
             "clock.bandwidth": args.allocator,
         }
+    if shaped:
+        network.reset()  # after an allocator of another run, however that ended
     number = link.run(Path(args.app or PROJECT).resolve(), config)
     print(f"run {number}: {output}", flush=True)
     rounds = Rounds(output / "metrics.jsonl", network, nodes, args.allocator)
-    with rounds, _changing(args, network, nodes, table, shaped):
-        for line in link.stream(number):
-            print(line, flush=True)
-        status = link.status(number)
+    try:
+        with rounds, _changing(args, network, nodes, table, shaped):
+            for line in link.stream(number):
+                print(line, flush=True)
+            status = link.status(number)
+    except BaseException:  # Ctrl-C as well: on what stays up it would go on
+        with suppress(SuperLinkError):
+            link.stop(number)
+        raise
+    finally:
+        if shaped:
+            network.reset()
     rounds.show()
     if not status.completed:
         print(f"testbed.py: run {number} is {status.status}: {status.details}", file=sys.stderr)

@@ -20,7 +20,8 @@ import psutil
 
 from deploy.testbed import limits, links
 from deploy.testbed.links import HOST, Link, LinkError, Network
-from fedlora_app.launch.superlink import SuperLink
+from fedlora_app.launch.copies import Copies
+from fedlora_app.launch.superlink import POLL, SuperLink
 
 STATE = Path(tempfile.gettempdir()) / "fedlora-testbed.json"
 MARK = "FEDLORA_TESTBED"
@@ -69,6 +70,7 @@ class Testbed:
         self.network = Network(setting.links, setting.down_mbit)
         self.mark = f"{os.getpid()}-{time.time_ns()}"
         self.nodes: list[str] = []
+        self.copies = Copies()
         self._watchdog: tuple[int, int] | None = None
 
     def __enter__(self) -> Testbed:
@@ -78,14 +80,18 @@ class Testbed:
             links.require_root()
             if left := links.namespaces():
                 raise LinkError(f"a testbed has left {left[0]} …; take it down first")
+        # Of the executors, of which there are as many here as nodes, and few cores.
+        look = min(max(self.setting.poll / 4, 0.01), 1.0)
         self.link = SuperLink(
             host=HOST if self.setting.shaped else "127.0.0.1",
-            environment={MARK: self.mark, "OMP_NUM_THREADS": "1"},
+            environment={MARK: self.mark, "OMP_NUM_THREADS": "1", POLL: str(look)},
+            copies=self.copies,
         )
         self._watch()
         try:
             if self.setting.shaped:
                 self.network.make()
+            self.copies.__enter__()
             self.link.__enter__()
             self._start_nodes()
             self.write()
@@ -116,6 +122,7 @@ class Testbed:
     def close(self) -> None:
         """End every process, and remove every link and file."""
         self.link.close()
+        self.copies.__exit__(None, None, None)
         _remove(self.mark, self.link.home)
         if self._watchdog is not None:
             pid, pipe = self._watchdog

@@ -28,8 +28,9 @@ BASE = f"{PREFIX}-base"
 UPLINK, BRIDGE = "up0", "br0"
 HOST = "10.213.0.1"
 MOST_NODES = 200
-# A shorter queue than Linux' thousand packets, which at 0.5 Mbit/s hold for half a minute.
-QUEUE = 50
+# A queue is of half a second, and of some packets at least. Linux' thousand packets hold for half a
+# minute at 0.5 Mbit/s, and each of several requests of a reply would wait behind the large one.
+QUEUE_SECONDS, LEAST_QUEUE = 0.5, 8
 
 
 class LinkError(RuntimeError):
@@ -152,7 +153,7 @@ class Network:
             _ip("-n", own, "link", "set", "dev", "eth0", "gso_max_segs", "1")
             lines += [
                 f"class add dev {UPLINK} parent 1:1 classid {_class(i)} htb {_rate(link.rate)}",
-                f"qdisc add dev {UPLINK} parent {_class(i)} pfifo limit {QUEUE}",
+                f"qdisc add dev {UPLINK} parent {_class(i)} pfifo limit {_queue(link.rate)}",
                 f"filter add dev {UPLINK} parent 1: protocol ip u32 "
                 f"match ip src {address}/32 flowid {_class(i)}",
                 f"qdisc add dev {port} root tbf rate {_bits(self.down_mbit)}bit burst 32kb "
@@ -160,6 +161,11 @@ class Network:
             ]
         _ip("link", "set", "dev", PREFIX, "gso_max_segs", "1")
         _tc(lines)
+
+    def reset(self) -> None:
+        """Give every node its equal part of the band again, whatever an allocator has set."""
+        _tc([f"class change dev {UPLINK} classid {_class(i)} htb {_rate(link.rate)}"
+             for i, link in enumerate(self.links)])  # fmt: skip
 
     def change(self, indices: Sequence[int], factor: float) -> None:
         """Multiply the rates of some nodes, whatever share of the band they have now."""
@@ -202,6 +208,11 @@ def take_down() -> list[str]:
     if gone:  # went with its peer, unless that was half made
         _run(["ip", "link", "del", PREFIX], check=False)
     return gone
+
+
+def _queue(mbit: float) -> int:
+    """Return how many packets of 1514 bytes wait at most before a link of this rate."""
+    return max(LEAST_QUEUE, round(QUEUE_SECONDS * mbit * 1e6 / (8 * 1514)))
 
 
 def _class(i: int) -> str:

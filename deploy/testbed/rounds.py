@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from fedlora_app.report.records import parsed
 from strategies.wallclock import allocate_bandwidth, simulate_round_time
 
 LOOK = 0.5  # seconds
+TABLE = "testbed.csv"  # in a run's folder
+COLUMNS = ("round", "seconds", "expected", "by_links", "compute", "fixed", "upload", "busy")
 
 
 class Rounds:
@@ -69,25 +72,36 @@ class Rounds:
         records = parsed(self.path.read_bytes()) if self.path.exists() else []
         return [{**record} for record in records if record["kind"] == kind]
 
-    def show(self) -> None:
-        """Print a line for each round."""
+    def rows(self) -> list[dict[str, float | None]]:
+        """Return a row for each round: ``COLUMNS``, None where there is nothing to say."""
+        clients, found = self._records("client"), []
         rounds = [r for r in self._records("round") if r["round"] and "clock_seconds" in r]
-        if not rounds:
-            return
-        clients = self._records("client")
-        print("round  seconds  expected  by links  slowest: compute  fixed  upload  cores busy")
         for i, r in enumerate(rounds):
             there = [c for c in clients if c["round"] == r["round"]]
-            own = [c for c in there if c["client"] == r["bottleneck"]]
-            parts = [own[0].get(f"{p}_seconds") if own else None
-                     for p in ("compute", "fixed", "upload")]  # fmt: skip
+            slowest = next((c for c in there if c["client"] == r["bottleneck"]), {})
             busy = self.busy[i + 1] if i + 1 < len(self.busy) else None  # the first is round 0
-            compute, fixed, upload = map(_text, parts)
             links = self.links[i + 1] if i + 1 < len(self.links) else self.network.links
-            before, by_links = _text(r.get("expected_seconds")), _text(self._by(links, there))
-            cores = "-" if busy is None else f"{busy:.0%}"
-            print(f"{r['round']:5} {_text(r['clock_seconds']):>8} {before:>9} {by_links:>9} "
-                  f"{compute:>17} {fixed:>6} {upload:>7} {cores:>11}")  # fmt: skip
+            values = [r["round"], r["clock_seconds"], r.get("expected_seconds")]
+            values += [self._by(links, there)]
+            values += [slowest.get(f"{part}_seconds") for part in ("compute", "fixed", "upload")]
+            found.append(dict(zip(COLUMNS, [*values, busy], strict=True)))
+        return found
+
+    def show(self) -> None:
+        """Print a line for each round, and write them down beside the run's records."""
+        rows = self.rows()
+        if not rows:
+            return
+        with (self.path.parent / TABLE).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        print("round  seconds  expected  by links  slowest: compute  fixed  upload  cores busy")
+        widths = (5, 8, 9, 9, 17, 6, 7, 11)
+        for row in rows:
+            texts = [f"{row['round']}", *(_text(row[name]) for name in COLUMNS[1:-1])]
+            texts += ["-" if row["busy"] is None else f"{row['busy']:.0%}"]
+            print(" ".join(f"{text:>{w}}" for text, w in zip(texts, widths, strict=True)))
 
     def _by(self, links: Sequence[Link], clients: Sequence[dict[str, Any]]) -> float | None:
         """Return what a simulated clock says of a round with these links and this computing."""

@@ -60,7 +60,7 @@ LATER = (
 """What is imported while nobody asks; neither an app, which every copy brings along, nor Ray,
 which takes its settings from the environment when it is imported."""
 
-COMMANDS = ("flower-superexec", "flwr-simulation")
+COMMANDS = ("flower-superexec", "flwr-simulation", "flwr-serverapp")
 """What a SuperLink starts through PATH."""
 
 HOOK = "fedlora_app.launch.copies.with_copies"

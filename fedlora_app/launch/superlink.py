@@ -176,13 +176,10 @@ class SuperLink:
         self._come_up()
         command = ["run", str(project), "link"]
         if run_config:
-            # A file, because on the command line Flower splits values at blanks and quotes.
-            # JSON scalars are TOML scalars.
+            # On the command line Flower splits values at blanks. JSON's scalars are TOML's.
             file = self.home / "run.toml"
-            file.write_text(
-                "".join(f'"{k}" = {json.dumps(v)}\n' for k, v in run_config.items()),
-                encoding="utf-8",
-            )
+            lines = (f'"{k}" = {json.dumps(v)}\n' for k, v in run_config.items())
+            file.write_text("".join(lines), encoding="utf-8")
             command += ["--run-config", str(file)]
         if federation_config:
             pairs = (f"{k}={json.dumps(v)}" for k, v in federation_config.items())
@@ -215,6 +212,10 @@ class SuperLink:
         """Return where a run stands."""
         run = self._flwr("list", "link", "--run-id", str(run_id))["runs"][0]
         return RunStatus(run["status"], run["status-details"])
+
+    def stop(self, run_id: int) -> None:
+        """Stop a run."""
+        self._flwr("stop", str(run_id), "link")
 
     def start_supernode(
         self,
