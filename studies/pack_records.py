@@ -16,7 +16,7 @@ from pathlib import Path
 
 RECORDS = Path(__file__).parent / "records"
 SUMMARY = "summary.json"  # last in a folder: it says that all is there
-KEPT = ("config.json", "metrics.jsonl", SUMMARY)
+KEPT = ("config.json", "metrics.jsonl", "testbed.csv", SUMMARY)
 
 
 def packed(study: Path, target: Path) -> int:
@@ -25,7 +25,7 @@ def packed(study: Path, target: Path) -> int:
     with tarfile.open(target, "w:xz", preset=9) as archive:
         for run in runs:
             place = run.relative_to(study.parent)
-            for name in KEPT:
+            for name in filter(lambda name: (run / name).exists(), KEPT):
                 text = (run / name).read_text(encoding="utf-8")
                 if name.endswith(".json"):
                     text = text.replace(json.dumps(f"{run}")[1:-1], str(place))
