@@ -101,9 +101,10 @@ def test_a_client_stays_for_the_messages_of_its_app(tmp_path, monkeypatch) -> No
     shutil.copytree(TINY, other, ignore=shutil.ignore_patterns("__pycache__"))
     (other / "tiny_app" / "__init__.py").write_text('"""Another version."""\n')
     with SuperLink() as link:
-        link.start_supernode("partition-id=4", warm=True)
-        link.start_supernode("partition-id=7 fails-in=2", warm=True)
-        link.start_supernode("partition-id=9", warm=True, options=["--keep", "0"])
+        says = "says-process=true partition-id="
+        link.start_supernode(f"{says}4", warm=True)
+        link.start_supernode(f"{says}7 fails-in=2", warm=True)
+        link.start_supernode(f"{says}9", warm=True, options=["--keep", "0"])
         wait_for(lambda: all("SuperNode ID" in log_of(link, i) for i in (1, 2, 3)))
         for app, rounds in ((TINY, 3), (TINY, 1), (other, 1)):
             output = str(tmp_path / f"{app.name}-{rounds}")

@@ -1,6 +1,7 @@
 """Every node answers with its partition id, after ``seconds``; ``seed = 13`` fails.
 
-So does a node in the round of its ``fails-in``. Every client prints the number of its process.
+So does a node in the round of its ``fails-in``; with ``says-process`` it prints the number of its
+client's process.
 """
 
 import json
@@ -21,7 +22,8 @@ client = ClientApp()
 @client.train()
 def train(message: Message, context: Context) -> Message:
     partition = int(context.node_config["partition-id"])
-    print(f"process {os.getpid()}", flush=True)
+    if context.node_config.get("says-process"):
+        print(f"process {os.getpid()}", flush=True)
     if message.content["config"]["round"] == context.node_config.get("fails-in"):
         raise ValueError("as it was told")
     time.sleep(float(context.node_config.get("seconds", 0)))
