@@ -16,7 +16,8 @@ from pathlib import Path
 
 RECORDS = Path(__file__).parent / "records"
 SUMMARY = "summary.json"  # last in a folder: it says that all is there
-KEPT = ("config.json", "metrics.jsonl", "testbed.csv", SUMMARY)
+KEPT = ("config.json", "metrics.jsonl", SUMMARY)
+TABLE = "testbed.csv"  # of a run on a testbed alone
 
 
 def packed(study: Path, target: Path) -> int:
@@ -25,7 +26,7 @@ def packed(study: Path, target: Path) -> int:
     with tarfile.open(target, "w:xz", preset=9) as archive:
         for run in runs:
             place = run.relative_to(study.parent)
-            for name in filter(lambda name: (run / name).exists(), KEPT):
+            for name in (*([TABLE] if (run / TABLE).exists() else []), *KEPT):
                 text = (run / name).read_text(encoding="utf-8")
                 if name.endswith(".json"):
                     text = text.replace(json.dumps(f"{run}")[1:-1], str(place))

@@ -7,7 +7,6 @@ those of this project: studies/records/real-network.tar.xz. TARGET: an accuracy 
 """
 
 import csv
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +14,8 @@ from statistics import mean, median
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+
+from fedlora_app.report.records import of_kind, read_records
 
 Row = dict[str, float | None]
 
@@ -39,9 +40,8 @@ def read(folder: Path) -> Run:
     with (folder / "testbed.csv").open(encoding="utf-8") as file:
         table = csv.DictReader(file)
         rows = [{k: float(v) if v else None for k, v in row.items()} for row in table]
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [r for r in map(json.loads, lines) if r["kind"] == "round"]
-    found = {r["round"]: r["server_accuracy"] for r in records if "server_accuracy" in r}
+    rounds = of_kind(read_records(folder / "metrics.jsonl"), "round")
+    found = {r["round"]: r["server_accuracy"] for r in rounds if "server_accuracy" in r}
     return Run(profile, arm, int(seed), rows, found)
 
 

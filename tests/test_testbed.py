@@ -106,5 +106,30 @@ def test_rounds_beside_what_was_expected(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_a_run_that_is_interrupted_is_stopped_and_the_band_given_back(monkeypatch, tmp_path):
+    told = []
+
+    class Running:
+        home = tmp_path
+
+        def run(self, project, config):
+            return 7
+
+        def stream(self, number):
+            yield "a line"
+            raise KeyboardInterrupt
+
+        def stop(self, number):
+            told.append(number)
+            raise cli.SuperLinkError("it has just ended")
+
+    network = Network([Link(1.0)], 100)
+    monkeypatch.setattr(network, "reset", lambda: told.append("reset"))
+    args = cli._parser().parse_args(["run"])
+    with pytest.raises(KeyboardInterrupt):
+        cli._run(args, Running(), network, ["9"], {"output": str(tmp_path)}, shaped=True)
+    assert told == ["reset", 7, "reset"]
+
+
 def test_queues_hold_half_a_second_and_some_packets():
     assert [links._queue(mbit) for mbit in (0.05, 0.5, 10)] == [8, 21, 413]

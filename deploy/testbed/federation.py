@@ -21,7 +21,7 @@ import psutil
 from deploy.testbed import limits, links
 from deploy.testbed.links import HOST, Link, LinkError, Network
 from fedlora_app.launch.copies import Copies
-from fedlora_app.launch.superlink import POLL, SuperLink
+from fedlora_app.launch.superlink import SuperLink
 
 STATE = Path(tempfile.gettempdir()) / "fedlora-testbed.json"
 MARK = "FEDLORA_TESTBED"
@@ -70,7 +70,6 @@ class Testbed:
         self.network = Network(setting.links, setting.down_mbit)
         self.mark = f"{os.getpid()}-{time.time_ns()}"
         self.nodes: list[str] = []
-        self.copies = Copies()
         self._watchdog: tuple[int, int] | None = None
 
     def __enter__(self) -> Testbed:
@@ -80,11 +79,10 @@ class Testbed:
             links.require_root()
             if left := links.namespaces():
                 raise LinkError(f"a testbed has left {left[0]} …; take it down first")
-        # Of the executors, of which there are as many here as nodes, and few cores.
-        look = min(max(self.setting.poll / 4, 0.01), 1.0)
+        self.copies = Copies()
         self.link = SuperLink(
             host=HOST if self.setting.shaped else "127.0.0.1",
-            environment={MARK: self.mark, "OMP_NUM_THREADS": "1", POLL: str(look)},
+            environment={MARK: self.mark, "OMP_NUM_THREADS": "1"},
             copies=self.copies,
         )
         self._watch()
@@ -176,6 +174,7 @@ class Testbed:
                 signal.signal(number, signal.SIG_IGN)
             os.read(reader, 1)  # until the other end is closed, however that comes
             _remove(self.mark, self.link.home)
+            shutil.rmtree(self.copies.folder, ignore_errors=True)
         except BaseException as error:
             print(f"testbed: not all is taken down: {error!r}", file=sys.stderr)
             code = 1

@@ -87,8 +87,8 @@ class Copies:
 
     def __init__(self, preload: Sequence[str] = MODELS, later: Sequence[str] = LATER) -> None:
         self._modules = (",".join(preload), ",".join(later))
-        self._folder = Path(tempfile.mkdtemp(prefix="fedlora-", dir="/tmp"))  # a short path
-        self._socket = str(self._folder / "copies")
+        self.folder = Path(tempfile.mkdtemp(prefix="fedlora-", dir="/tmp"))  # a short path
+        self._socket = str(self.folder / "copies")
         self._original: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Copies:
@@ -119,7 +119,7 @@ class Copies:
         if self._original is not None:
             self._original.kill()  # and all copies with it
             self._original.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def pid(self) -> int:
@@ -137,12 +137,12 @@ class Copies:
         """Return what has a SuperLink, and Ray under it, start copies too."""
         if self._original is None:
             return {}
-        places = os.pathsep.join([str(self._folder), search_path()])
+        places = os.pathsep.join([str(self.folder), search_path()])
         return {"PATH": places, PLACE: self._socket, "RAY_RUNTIME_ENV_HOOK": HOOK}
 
     def _shadow_commands(self) -> None:
         for name in COMMANDS:
-            shadow = self._folder / name
+            shadow = self.folder / name
             words = " ".join(map(shlex.quote, self.command(name)))
             shadow.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
             shadow.chmod(0o700)

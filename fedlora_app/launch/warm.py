@@ -47,7 +47,7 @@ def run_executor(
             serve(orders, preload, keep)
         return
     os.close(reader)
-    os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", str(poll))
+    os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = str(poll)
     flower_superexec = part("superexec")
     with os.fdopen(writer, "w") as orders:
         made = _executor(orders)
@@ -157,9 +157,8 @@ def serve(orders: IO[bytes], preload: Sequence[str], keep: float = 0.0) -> None:
     while True:
         looked: list[Any] = [orders] if resident is None else [orders, resident.link]
         ready = select.select(looked, [], [], resident.left(keep) if resident else None)[0]
-        there = resident is not None and (
-            resident.heard() if resident.link in ready else bool(ready)
-        )  # with nothing ready it has stayed for long enough
+        # With nothing ready it has stayed for long enough.
+        there = resident.heard() if resident and resident.link in ready else bool(ready)
         order = b""
         if resident and not there:
             order = resident.order

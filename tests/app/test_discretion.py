@@ -49,6 +49,23 @@ def ask(kind, node):
     return client_app.app(message, context)
 
 
+def test_rows_are_read_once_a_run(tmp_path):
+    path = tmp_path / "rows.csv"
+
+    def count(rows, run_id):
+        path.write_text("text,label\n" + "soup,food\nball,sport\n" * rows)
+        content = compat.getpropertiesins_to_recorddict(GetPropertiesIns(dict(CONFIG)))
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+        context = Context(run_id, 1, {"data-path": str(path)}, RecordDict(), {})
+        reply = client_app.app(Message(content, 1, "get_properties"), context)
+        return compat.recorddict_to_getpropertiesres(reply.content).properties["num-examples"]
+
+    first = count(20, 501)
+    assert count(40, 501) == first  # one run, whatever becomes of the file
+    assert count(40, 502) == 2 * first
+    assert count(20, 501) == first  # nothing is kept of two runs at once
+
+
 BAD_FILES = {
     "d.csv": [
         f"{SECRET},1 Example Road\nordered soup,food\n",

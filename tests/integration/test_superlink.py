@@ -32,6 +32,15 @@ def test_supernodes_run_the_app_and_nothing_stays(tmp_path: Path) -> None:
     assert not link.home.exists()
 
 
+def test_a_run_is_stopped(tmp_path: Path) -> None:
+    with SuperLink() as link:
+        run_id = link.run(TINY, {"rounds": 1, "output": str(tmp_path)})  # waits for two nodes
+        link.stop(run_id)
+        assert link.status(run_id).status == "finished:stopped"
+        with pytest.raises(SuperLinkError, match="flwr stop failed"):
+            link.stop(run_id)
+
+
 def test_a_superlink_that_cannot_start_says_why_and_cleans_up() -> None:
     link = SuperLink(simulation=True)
     link.address = "192.0.2.1:9"  # of no machine

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from strategies import FedLoRA, transport
+from strategies import FedLoRA, census, transport
 from strategies.census import BATCH, MOST_AGAIN
 from strategies.counts import Counts
 from strategies.guard import Guard, believed_counts
-from strategies.messages import to_record
+from strategies.messages import COUNT_KEY, to_record
 from strategies.ranks import AutoRank, UniformRank
 from strategies.sampling import FractionSampling
 from strategies.transport import WINDOW, exchange
@@ -91,6 +91,26 @@ def test_a_census_is_one_query_a_node_in_batches(nodes, naps):
     assert len(strategy.roster.clients) == nodes
     assert max(grid.pulls) <= BATCH
     assert not naps  # everything was there
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_over_a_network_new_nodes_are_asked_once_more_for_nothing(monkeypatch, counts):
+    asked = []
+
+    class Listening(Counting):
+        def handle(self, message):
+            if message.metadata.message_type == "query":
+                (config,) = message.content.config_records.values()
+                asked.append((message.metadata.dst_node_id, COUNT_KEY in config))
+            return super().handle(message)
+
+    monkeypatch.setattr(census, "PromptGrid", Listening)
+    options = {"ranks": UniformRank(RANK), "sampling": "weighted" if counts else "fraction"}
+    queries, strategy = run(Listening(range(1, 4)), 2, **options)
+    assert queries == [6, 0]
+    assert sorted(asked[:3]) == [(node, counts) for node in (1, 2, 3)]
+    assert sorted(asked[3:]) == [(node, False) for node in (1, 2, 3)]
+    assert len(strategy.census.trips) == 3
 
 
 def test_of_thousands_that_never_answer_a_few_are_asked_again():
