@@ -41,11 +41,14 @@ class Pace:
         all that came with it; counts until there is a transfer. (default: 0)
     steps : float
         Local steps it did last; 1 if it never said, then a step is a whole round.
+    started : bool
+        Whether a step is of a client that only started with it. (default: False)
     """
 
     step_seconds: float
     byte_seconds: float = 0.0
     steps: float = 1.0
+    started: bool = False
 
 
 class MeasuredClock(Clock):
@@ -58,7 +61,8 @@ class MeasuredClock(Clock):
     that belongs to it. Where the client did not report any time all of it is compute. The round
     lasts as long as the slowest answer.
 
-    Per client the seconds of a step are smoothed exponentially, and newer transfers weigh more.
+    Per client the seconds of a step are smoothed exponentially, and newer transfers weigh more. Its
+    first reply, for which it read model and rows, counts with what training took until the next.
     Clients not heard of count as the mean of the others. Nobody is called late: a deadline is the
     strategy's own timeout, and its ``answered=False`` is not learned from.
 
@@ -323,12 +327,15 @@ class MeasuredClock(Clock):
         return compute, byte * np.array([work.upload_bytes for work in works], dtype=np.float64)
 
     def _learn(self, work: Work, compute: float) -> None:
-        old = self._paces.get(work.client, Pace(0.0))
-        steps = reported(work.steps) or old.steps
+        old = self._paces.get(work.client)
+        if old is None:  # it read model and rows, once: the next reply replaces this one
+            compute = min(compute, reported(work.train_seconds) or compute)
+        steps = reported(work.steps) or (old.steps if old else 1.0)
         step = compute / (steps * (1 + self.rank_share * work.rank))
-        if work.client in self._paces:
+        if old is not None and not old.started:
             step = old.step_seconds + self.smoothing * (step - old.step_seconds)
-        self._paces[work.client] = Pace(step, old.byte_seconds, steps)
+        bytes_known = old.byte_seconds if old else 0.0
+        self._paces[work.client] = Pace(step, bytes_known, steps, old is None)
 
     def _known(self, clients: Sequence[int], fit: Fit) -> Array:
         """Return step seconds, byte seconds and steps, one row a client.

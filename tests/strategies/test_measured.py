@@ -60,6 +60,21 @@ def test_estimates_are_smoothed_and_unknown_clients_are_as_the_mean():
     assert found == pytest.approx([total[i] + time.fixed_seconds for i in range(4)])
 
 
+def test_what_a_client_read_before_its_first_reply_is_not_expected_again():
+    clock = MeasuredClock(smoothing=0.25)
+    works = [Work(0, 4, 500, steps=10)]
+    for held, expected in [
+        (14.0, 4.0),  # ten seconds of them model and rows: only the training counts
+        (5.0, 5.0),  # what holds a reply each time does, from the second on
+        (9.0, 6.0),  # and is smoothed after it
+    ]:
+        clock.finish([replace(done(0, 4.0, held + 1, steps=10), held_seconds=held)], 1)
+        assert clock.forecast(works, 2).compute_seconds[0] == pytest.approx(expected)
+        resumed = MeasuredClock(smoothing=0.25)
+        resumed.load_state_dict(json.loads(json.dumps(clock.state_dict())))
+        clock = resumed
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_plan_lies_between_what_the_intervals_say(shared):
     clock, rng = MeasuredClock(shared_band=shared), np.random.default_rng(3)
