@@ -42,6 +42,9 @@ def read(folder: Path) -> Run:
         rows = [{k: float(v) if v else None for k, v in row.items()} for row in table]
     rounds = of_kind(read_records(folder / "metrics.jsonl"), "round")
     found = {r["round"]: r["server_accuracy"] for r in rounds if "server_accuracy" in r}
+    fixed = median(row["fixed"] for row in rows)  # as far as each round knew
+    for row in rows:
+        row["with_fixed"] = None if row["by_links"] is None else row["by_links"] + fixed
     return Run(profile, arm, int(seed), rows, found)
 
 
@@ -51,7 +54,7 @@ def total(rows: list[Row], name: str) -> float:
 
 HEAD = (
     "links", "arm", "seeds", "rounds", "real seconds", "of uniform's", "real / expected",
-    "within 20 %", "real / simulated", "cores busy",
+    "within 20 %", "real / simulated", "with what is fixed", "cores busy",
 )  # fmt: skip
 
 
@@ -71,18 +74,25 @@ def table(runs: list[Run], target: float) -> None:
         seconds = {run.seed: total(rows, "seconds") for run, rows in zip(those, parts, strict=True)}
         of = [f"{seconds[s] / uniform[profile, s]:.2f}" for s in seconds if (profile, s) in uniform]
         expected = total(said, "seconds") / total(said, "expected") if said else float("nan")
-        simulated = total(every, "seconds") / total(every, "by_links")
+        simulated, with_fixed = (
+            total(every, "seconds") / total(every, name) for name in ("by_links", "with_fixed")
+        )
         busy = mean(row["busy"] for row in every if row["busy"] is not None)
         cells = [profile, arm, ", ".join(map(str, seconds)), ", ".join(str(len(p)) for p in parts)]
         cells += [", ".join(f"{s:.0f}" for s in seconds.values()), ", ".join(of)]
         cells += [f"{expected:.2f}", f"{sum(near)} of {len(near)}", f"{simulated:.2f}"]
+        cells += [f"{with_fixed:.2f}"]
         print(f"| {' | '.join([*cells, f'{busy:.0%}'])} |")
 
 
 def picture(runs: list[Run], path: Path) -> None:
     """Draw every round: real seconds over those expected before it, and over simulated ones."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.4), sharey=True, layout="constrained")
-    sides = {"expected": "expected before the round", "by_links": "simulated, links and computing"}
+    sides = {
+        "expected": "expected before the round",
+        "by_links": "simulated, links and computing",
+        "with_fixed": "simulated, and what is fixed",
+    }
+    figure, axes = plt.subplots(1, len(sides), figsize=(13, 4.4), sharey=True, layout="constrained")
     highest = max(row["seconds"] for run in runs for row in run.rows) * 1.05
     for axis, (name, title) in zip(axes, sides.items(), strict=True):
         for number, arm in enumerate(dict.fromkeys(run.arm for run in runs)):
@@ -105,8 +115,9 @@ def main() -> None:
     runs = [read(file.parent) for file in sorted(folder.glob("*/testbed.csv"))]
     table(runs, target)
     rows = [row for run in runs for row in run.rows if row["by_links"]]
-    print(f"\nreal minus simulated, all {len(rows)} rounds: median "
-          f"{median(row['seconds'] - row['by_links'] for row in rows):.1f} s")  # fmt: skip
+    for name, text in (("by_links", "simulated"), ("with_fixed", "that and what is fixed")):
+        print(f"\nreal minus {text}, all {len(rows)} rounds: median "
+              f"{median(row['seconds'] - row[name] for row in rows):.1f} s")  # fmt: skip
     picture(runs, folder / "real-seconds.png")
 
 

@@ -13,7 +13,7 @@ from flwr.common import log
 
 from strategies.clients import Client
 from strategies.records import PilotsRecord, PlanRecord
-from strategies.sampling.base import Array, Estimator, Outlook, Restart, register
+from strategies.sampling.base import Estimator, Outlook, Restart, register
 from strategies.sampling.independent import BernoulliSampling
 from strategies.sampling.pilots import Pilots
 from strategies.sampling.plans import Basis, Draw, plan_of, plan_record, plan_state, seconds_between
@@ -58,7 +58,8 @@ class PlannedSampling(BernoulliSampling):
     `estimate_convergence` is planned with. If they have no loss in common, or none was
     reported, sampling stays uniform, with the larger of the pilots' probabilities. If the target
     is out of reach even with everybody, everybody joins until the next plan is due; where the
-    clock has yet to measure, for a round. Each is logged as a warning and said in ``record``.
+    clock has yet to measure, for a round, with sketches of a quarter if the rule takes any: the
+    slowest line decides what measuring costs. Each is logged as a warning and said in ``record``.
 
     Parameters
     ----------
@@ -278,6 +279,10 @@ class PlannedSampling(BernoulliSampling):
             log(WARNING, "round %s: no plan: %s", basis.server_round, reason)
             self._plan = None
             self._uniform(outlook, 1.0)
+            if not measured:
+                for client, rank in zip(basis.clients, basis.ranks, strict=True):
+                    of = self._options(rank, outlook.sketches)
+                    self._k[client] = min(of, key=lambda k, quarter=rank / 4: abs(k - quarter))
         else:
             self._plan = made
             self._q = dict(zip(basis.clients, made.q.tolist(), strict=True))
@@ -307,12 +312,7 @@ class PlannedSampling(BernoulliSampling):
         if not (outlook.sketches and outlook.sketches_cost):
             return np.ones_like
         full, cost = outlook.full_rank, self.sketch_cost
-
-        def factor(k: Array) -> Array:
-            factors: Array = (full / np.asarray(k, np.float64)) ** cost
-            return factors
-
-        return factor
+        return lambda k: (full / np.asarray(k, np.float64)) ** cost
 
     def _options(self, rank: int, sketches: bool) -> list[int]:
         """Return the ranks that a client may be sent instead of the one it was given."""

@@ -496,6 +496,28 @@ def test_a_clock_that_has_measured_nothing_is_asked_again():
     assert world.play(sampler, [3])[0]["told"] == []
 
 
+@pytest.mark.parametrize(("sketches", "asked"), [(True, [4, 1, 2, 1]), (False, [16, 3, 8, 4])])
+def test_a_round_that_only_measures_takes_a_quarter(sketches, asked):
+    world = World(4, sketches=sketches)
+    known, world.clock, world.given = world.clock, MeasuredClock(), [16, 3, 8, 4]
+    sampler = PlannedSampling(alpha=3.0, beta=2.0)
+    world.play(sampler, [1])
+    clients = [Client(100 + i, i) for i in range(4)]
+    assert sampler.ranks(clients, world.given) == asked
+    world.clock = known  # from the first plan on it is the plan's own
+    assert world.play(sampler, [2])[0]["told"][0]["feasible"]
+    if not sketches:
+        assert sampler.ranks(clients, world.given) == world.given
+
+
+def test_a_target_out_of_reach_is_measured_in_whole():
+    world = World(sketches=True)
+    sampler = PlannedSampling(alpha=3.0, beta=0.01)
+    assert not world.play(sampler, [1])[0]["told"][0]["feasible"]
+    clients = [Client(100 + i, i) for i in range(20)]
+    assert sampler.ranks(clients, world.given) == world.given
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_plan_says_how_sure_the_clock_is():
     world = World()

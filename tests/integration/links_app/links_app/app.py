@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from strategies import FedLoRA
-from strategies.client import register_identity, timed
+from strategies.client import bundled, register_identity, timed
 from strategies.messages import to_record
 from strategies.ranks import RankPolicy
 from strategies.wallclock import HTBAllocator, MeasuredClock
@@ -25,7 +25,7 @@ RANK_BYTES = 2 * WIDTH * MODULES * 4
 SHARES = (0.15, 0.3, 0.5, 0.75, 1.0)  # of the longest transfer
 
 server = ServerApp()
-client = ClientApp(mods=[timed])
+client = ClientApp(mods=[bundled, timed])
 register_identity(client)
 
 
