@@ -41,9 +41,11 @@ def read(folder: Path) -> Run:
         table = csv.DictReader(file)
         rows = [{k: float(v) if v else None for k, v in row.items()} for row in table]
     rounds = of_kind(read_records(folder / "metrics.jsonl"), "round")
+    whole = {r["round"]: r["train_seconds"] for r in rounds}
     found = {r["round"]: r["server_accuracy"] for r in rounds if "server_accuracy" in r}
     fixed = median(row["fixed"] for row in rows)  # as far as each round knew
     for row in rows:
+        row["seconds"] = whole[row["round"]]  # with sending, which once was not in the table
         row["with_fixed"] = None if row["by_links"] is None else row["by_links"] + fixed
     return Run(profile, arm, int(seed), rows, found)
 

@@ -81,7 +81,7 @@ class Rounds:
             slowest = next((c for c in there if c["client"] == r["bottleneck"]), {})
             busy = self.busy[i + 1] if i + 1 < len(self.busy) else None  # the first is round 0
             links = self.links[i + 1] if i + 1 < len(self.links) else self.network.links
-            values = [r["round"], r["clock_seconds"], r.get("expected_seconds")]
+            values = [r["round"], r["train_seconds"], r.get("expected_seconds")]
             values += [self._by(links, there)]
             values += [slowest.get(f"{part}_seconds") for part in ("compute", "fixed", "upload")]
             found.append(dict(zip(COLUMNS, [*values, busy], strict=True)))
