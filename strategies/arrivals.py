@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -80,19 +80,15 @@ class PromptGrid(Grid):
         self._able: set[int] = set()  # nodes that read bundles
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages, one after the other; return their ids, None where one was not taken.
+        """Send messages; return their ids.
 
-        Together the first would be answered while the last is on its way, and seem too fast.
+        All count as sent when the first is: a node may have its own, and even answer, long before
+        Flower's grid is through with the others, and the round waits for that as well.
         """
         now = time.monotonic()
+        ids = list(self.grid.push_messages([self._going(message) for message in messages]))
         self._sent = {i: sent for i, sent in self._sent.items() if now - sent < GIVEN_UP}
-        ids: list[Any] = []
-        for message in messages:
-            ids += list(self.grid.push_messages([self._going(message)])) or [None]  # too large
-            if ids[-1]:
-                self._sent[str(ids[-1])] = time.monotonic()
-            if time.monotonic() - self._asked > MOST / 2:
-                self._look_meanwhile()
+        self._sent.update({str(i): now for i in ids if i})
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -101,7 +97,15 @@ class PromptGrid(Grid):
         It is noted when others came, but their arrays stay where they are.
         """
         wanted = list(message_ids)
-        self._look(wanted)
+        now = time.monotonic()
+        before, self._asked = self._asked, now
+        others = (i for i in self._sent if i not in wanted)
+        ids = [i for i in (*wanted, *islice(others, BATCH)) if i not in self._coming]
+        for reply in announced(self.grid, ids) if ids else []:
+            looked = max(min(before, now - MOST), self._sent.get(reply.reply_to, -math.inf))
+            self._coming[reply.reply_to] = _Coming(reply, now, looked)
+        for message_id, coming in self._coming.items():
+            coming.look(self.grid, now, self._sent.get(message_id, now))
         found: list[Message] = []
         for message_id in wanted:
             there = self._coming.get(message_id)
@@ -118,25 +122,6 @@ class PromptGrid(Grid):
             self._done(message_id, there.came)
             found += replies
         return found
-
-    def _look(self, wanted: Sequence[str]) -> None:
-        """Look what is there by now of some replies, and of others."""
-        now = time.monotonic()
-        before, self._asked = self._asked, now
-        others = (i for i in self._sent if i not in wanted)
-        ids = [i for i in (*wanted, *islice(others, BATCH)) if i not in self._coming]
-        for reply in announced(self.grid, ids) if ids else []:
-            self._coming[reply.reply_to] = _Coming(reply, now, min(before, now - MOST))
-        for message_id, coming in self._coming.items():
-            coming.look(self.grid, now, self._sent.get(message_id, now))
-
-    def _look_meanwhile(self) -> None:
-        """Look between two messages that are sent; what cannot be read is told when it is pulled."""
-        try:
-            self._look(())
-        except Exception as error:  # whatever the bytes of a client make Flower's decoder raise
-            if is_transport_error(error):
-                raise
 
     def seconds(self, message_id: str) -> float | None:
         """Return the time from sending a message to its reply; None if nobody looked for a while.

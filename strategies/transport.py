@@ -18,9 +18,13 @@ from strategies.arrivals import PromptGrid
 from strategies.durations import duration
 from strategies.flower import is_transport_error
 from strategies.listing import listed
+from strategies.messages import record_bytes
 
 # Replies past this many unanswered messages stay on the SuperLink, not in this process.
 WINDOW = 32
+# Over a network so many bytes of arrays are sent together: of messages that go one after the other
+# the first are answered before the last is sent, and nobody looks at replies meanwhile.
+TOGETHER = 2**25
 # Seconds between two looks at a message, above which nobody knows when its reply came.
 BLUR = 0.5
 # Seconds to the next look after one by which somebody's turn came; it grows to ``poll_seconds``.
@@ -163,7 +167,7 @@ def exchange(
     window : int (default: 32)
     batch : int (default: 1)
         So many messages are handed to the grid together. One: those with arrays need not all be in
-        memory at once.
+        memory at once; over a network up to ``TOGETHER`` bytes of them are.
     poll_seconds : float (default: 0.1)
         The longest pause after a look at the SuperLink by which nobody's turn came.
     """
@@ -180,8 +184,8 @@ def exchange(
             sent[message_id] = looked[message_id] = time.monotonic()
             until.sent(message_id, message)
 
-    rest = iter(messages)
-    while some := list(islice(rest, batch)):
+    network = isinstance(grid, PromptGrid)
+    for some in _portions(messages, max(batch, WINDOW) if network else batch):
         send(some)
     own = frozenset(asked) if until.in_order else frozenset()  # those whose turn is waited for
     before = until.older()
@@ -253,6 +257,21 @@ def exchange(
     until.kept = ready
     if meanwhile is not None:  # nobody was there to be asked
         meanwhile.finish()
+
+
+def _portions(messages: Iterable[Message], most: int) -> Iterator[list[Message]]:
+    """Return messages in portions of at most so many, and about ``TOGETHER`` bytes."""
+    some: list[Message] = []
+    nbytes = 0
+    for message in messages:
+        some.append(message)
+        if message.has_content():
+            nbytes += sum(map(record_bytes, message.content.array_records.values()))
+        if len(some) >= most or nbytes >= TOGETHER:
+            yield some
+            some, nbytes = [], 0
+    if some:
+        yield some
 
 
 def _next(ids: deque[str], count: int) -> list[str]:

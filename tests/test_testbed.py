@@ -89,8 +89,8 @@ def test_rounds_beside_what_was_expected(tmp_path, capsys):
         {"kind": "round", "round": 0, "clock_seconds": 0.0},
         {"kind": "client", "round": 1, "client": 2, "compute_seconds": 1.0, "fixed_seconds": 0.5,
          "upload_seconds": 3.0, "status": "ok", "node": "9", "bytes_up": 1_000_000},
-        {"kind": "round", "round": 1, "clock_seconds": 4.0, "train_seconds": 4.5, "expected_seconds": 4.25,
-         "bottleneck": 2},
+        {"kind": "round", "round": 1, "clock_seconds": 4.0, "train_seconds": 4.5,
+         "expected_seconds": 4.25, "bottleneck": 2},
     ]  # fmt: skip
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"kind"')
     with Rounds(
