@@ -77,18 +77,21 @@ class PromptGrid(Grid):
         self._coming: dict[str, _Coming] = {}
         self._seconds: dict[str, float | None] = {}
         self._asked = 0.0
+        self._through = 0.0  # with sending
         self._able: set[int] = set()  # nodes that read bundles
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; return their ids.
 
         All count as sent when the first is: a node may have its own, and even answer, long before
-        Flower's grid is through with the others, and the round waits for that as well.
+        Flower's grid is through with the others. A reply that is there by then has come then, as
+        far as the round goes.
         """
         now = time.monotonic()
         ids = list(self.grid.push_messages([self._going(message) for message in messages]))
         self._sent = {i: sent for i, sent in self._sent.items() if now - sent < GIVEN_UP}
         self._sent.update({str(i): now for i in ids if i})
+        self._through = time.monotonic()
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -102,7 +105,7 @@ class PromptGrid(Grid):
         others = (i for i in self._sent if i not in wanted)
         ids = [i for i in (*wanted, *islice(others, BATCH)) if i not in self._coming]
         for reply in announced(self.grid, ids) if ids else []:
-            looked = max(min(before, now - MOST), self._sent.get(reply.reply_to, -math.inf))
+            looked = max(min(before, now - MOST), self._through)
             self._coming[reply.reply_to] = _Coming(reply, now, looked)
         for message_id, coming in self._coming.items():
             coming.look(self.grid, now, self._sent.get(message_id, now))
