@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -31,8 +32,9 @@ from strategies.flower import (
 
 # Seconds between two looks at a reply that is on its way, and as a share of the time it took.
 SOON, SHARE, MOST = 0.05, 0.05, 1.0
-# A look that is so much of the whole time later than the one before leaves the time unknown.
-BLUR = 0.1
+# A reply found by a look that is so much of the whole time after the one before is taken to have
+# come halfway between the two; above the second share its time is unknown.
+BLUR, BLIND = 0.1, 0.5
 # So many messages are asked after at once.
 BATCH = 256
 # Seconds after which a message is no longer asked after unless somebody wants its reply.
@@ -54,9 +56,11 @@ class _Coming:
 
     def look(self, grid: Grid, now: float, sent: float) -> None:
         if self.came is None and self.due(now):
-            blurred = now - self.looked > max(2 * MOST, BLUR * (now - sent))
+            gap, whole = now - self.looked, now - sent
             if is_there(grid, self.reply):
-                self.came = math.nan if blurred else time.monotonic()
+                self.came = time.monotonic()
+                if gap > max(2 * MOST, BLUR * whole):  # busy elsewhere, or a look takes long
+                    self.came = math.nan if gap > BLIND * whole else now - gap / 2
             self.looked = now
 
 
@@ -100,17 +104,12 @@ class PromptGrid(Grid):
         It is noted when others came, but their arrays stay where they are.
         """
         wanted = list(message_ids)
-        now = time.monotonic()
-        before, self._asked = self._asked, now
-        others = (i for i in self._sent if i not in wanted)
-        ids = [i for i in (*wanted, *islice(others, BATCH)) if i not in self._coming]
-        for reply in announced(self.grid, ids) if ids else []:
-            looked = max(min(before, now - MOST), self._through)
-            self._coming[reply.reply_to] = _Coming(reply, now, looked)
-        for message_id, coming in self._coming.items():
-            coming.look(self.grid, now, self._sent.get(message_id, now))
+        self._look(wanted)
         found: list[Message] = []
         for message_id in wanted:
+            if time.monotonic() - self._asked > MOST:  # others come while these are fetched
+                with suppress(Exception):  # the next pull meets it again, with nothing to lose
+                    self._look([i for i in wanted if i in self._sent])
             there = self._coming.get(message_id)
             if there is None or there.came is None:
                 continue
@@ -125,6 +124,18 @@ class PromptGrid(Grid):
             self._done(message_id, there.came)
             found += replies
         return found
+
+    def _look(self, wanted: Sequence[str]) -> None:
+        """Look which replies are there, wanted ones and others."""
+        now = time.monotonic()
+        before, self._asked = self._asked, now
+        others = (i for i in self._sent if i not in wanted)
+        ids = [i for i in (*wanted, *islice(others, BATCH)) if i not in self._coming]
+        for reply in announced(self.grid, ids) if ids else []:
+            looked = max(min(before, now - MOST), self._through)
+            self._coming[reply.reply_to] = _Coming(reply, now, looked)
+        for message_id, coming in self._coming.items():
+            coming.look(self.grid, now, self._sent.get(message_id, now))
 
     def seconds(self, message_id: str) -> float | None:
         """Return the time from sending a message to its reply; None if nobody looked for a while.

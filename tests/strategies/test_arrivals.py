@@ -49,6 +49,8 @@ class SuperLink:
         self.lags = {}  # by node, how long after all others the last bytes of arrays come
         self.sent = []  # node and number of objects of each message
         self.slow = 0.0  # seconds until all messages are sent, with all that is in them
+        self.told, self.twice = set(), set()  # whose replies were announced, and asked for again
+        self.pause = 0.002  # seconds until a question for an object is answered
 
     def PushMessages(self, request):  # noqa: N802
         ids = []
@@ -92,8 +94,10 @@ class SuperLink:
 
     def PullMessages(self, request):  # noqa: N802
         self.requests += 1
+        self.twice |= self.told & set(request.message_ids)
         there = [i for i in request.message_ids if self.replies.get(i, (1e9,))[0] <= self.time.now]
         found = [self.replies.pop(i) for i in there]
+        self.told.update(there)
         return PullAppMessagesResponse(
             messages_list=[proto for _, proto, _ in found],
             message_object_trees=[tree for _, _, tree in found],
@@ -101,7 +105,7 @@ class SuperLink:
 
     def PullObject(self, request):  # noqa: N802
         self.requests += 1
-        self.time.now += 0.002
+        self.time.now += self.pause
         when, content = self.parts[request.object_id]
         there = when <= self.time.now
         return PullObjectResponse(
@@ -169,6 +173,23 @@ def test_who_answers_while_others_are_sent_theirs_has_answered_then(time, slow):
     time.sleep(30)
     assert list(grid.pull_messages([sent]))
     assert grid.seconds(sent) is None
+
+
+def test_where_looking_takes_long_times_are_known_to_half_a_look(time):
+    ways = {node: (9.0 + node, 0.2) for node in range(1, 13)}
+    link, grid, messages = make(time, ways)
+    link.pause = 0.3  # of twelve that come at once: a few seconds from look to look
+    took = {}
+
+    def arrived(reply, seconds):
+        took[reply.metadata.src_node_id] = seconds
+
+    list(exchange(grid, messages, 120, on_arrival=arrived))
+    assert len(took) == 12
+    assert None not in took.values()
+    assert not link.twice
+    for node, (head, pace) in ways.items():
+        assert took[node] == pytest.approx(head + 7 * pace, rel=0.35)
 
 
 @pytest.mark.parametrize("one", [False, True])
