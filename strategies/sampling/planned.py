@@ -282,7 +282,7 @@ class PlannedSampling(BernoulliSampling):
             if not measured:
                 for client, rank in zip(basis.clients, basis.ranks, strict=True):
                     of = self._options(rank, outlook.sketches)
-                    self._k[client] = min(of, key=lambda k, quarter=rank / 4: abs(k - quarter))
+                    self._k[client] = min(of, key=lambda k: abs(4 * k - rank))
         else:
             self._plan = made
             self._q = dict(zip(basis.clients, made.q.tolist(), strict=True))
