@@ -77,11 +77,10 @@ class PromptGrid(Grid):
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self._sent: dict[str, float] = {}
+        self._sent: dict[str, tuple[float, float]] = {}  # when sending began, and was over
         self._coming: dict[str, _Coming] = {}
         self._seconds: dict[str, float | None] = {}
         self._asked = 0.0
-        self._through = 0.0  # with sending
         self._able: set[int] = set()  # nodes that read bundles
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -93,9 +92,8 @@ class PromptGrid(Grid):
         """
         now = time.monotonic()
         ids = list(self.grid.push_messages([self._going(message) for message in messages]))
-        self._sent = {i: sent for i, sent in self._sent.items() if now - sent < GIVEN_UP}
-        self._sent.update({str(i): now for i in ids if i})
-        self._through = time.monotonic()
+        self._sent = {i: sent for i, sent in self._sent.items() if now - sent[0] < GIVEN_UP}
+        self._sent.update(dict.fromkeys((str(i) for i in ids if i), (now, time.monotonic())))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -132,10 +130,11 @@ class PromptGrid(Grid):
         others = (i for i in self._sent if i not in wanted)
         ids = [i for i in (*wanted, *islice(others, BATCH)) if i not in self._coming]
         for reply in announced(self.grid, ids) if ids else []:
-            looked = max(min(before, now - MOST), self._through)
-            self._coming[reply.reply_to] = _Coming(reply, now, looked)
+            _, over = self._sent.get(reply.reply_to, (0.0, 0.0))
+            self._coming[reply.reply_to] = _Coming(reply, now, max(min(before, now - MOST), over))
         for message_id, coming in self._coming.items():
-            coming.look(self.grid, now, self._sent.get(message_id, now))
+            sent, _ = self._sent.get(message_id, (now, now))
+            coming.look(self.grid, now, sent)
 
     def seconds(self, message_id: str) -> float | None:
         """Return the time from sending a message to its reply; None if nobody looked for a while.
@@ -160,7 +159,7 @@ class PromptGrid(Grid):
 
     def _done(self, message_id: str, came: float) -> None:
         del self._coming[message_id]
-        sent = self._sent.pop(message_id, math.nan)
+        sent, _ = self._sent.pop(message_id, (math.nan, math.nan))
         self._seconds[message_id] = None if math.isnan(came - sent) else came - sent
 
     def set_run(self, run: Any) -> None:

@@ -171,6 +171,7 @@ def test_who_answers_while_others_are_sent_theirs_has_answered_then(time, slow):
     grid.push_messages([Message(RecordDict(), 1, "train")])  # but who was not looked at
     (sent,) = grid._sent
     time.sleep(30)
+    grid.push_messages([Message(RecordDict(), 2, "train")])
     assert list(grid.pull_messages([sent]))
     assert grid.seconds(sent) is None
 
