@@ -43,7 +43,7 @@ def read(folder: Path) -> Run:
     rounds = of_kind(read_records(folder / "metrics.jsonl"), "round")
     whole = {r["round"]: r["train_seconds"] for r in rounds}
     found = {r["round"]: r["server_accuracy"] for r in rounds if "server_accuracy" in r}
-    fixed = median(row["fixed"] for row in rows)  # as far as each round knew
+    fixed = median(row["fixed"] for row in rows if row["fixed"] is not None)
     for row in rows:
         row["seconds"] = whole[row["round"]]  # with sending, which once was not in the table
         row["with_fixed"] = None if row["by_links"] is None else row["by_links"] + fixed
