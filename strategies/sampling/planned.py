@@ -202,8 +202,7 @@ class PlannedSampling(BernoulliSampling):
 
     def _guess(self, outlook: Outlook) -> float:
         """Return the β to begin with: 1, or twice the least that everybody reaches."""
-        options = (np.array(self._options(rank, outlook.sketches)) for rank in outlook.ranks)
-        phi = [float(self._phi(outlook)(ranks).min()) for ranks in options]
+        phi = [float(self._phi(outlook)(np.array(ks)).min()) for ks in self._options(outlook)]
         return max(1.0, 2 * float((outlook.weights**2 * phi).sum()))
 
     def ways(self, outlook: Outlook, **options: Any) -> Choice:
@@ -280,9 +279,9 @@ class PlannedSampling(BernoulliSampling):
             self._plan = None
             self._uniform(outlook, 1.0)
             if not measured:
-                for client, rank in zip(basis.clients, basis.ranks, strict=True):
-                    of = self._options(rank, outlook.sketches)
-                    self._k[client] = min(of, key=lambda k: abs(4 * k - rank))
+                options = zip(basis.clients, basis.ranks, self._options(outlook), strict=True)
+                for client, rank, ks in options:
+                    self._k[client] = min(ks, key=lambda k: abs(4 * k - rank))
         else:
             self._plan = made
             self._q = dict(zip(basis.clients, made.q.tolist(), strict=True))
@@ -298,9 +297,8 @@ class PlannedSampling(BernoulliSampling):
 
     def _profiles(self, outlook: Outlook) -> ClientProfiles:
         basis = Basis.of(outlook)
-        options = [self._options(rank, outlook.sketches) for rank in basis.ranks]
         return outlook.clock.profiles(
-            basis.clients, basis.weights, options,
+            basis.clients, basis.weights, self._options(outlook),
             outlook.upload_bytes, outlook.full_rank, basis.server_round,
         )  # fmt: skip
 
@@ -314,13 +312,14 @@ class PlannedSampling(BernoulliSampling):
         full, cost = outlook.full_rank, self.sketch_cost
         return lambda k: (full / np.asarray(k, np.float64)) ** cost
 
-    def _options(self, rank: int, sketches: bool) -> list[int]:
-        """Return the ranks that a client may be sent instead of the one it was given."""
-        if not sketches:
-            return [rank]
+    def _options(self, outlook: Outlook) -> list[list[int]]:
+        """Return the ranks that each client may be sent instead of the one it was given."""
+        ranks = map(int, outlook.ranks)
+        if not outlook.sketches:
+            return [[rank] for rank in ranks]
         if self.candidates is None:
-            return sorted({rank, *(2**i for i in range(rank.bit_length()))})
-        return [k for k in self.candidates if k <= rank] or [rank]
+            return [sorted({r, *(2**i for i in range(r.bit_length()))}) for r in ranks]
+        return [[k for k in self.candidates if k <= rank] or [rank] for rank in ranks]
 
     # ----- what the strategy asks and says ---------------------------------------------------
 

@@ -327,15 +327,14 @@ class MeasuredClock(Clock):
         return compute, byte * np.array([work.upload_bytes for work in works], dtype=np.float64)
 
     def _learn(self, work: Work, compute: float) -> None:
-        old = self._paces.get(work.client)
-        if old is None:  # it read model and rows, once: the next reply replaces this one
+        known, old = work.client in self._paces, self._paces.get(work.client, Pace(0.0))
+        if not known:  # it read model and rows, once: the next reply replaces this one
             compute = min(compute, reported(work.train_seconds) or compute)
-        steps = reported(work.steps) or (old.steps if old else 1.0)
+        steps = reported(work.steps) or old.steps
         step = compute / (steps * (1 + self.rank_share * work.rank))
-        if old is not None and not old.started:
+        if known and not old.started:
             step = old.step_seconds + self.smoothing * (step - old.step_seconds)
-        bytes_known = old.byte_seconds if old else 0.0
-        self._paces[work.client] = Pace(step, bytes_known, steps, old is None)
+        self._paces[work.client] = Pace(step, old.byte_seconds, steps, started=not known)
 
     def _known(self, clients: Sequence[int], fit: Fit) -> Array:
         """Return step seconds, byte seconds and steps, one row a client.
