@@ -35,7 +35,7 @@ PARTS = {
     "supernode_loop": Part(
         "flwr.supernode.start_client_internal",
         None,
-        "its `time` and `_push_messages` are replaced: pauses, and waits without an end",
+        "its `time`, `pull_objects` and `_push_messages` are replaced: pauses, waits without end",
     ),
     "supernode_connection": Part(
         "flwr.supernode.fleet_http_connection",
@@ -60,7 +60,7 @@ PARTS = {
         "flwr.supernode.runtime.run_clientapp",
         None,
         "its `flwr_exit`, `push_message` and `start_parent_process_monitor` are replaced: "
-        "it comes back",
+        "it comes back; and its `pull_and_inflate_object_from_tree`: pauses",
     ),
     "exit_handlers": Part(
         "flwr.supercore.exit.exit_handler",

@@ -48,7 +48,7 @@ Nothing of the app itself: every message brings the version of it that it wants.
 """
 
 POLL = 1.0
-"""Seconds between two looks at the SuperLink for a message (Flower: 3)."""
+"""Seconds between two looks at the SuperLink for a message (Flower: 3), or a part (1 to 10)."""
 
 KEEP = 600.0
 """Seconds for which a client stays for the next message of its app."""
@@ -75,8 +75,9 @@ def become(
     preload : sequence of str
         What to import once (default: ``PRELOAD``).
     poll : float
-        Seconds between two looks at the SuperLink for a message (default: 1). The executor
-        looks for work four times as often, at least once a second.
+        Seconds between two looks at the SuperLink for a message, or for a part of one that is not
+        sent yet (default: 1). The executor, and a client for its message, look four times as
+        often, at least once a second.
     patience : float
         Seconds a message may be here without a live client or a reply before this SuperNode
         ends with 1 (default: 180).

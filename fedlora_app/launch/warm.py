@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import IO, Any
 
 from fedlora_app.flower import part
@@ -44,7 +45,7 @@ def run_executor(
         die_with(executor)
         os.close(writer)
         with os.fdopen(reader, "rb", buffering=0) as orders:
-            serve(orders, preload, keep)
+            serve(orders, preload, keep, poll)
         return
     os.close(reader)
     os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = str(poll)
@@ -132,7 +133,7 @@ class _Resident:
         return bool(said)
 
 
-def serve(orders: IO[bytes], preload: Sequence[str], keep: float = 0.0) -> None:
+def serve(orders: IO[bytes], preload: Sequence[str], keep: float = 0.0, poll: float = 0.25) -> None:
     """Import ``preload``, then become a ClientApp, in a copy, for every line of ``orders``.
 
     It ends with ``orders``, that is with the process that writes them.
@@ -147,6 +148,8 @@ def serve(orders: IO[bytes], preload: Sequence[str], keep: float = 0.0) -> None:
         Seconds for which a client that has answered stays for the next message of its app, with
         the model and the rows that the app has loaded. One stays at most: a message that comes
         while it is busy gets a copy that ends; so does one that fails. 0: none stays.
+    poll : float (default: 0.25)
+        Seconds between two looks of a client for the parts of its message (Flower: 1 to 10).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: who writes the orders answers it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the copies
@@ -188,15 +191,16 @@ def serve(orders: IO[bytes], preload: Sequence[str], keep: float = 0.0) -> None:
             for other in (ours, resident and resident.link):
                 if other:
                     other.close()
-            _become_client(words, theirs)
+            _become_client(words, theirs, poll)
             return
         if ours and theirs:
             theirs.close()
             resident = _Resident(app, ours)
 
 
-def _become_client(words: list[str], link: socket.socket | None) -> None:
+def _become_client(words: list[str], link: socket.socket | None, poll: float) -> None:
     """Run ``flwr-clientapp``; again for each order that comes through ``link``."""
+    _look_often(poll)
     if link is None:
         _answer(words)
         return
@@ -214,6 +218,18 @@ def _become_client(words: list[str], link: socket.socket | None) -> None:
             words = json.loads(order)[1] if order else []
             if words:
                 link.sendall(TAKEN)
+
+
+def _look_often(poll: float) -> None:
+    """Have Flower's client look for a part of its message every ``poll`` seconds.
+
+    It starts when the head is here; over a slow line the parts come long after. Flower's pauses
+    double, up to 10 s, so that what took 8 s to come would be noticed after 15.
+    """
+    module, name = vars(part("clientapp")), "pull_and_inflate_object_from_tree"
+    pauses = {"initial_backoff": poll, "backoff_cap": poll}
+    # One part after the other: all are here at once, and more lookers take more of the core.
+    module[name] = partial(module[name], max_concurrent_pulls=1, **pauses)
 
 
 def _answer(words: list[str]) -> None:

@@ -10,7 +10,12 @@ from email.utils import format_datetime
 from types import SimpleNamespace
 
 import pytest
+from flwr.app import ConfigRecord
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 
+from fedlora_app.flower import part
+from fedlora_app.launch.warm import _look_often
 from fedlora_app.launch.watch import Watch, refusal
 
 
@@ -72,6 +77,44 @@ def test_patience_ends_only_for_a_message_without_a_live_client(watch, capsys) -
         waits(watch, node, 11)
     assert ended.value.code == 1
     assert "for 10 s it has had a message" in capsys.readouterr().err
+
+
+class Late:
+    """The parts of a record, each of which is there at the eighth look."""
+
+    def __init__(self) -> None:
+        self.record = ConfigRecord({"a": 1})
+        self.contents = {i: o.deflate() for i, o in get_all_nested_objects(self.record).items()}
+        self.looks = 0
+
+    def pull(self, part: str) -> bytes:
+        self.looks += 1
+        if self.looks < 8:
+            raise ObjectUnavailableError(part)
+        return self.contents[part]
+
+
+def test_parts_of_a_message_are_looked_for_at_even_pauses(watch, monkeypatch) -> None:
+    """Flower's double: eight looks of its own take more than a minute."""
+    watch._poll, late = 0.01, Late()
+    loop, connection = vars(part("supernode_loop")), vars(part("supernode_connection"))
+    for module in (loop, connection):
+        for name in module.keys() & {"time", "pull_objects", "_push_messages", "HeartbeatSender",
+                                     "NodeAuthHttpInterceptor"}:  # fmt: skip
+            monkeypatch.setitem(module, name, module[name])
+    watch.install()
+    began = time.monotonic()
+    assert loop["pull_objects"](list(late.contents), late.pull) == late.contents
+
+    client, name = vars(part("clientapp")), "pull_and_inflate_object_from_tree"
+    monkeypatch.setitem(client, name, client[name])
+    _look_often(0.01)
+    late, had = Late(), []
+    found = client[name](get_object_tree(late.record), late.pull, had.append,
+                         return_type=ConfigRecord)  # fmt: skip
+    assert found == late.record
+    assert had == [late.record.object_id]
+    assert time.monotonic() - began < 3
 
 
 def test_the_first_reason_counts(watch, capsys) -> None:

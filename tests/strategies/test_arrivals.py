@@ -193,6 +193,29 @@ def test_where_looking_takes_long_times_are_known_to_half_a_look(time):
         assert took[node] == pytest.approx(head + 7 * pace, rel=0.35)
 
 
+def test_a_look_between_two_fetches_that_fails_costs_nobody_a_reply(time, monkeypatch):
+    link, grid, messages = make(time, {1: (0.5, 0.01), 2: (0.5, 0.01), 3: (9.0, 0.1)})
+    link.pause = 0.3
+    pull, look, looks, failed = grid.pull_messages, grid._look, [], []
+
+    def pulled(ids):
+        looks.clear()
+        return pull(ids)
+
+    def looked(ids):
+        looks.append(ids)
+        if len(looks) > 1:
+            failed.append(ids)
+            raise ConnectionError("the SuperLink is away")
+        look(ids)
+
+    monkeypatch.setattr(grid, "pull_messages", pulled)
+    monkeypatch.setattr(grid, "_look", looked)
+    replies = list(exchange(grid, messages, 60))
+    assert [reply.metadata.src_node_id for reply in replies] == [1, 2, 3]
+    assert failed
+
+
 @pytest.mark.parametrize("one", [False, True])
 def test_the_end_of_a_large_array_may_come_after_the_root(time, one):
     ways = {1: (0.1, 0.01), 2: (0.1, 0.01)}

@@ -62,9 +62,10 @@ def test_the_names_that_are_replaced_exist() -> None:
     """Replacing a name that Flower no longer uses would do nothing, in silence."""
     loop, connection = part("supernode_loop"), part("supernode_connection")
     for module, names in (
-        (loop, ("time", "_push_messages")),
+        (loop, ("time", "pull_objects", "_push_messages")),
         (connection, ("NodeAuthHttpInterceptor", "HeartbeatSender")),
         (part("superexec_loop"), ("get_executor",)),
+        (part("clientapp"), ("flwr_exit", "push_message", "pull_and_inflate_object_from_tree")),
     ):
         source = Path(module.__file__).read_text()
         for name in names:

@@ -18,6 +18,7 @@ from strategies import FedLoRA
 from strategies.client import bundled, register_identity, timed
 from strategies.messages import to_record
 from strategies.ranks import RankPolicy
+from strategies.sampling import FractionSampling
 from strategies.wallclock import HTBAllocator, MeasuredClock
 
 WIDTH, MODULES = 512, 8
@@ -83,6 +84,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         FedLoRA(
             ranks=policy,
+            sampling=FractionSampling(float(config["fraction"])),
             clock=clock,
             min_available_nodes=len(rates),
             evaluate_fraction=0.0,
