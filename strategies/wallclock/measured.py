@@ -24,6 +24,9 @@ _NOTHING = 1e-9
 _LEAST_BYTE_SECONDS = 1e-15
 MB = 1e6
 LEAST_SHARE = 0.1  # of an equal one
+# Transfers fade so much slower than a step's seconds: each is noise for a good part, and when a
+# link has changed, they notice.
+TRANSFERS = 1 / 3
 
 Array = NDArray[np.float64]
 
@@ -121,7 +124,7 @@ class MeasuredClock(Clock):
         self._network = True
         self._end: End | None = None  # of what is fitted: its value
         self._paces: dict[int, Pace] = {}
-        self._transfers = Transfers(smoothing)
+        self._transfers = Transfers(smoothing * TRANSFERS)
 
     def begin(
         self, works: Sequence[Work], server_round: int, *, network: bool, empty: Sequence[float]
@@ -256,7 +259,7 @@ class MeasuredClock(Clock):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned, also before it had transfers."""
         self._paces = {int(client): Pace(**pace) for client, pace in state["clients"].items()}
-        self._transfers = Transfers(self.smoothing)
+        self._transfers = Transfers(self.smoothing * TRANSFERS)
         if "transfers" in state:
             self._transfers.load_state_dict(state["transfers"])
 

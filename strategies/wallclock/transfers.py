@@ -4,8 +4,9 @@ A reply is on its way for ``fixed + byte_seconds · bytes`` seconds: pauses of p
 of a process are alike for all nodes and are pooled over them, the link is each node's own. Both are
 fitted by least absolute deviations, so that a single late reply moves neither: for a given
 ``fixed`` the best ``byte_seconds`` is a weighted median of ``(seconds − fixed) / bytes``, and what
-is left is convex in ``fixed``. Newer replies weigh more; two in a row outweigh all before them
-where a quarter or more of the weight is the newest's.
+is left is convex in ``fixed``. Newer replies weigh a little more. Where a client's two newest both
+took longer, or both less, than noise can explain, its link has changed, and all before them is
+forgotten; one late reply moves nothing.
 
 The intervals are asymptotic ones for normal errors, 90 %. Where a node's bytes never differ, the
 two parts cannot be told apart, and the intervals say so by their width.
@@ -28,6 +29,7 @@ MEMORY = 16  # replies of a client that are looked at
 GRID = 33  # values of ``fixed`` that are tried at once; twice
 NOISE = 0.3  # seconds, of pauses between 0 and 1: where nothing is left to tell by
 LEAST_NOISE = 0.05  # seconds: replies are looked for ten times a second
+CHANGED = 3.0, 0.25  # deviations, and share of what was expected: beyond both it has changed
 WORD = 0.1  # of the empty answers, in replies: for where these say nothing
 Z = 1.645  # standard errors either way
 MEDIAN_ERROR = 1.2533  # of a median, beside that of a mean
@@ -110,14 +112,22 @@ class Transfers:
         self._empty, self._fit = list(seconds), None
 
     def fit(self) -> Fit:
-        """Return what the replies say together; zeros without any."""
+        """Return what the replies say together; zeros without any.
+
+        What was before a change of a link is forgotten here.
+        """
         if self._fit is None:
-            self._fit = self._fitted()
+            self._fit, changed = self._fitted()
+            for client in changed:
+                self._seen[client] = deque(list(self._seen[client])[-2:], maxlen=MEMORY)
+            if changed:
+                self._fit, _ = self._fitted()
         return self._fit
 
-    def _fitted(self) -> Fit:
+    def _fitted(self) -> tuple[Fit, list[int]]:
+        """Return the fit, and the clients whose two newest replies it does not explain."""
         if not self._seen:
-            return Fit(Estimate(0.0, 0.0, 0.0), {})
+            return Fit(Estimate(0.0, 0.0, 0.0), {}), []
         clients = sorted(self._seen)
         shape = len(clients), max(len(self._seen[c]) for c in clients)
         x, y, w = (np.zeros(shape) for _ in range(3))
@@ -144,8 +154,9 @@ class Transfers:
         best = int((sums + WORD * np.abs(tried - prior)).argmin())
         fixed = float(tried[best])
         slope = _slopes(x, y, w, tried[best : best + 1])[0]
-        errors = np.abs(y - fixed - slope[:, None] * x)[there]
-        noise = _noise(errors, len(clients) + 1)
+        expected = fixed + slope[:, None] * x
+        errors = np.where(there, y - expected, 0.0)
+        noise = _noise(np.abs(errors[there]), len(clients) + 1)
         within = tried[sums <= sums[best] + RISE * noise]
         low, high = float(within.min()), float(within.max())
         # The less is fixed, the more a byte takes.
@@ -159,7 +170,12 @@ class Transfers:
             for i, client in enumerate(clients)
             if x[i].any()
         }
-        return Fit(Estimate(fixed, low, high), byte_seconds)
+        deviations, share = CHANGED
+        beyond = np.abs(errors) > np.maximum(deviations * noise, share * expected)
+        beyond &= np.sign(errors) == np.sign(errors[:, :1])
+        older = there[:, 2:].any(axis=1)  # what there is to forget
+        changed = [clients[i] for i in np.flatnonzero(beyond[:, :2].all(axis=1) & older)]
+        return Fit(Estimate(fixed, low, high), byte_seconds), changed
 
     def state_dict(self) -> dict[str, Any]:
         """Return the replies, as JSON can hold them."""

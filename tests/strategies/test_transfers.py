@@ -95,15 +95,21 @@ def test_bytes_that_never_differ_leave_both_open_and_say_so():
     assert transfers.fit().byte_seconds[1].value == pytest.approx(2e-6, rel=0.1)
 
 
-def test_a_link_that_falls_to_a_tenth_is_followed_after_two_rounds_and_one_late_reply_is_not():
-    transfers = Transfers(0.3)
-    for size in (1e6, 2e6, 3e6, 1e6, 2e6, 3e6):
-        transfers.add(0, size, 1.0 + size * 1e-6)
+@pytest.mark.parametrize("factor", [10, 0.1])
+@pytest.mark.parametrize("smoothing", [0.1, 0.3])
+def test_a_link_that_changes_is_followed_after_two_replies_and_one_moves_nothing(smoothing, factor):
+    rng = np.random.default_rng(1)
+    sizes, rates = np.array([1, 2, 4]) * 1e6, np.array([2, 4]) * MBIT
+    transfers = observed(rng, rates, sizes, smoothing=smoothing, rounds=16)
     before = transfers.fit().byte_seconds[0].value
-    transfers.add(0, 2e6, 1.0 + 2e6 * 1e-5)
-    assert transfers.fit().byte_seconds[0].value == pytest.approx(before, rel=0.05)
-    transfers.add(0, 3e6, 1.0 + 3e6 * 1e-5)
-    assert transfers.fit().byte_seconds[0].value == pytest.approx(1e-5, rel=0.2)
+    assert before == pytest.approx(1 / rates[0], rel=0.15)
+    for count, size in enumerate((2e6, 4e6, 1e6), 1):
+        transfers.add(0, size, 1.2 + factor * size / rates[0])
+        expected = before if count == 1 else factor / rates[0]
+        assert transfers.fit().byte_seconds[0].value == pytest.approx(expected, rel=0.2)
+    if smoothing == 0.1:  # at 0.3 two outweigh all before them anyway
+        assert len(transfers.state_dict()["seen"]["0"]) == 3  # what was before is gone
+    assert len(transfers.state_dict()["seen"]["1"]) == 16
 
 
 def test_a_thousand_clients_and_a_state_that_lasts():
