@@ -24,9 +24,9 @@ _NOTHING = 1e-9
 _LEAST_BYTE_SECONDS = 1e-15
 MB = 1e6
 LEAST_SHARE = 0.1  # of an equal one
-# Transfers fade so much slower than a step's seconds: each is noise for a good part, and when a
-# link has changed, they notice.
-TRANSFERS = 1 / 3
+# Transfers fade slower than a step's seconds, for each is noise for a good part and a change of a
+# link is noticed by itself; so much slower forecasts were best, over rates that stay and that fall.
+TRANSFERS = 2 / 3
 
 Array = NDArray[np.float64]
 
