@@ -57,8 +57,8 @@ class Watch:
         """Put this watch into Flower's SuperNode, which has no setting for any of it."""
         loop, connection = vars(part("supernode_loop")), vars(part("supernode_connection"))
         loop["time"] = SimpleNamespace(**{**vars(time), "sleep": self._sleep})
-        # A message can be had before its parts are sent: Flower's pauses double, up to 10 s.
-        pauses = {"initial_backoff": self._poll, "backoff_cap": self._poll}
+        # A message can be had before its parts are sent: Flower's pauses are 1, 2, 4, … 10 s.
+        pauses = {"initial_backoff": self._poll / 4, "backoff_cap": self._poll}
         loop["pull_objects"] = partial(loop["pull_objects"], **pauses)
         loop["_push_messages"] = self._attended(loop["_push_messages"])
         connection["NodeAuthHttpInterceptor"] = self._noting(connection["NodeAuthHttpInterceptor"])

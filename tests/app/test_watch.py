@@ -94,7 +94,7 @@ class Late:
         return self.contents[part]
 
 
-def test_parts_of_a_message_are_looked_for_at_even_pauses(watch, monkeypatch) -> None:
+def test_parts_of_a_message_are_looked_for_at_short_pauses(watch, monkeypatch) -> None:
     """Flower's double: eight looks of its own take more than a minute."""
     watch._poll, late = 0.01, Late()
     loop, connection = vars(part("supernode_loop")), vars(part("supernode_connection"))
