@@ -74,7 +74,7 @@ class MeasuredClock(Clock):
     Parameters
     ----------
     smoothing : float
-        Weight of the newest measurement, in (0, 1]. (default: 0.3)
+        Weight of the newest measurement, in (0, 1]; two thirds of it for transfers. (default: 0.3)
     rank_share : float
         ``c1 / c0``: what one rank adds to a local step, as a share of the step without adapter,
         ≥ 0; `strategies.wallclock.flops.rank_flops` measures it. (default: 0)

@@ -117,11 +117,12 @@ class Transfers:
         What was before a change of a link is forgotten here.
         """
         if self._fit is None:
-            self._fit, changed = self._fitted()
-            for client in changed:
-                self._seen[client] = deque(list(self._seen[client])[-2:], maxlen=MEMORY)
-            if changed:
-                self._fit, _ = self._fitted()
+            fit, changed = self._fitted()
+            while changed:  # until nothing is left to forget: a resumed run finds the same
+                for client in changed:
+                    self._seen[client] = deque(list(self._seen[client])[-2:], maxlen=MEMORY)
+                fit, changed = self._fitted()
+            self._fit = fit
         return self._fit
 
     def _fitted(self) -> tuple[Fit, list[int]]:

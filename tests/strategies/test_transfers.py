@@ -95,6 +95,32 @@ def test_bytes_that_never_differ_leave_both_open_and_say_so():
     assert transfers.fit().byte_seconds[1].value == pytest.approx(2e-6, rel=0.1)
 
 
+def test_a_link_that_falls_to_a_tenth_is_followed_after_two_rounds_and_one_late_reply_is_not():
+    transfers = Transfers(0.3)
+    for size in (1e6, 2e6, 3e6, 1e6, 2e6, 3e6):
+        transfers.add(0, size, 1.0 + size * 1e-6)
+    before = transfers.fit().byte_seconds[0].value
+    transfers.add(0, 2e6, 1.0 + 2e6 * 1e-5)
+    assert transfers.fit().byte_seconds[0].value == pytest.approx(before, rel=0.05)
+    transfers.add(0, 3e6, 1.0 + 3e6 * 1e-5)
+    assert transfers.fit().byte_seconds[0].value == pytest.approx(1e-5, rel=0.2)
+
+
+@pytest.mark.parametrize("seed", [198, 332, 957, *range(5)])  # in the first three it is so
+def test_forgetting_one_client_s_past_can_show_that_another_s_link_has_changed(seed):
+    rng, transfers, sizes = np.random.default_rng(seed), Transfers(0.2), [2e5, 1e6, 3e6]
+    for client in range(rng.integers(2, 5)):
+        for _ in range(rng.integers(3, 7)):
+            transfers.add(client, float(rng.choice(sizes)), float(rng.uniform(1, 4)))
+        factor = rng.choice([1, 1, 4, 8])
+        for _ in range(2):
+            transfers.add(client, float(rng.choice(sizes)), float(factor * rng.uniform(1, 4)))
+    fit = transfers.fit()
+    again = Transfers(0.2)  # a run that goes on from here has to find the same
+    again.load_state_dict(json.loads(json.dumps(transfers.state_dict())))
+    assert again.fit() == fit
+
+
 @pytest.mark.parametrize("factor", [10, 0.1])
 @pytest.mark.parametrize("smoothing", [0.1, 0.2, 0.3])
 def test_a_link_that_changes_is_followed_after_two_replies_and_one_moves_nothing(smoothing, factor):
