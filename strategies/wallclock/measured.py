@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from strategies.wallclock.allocators import BandwidthAllocator, Share
 from strategies.wallclock.bandwidth import allocate_bandwidth, equal_shares
 from strategies.wallclock.clock import Clock, RoundTime, Work, by_client, reported
+from strategies.wallclock.forecasts import Forecasts
 from strategies.wallclock.objective import ClientProfiles
 from strategies.wallclock.transfers import End, Estimate, Fit, Transfers
 
@@ -24,6 +25,7 @@ _NOTHING = 1e-9
 _LEAST_BYTE_SECONDS = 1e-15
 MB = 1e6
 LEAST_SHARE = 0.1  # of an equal one
+GUESSES = 32  # of a client not heard of
 # Transfers fade slower than a step's seconds, for each is noise for a good part and a change of a
 # link is noticed by itself; so much slower forecasts were best, over rates that stay and that fall.
 TRANSFERS = 2 / 3
@@ -125,6 +127,7 @@ class MeasuredClock(Clock):
         self._end: End | None = None  # of what is fitted: its value
         self._paces: dict[int, Pace] = {}
         self._transfers = Transfers(smoothing * TRANSFERS)
+        self._forecasts = Forecasts()
 
     def begin(
         self, works: Sequence[Work], server_round: int, *, network: bool, empty: Sequence[float]
@@ -137,24 +140,42 @@ class MeasuredClock(Clock):
         self._told = self._allocate(by_client(works), server_round)
         time = self.forecast(works, server_round)
         self._expected = None if math.isnan(time.seconds) else time.seconds
+        known = [client for client in time.compute_seconds if client in self._paces]
+        self._forecasts.expect({client: _whole(time, client) for client in known})
         return time
 
     def forecast(self, works: Sequence[Work], server_round: int) -> RoundTime:
-        """Return the time expected from what was measured; NaN seconds if that is nothing yet."""
+        """Return the time expected from what was measured; NaN seconds if that is nothing yet.
+
+        A reply is as likely to be late by any of what earlier ones were, and one of a client not
+        heard of is as likely to take what any of the others would (`forecasts`).
+        """
         works = by_client(works)
         if not works or not self._paces:
             return RoundTime(math.nan if works else 0.0)
         clients, fit = [work.client for work in works], self._transfers.fit()
         compute, upload = self._alone(works, fit)
-        if self.shared_band:
-            upload = upload / self._shares(clients, compute, upload)
-        return self._time(clients, compute, upload, fit)
+        shares = self._shares(clients, compute, upload) if self.shared_band else np.ones(len(works))
+        time = self._time(clients, compute, upload / shares, fit)
+        guesses = [
+            np.array([_whole(time, work.client)])
+            if work.client in self._paces
+            else self._others(work, share, fit)
+            for work, share in zip(works, shares.tolist(), strict=True)
+        ]
+        return replace(time, seconds=self._forecasts.latest(guesses))
 
     def finish(self, works: Sequence[Work], server_round: int) -> RoundTime:
         """Return the time of the round as measured, and learn from those who answered."""
+        works = by_client(works)
+        for work in works:
+            if work.answered and (seconds := reported(work.elapsed_seconds)) is not None:
+                self._forecasts.learn(work.client, seconds)
+        return self._measured(works)
+
+    def _measured(self, works: Sequence[Work]) -> RoundTime:
         compute: dict[int, float] = {}
         rest: dict[int, float] = {}
-        works = by_client(works)
         for work in works:
             trained, elapsed = _held(work), reported(work.elapsed_seconds)
             if elapsed is None:
@@ -187,7 +208,7 @@ class MeasuredClock(Clock):
         for work in works:  # one after the other: a client may have answered two
             if self.shared_band:  # and was shared by others while it came
                 work = replace(work, elapsed_seconds=None)
-            self.finish([work], server_round)
+            self._measured([work])
 
     def profiles(
         self,
@@ -254,14 +275,18 @@ class MeasuredClock(Clock):
         return {
             "clients": {str(client): asdict(pace) for client, pace in self._paces.items()},
             "transfers": self._transfers.state_dict(),
+            "forecasts": self._forecasts.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what ``state_dict`` returned, also before it had transfers."""
+        """Put back what ``state_dict`` returned, also before it had transfers or forecasts."""
         self._paces = {int(client): Pace(**pace) for client, pace in state["clients"].items()}
         self._transfers = Transfers(self.smoothing * TRANSFERS)
         if "transfers" in state:
             self._transfers.load_state_dict(state["transfers"])
+        self._forecasts = Forecasts()
+        if "forecasts" in state:
+            self._forecasts.load_state_dict(state["forecasts"])
 
     def summary(self) -> str:
         """Return the clock and its settings in one line."""
@@ -329,6 +354,13 @@ class MeasuredClock(Clock):
         compute = steps * step * (1 + self.rank_share * np.array([work.rank for work in works]))
         return compute, byte * np.array([work.upload_bytes for work in works], dtype=np.float64)
 
+    def _others(self, work: Work, share: float, fit: Fit) -> Array:
+        """Return what a reply would take of others, by whom a client not heard of is guessed."""
+        heard = sorted(self._paces)
+        those = heard[:: math.ceil(len(heard) / GUESSES)]
+        compute, upload = self._alone([replace(work, client=client) for client in those], fit)
+        return np.asarray(compute + fit.fixed.value + upload / share)
+
     def _learn(self, work: Work, compute: float) -> None:
         known, old = work.client in self._paces, self._paces.get(work.client, Pace(0.0))
         if not known:  # it read model and rows, once: the next reply replaces this one
@@ -352,6 +384,12 @@ class MeasuredClock(Clock):
         table = np.array([rows.get(client, usual) for client in clients], dtype=np.float64)
         table[:, 1] = [bytes_known.get(client, usual[1]) for client in clients]
         return table
+
+
+def _whole(time: RoundTime, client: int) -> float:
+    """Return the seconds from a client's message to its reply."""
+    fixed = time.fixed_seconds or 0.0
+    return time.compute_seconds[client] + time.upload_seconds[client] + fixed
 
 
 def _held(work: Work) -> float | None:
