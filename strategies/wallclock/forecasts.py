@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-MEMORY = 64  # replies, of all clients together
+MEMORY = 32  # replies, of all clients together
 FEWEST = 4  # of which nothing is said yet
 _HALVINGS = 50
 

@@ -100,6 +100,30 @@ def test_a_failure_ends_no_run_and_the_round_counts_as_shared_equally(caplog):
     assert time.mb_seconds[1].value == pytest.approx(4000, rel=0.1)
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("sizes", [(1e5, 3e5), (3e5, 3e5), (1e5, 3e5, 2e5, 5e4)])
+def test_a_link_that_only_looks_fast_by_its_first_replies_is_no_loss(seed, sizes):
+    """Links of 3 to 40 Mbit/s on the whole band, and seconds of noise: as on real nodes."""
+    rng, told = np.random.default_rng(seed), Told()
+    clock = MeasuredClock(bandwidth="optimal", allocator=told)
+    mbit = np.array([39.8, 24.3, 11.9, 7.9, 16.7, 8.8, 3.4, 21, 4.6, 4.9, 4.7, 9.9])
+    of_equal = []
+    for number in range(1, 9):
+        who = sorted(rng.choice(12, 12 if number == 1 else 8, replace=False).tolist())
+        works = [Work(i, 4, int(sizes[number % len(sizes)]), node=i + 1) for i in who]
+        clock.begin(works, number, network=True, empty=())
+        alone = works[0].upload_bytes * 8e-6 / mbit[who]
+        transfer = alone / np.array([told.shares[-1][i] for i in who])
+        of_equal.append(transfer.max() / (alone * len(who)).max())
+        elapsed = 4 + transfer + rng.gamma(4, 0.4, len(who))
+        clock.finish(
+            [replace(work, steps=2.0, held_seconds=2.0, elapsed_seconds=seconds)
+             for work, seconds in zip(works, elapsed.tolist(), strict=True)], number,
+        )  # fmt: skip
+    assert max(of_equal) < 1.25
+    assert np.mean(of_equal[1:]) < 0.9
+
+
 def test_nobody_gets_nothing():
     told = Told()
     clock = MeasuredClock(bandwidth="optimal", allocator=told)
