@@ -157,11 +157,13 @@ class MeasuredClock(Clock):
         compute, upload = self._alone(works, fit)
         shares = self._shares(clients, compute, upload) if self.shared_band else np.ones(len(works))
         time = self._time(clients, compute, upload / shares, fit)
+        heard = sorted(self._paces)
+        others = self._known(heard[:: math.ceil(len(heard) / GUESSES)], fit)[:, None]
+        compute, upload = self._taken(works, others)
+        likely = compute + fit.fixed.value + upload / shares
         guesses = [
-            np.array([_whole(time, work.client)])
-            if work.client in self._paces
-            else self._others(work, share, fit)
-            for work, share in zip(works, shares.tolist(), strict=True)
+            np.array([_whole(time, client)]) if client in self._paces else likely[:, i]
+            for i, client in enumerate(clients)
         ]
         return replace(time, seconds=self._forecasts.latest(guesses))
 
@@ -349,18 +351,14 @@ class MeasuredClock(Clock):
 
     def _alone(self, works: Sequence[Work], fit: Fit) -> tuple[Array, Array]:
         """Return what computing takes, and what an upload would on the whole band."""
-        step, byte, steps = self._known([work.client for work in works], fit).T
+        return self._taken(works, self._known([work.client for work in works], fit))
+
+    def _taken(self, works: Sequence[Work], known: Array) -> tuple[Array, Array]:
+        step, byte, steps = np.moveaxis(known, -1, 0)
         done = np.array([reported(work.steps) for work in works], dtype=np.float64)  # None: NaN
         steps = np.where(np.isnan(done), steps, done)
         compute = steps * step * (1 + self.rank_share * np.array([work.rank for work in works]))
         return compute, byte * np.array([work.upload_bytes for work in works], dtype=np.float64)
-
-    def _others(self, work: Work, share: float, fit: Fit) -> Array:
-        """Return what a reply would take of others, by whom a client not heard of is guessed."""
-        heard = sorted(self._paces)
-        those = heard[:: math.ceil(len(heard) / GUESSES)]
-        compute, upload = self._alone([replace(work, client=client) for client in those], fit)
-        return np.asarray(compute + fit.fixed.value + upload / share)
 
     def _learn(self, work: Work, compute: float) -> None:
         known, old = work.client in self._paces, self._paces.get(work.client, Pace(0.0))
