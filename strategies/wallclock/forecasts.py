@@ -2,8 +2,9 @@
 
 A round waits for its latest reply, and of many that are expected together one is late: the latest
 of their expected times is too soon. So what earlier replies took beside what was expected of each
-is kept, and each reply of the next round is as likely to be late by any of it. Half of all rounds
-then take longer than is said, half are over sooner; one reply that is very late moves it little.
+is kept, and each reply of the next round is as likely to be late by any of it. If replies err
+independently, and as before, half of all rounds take longer than is said and half are over sooner;
+one reply that is very late moves it little.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 MEMORY = 32  # replies, of all clients together
-FEWEST = 4  # of which nothing is said yet
+FEWEST = 4  # with fewer, errors count for nothing
 _HALVINGS = 50
 
 

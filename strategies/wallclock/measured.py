@@ -68,8 +68,9 @@ class MeasuredClock(Clock):
 
     Per client the seconds of a step are smoothed exponentially, and newer transfers weigh more. Its
     first reply, for which it read model and rows, counts with what training took until the next.
-    Clients not heard of count as the mean of the others. Nobody is called late: a deadline is the
-    strategy's own timeout, and its ``answered=False`` is not learned from.
+    Clients not heard of count as the mean of the others, in what a round is expected to take as any
+    of them. Nobody is called late: a deadline is the strategy's own timeout, and its
+    ``answered=False`` is not learned from.
 
     In a simulation clients wait for a core instead of a network: what they waited is told as such.
 
@@ -210,7 +211,7 @@ class MeasuredClock(Clock):
         for work in works:  # one after the other: a client may have answered two
             if self.shared_band:  # and was shared by others while it came
                 work = replace(work, elapsed_seconds=None)
-            self._measured([work])
+            self._measured(by_client([work]))
 
     def profiles(
         self,
@@ -304,7 +305,8 @@ class MeasuredClock(Clock):
             return {}
         if self._paces:
             # A link that only looks fast would get next to nothing: each is as slow as it may be.
-            time = self._alone(works, self._transfers.fit().at("high"))
+            sent = {work.client: work.upload_bytes * len(works) for work in works}
+            time = self._alone(works, self._transfers.told(sent).at("high"))
             shares = self._shares([work.client for work in works], *time)
         else:
             shares = np.full(len(works), 1 / len(works))
@@ -313,7 +315,7 @@ class MeasuredClock(Clock):
             self.allocator.allocate(told, server_round)
         except Exception as error:  # whatever a user's own may raise, a run goes on without it
             log(WARNING, "round %s: the band is not shared out: %s", server_round, error)
-            return {}
+            return {share.client: 1 / len(told) for share in told}
         return {share.client: share.share for share in told}
 
     def close(self) -> None:

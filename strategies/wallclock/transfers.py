@@ -30,6 +30,7 @@ GRID = 33  # values of ``fixed`` that are tried at once; twice
 NOISE = 0.3  # seconds, of pauses between 0 and 1: where nothing is left to tell by
 LEAST_NOISE = 0.05  # seconds: replies are looked for ten times a second
 CHANGED = 2.0, 0.25  # deviations, and share of what was expected: beyond both it has changed
+TELLING = 0.25  # of the bytes of a transfer: how many tell how long it takes
 WORD = 0.1  # of the empty answers, in replies: for where these say nothing
 Z = 1.645  # standard errors either way
 MEDIAN_ERROR = 1.2533  # of a median, beside that of a mean
@@ -124,6 +125,16 @@ class Transfers:
                 fit, changed = self._fitted()
             self._fit = fit
         return self._fit
+
+    def told(self, nbytes: Mapping[int, float]) -> Fit:
+        """Return what replies say of those alone who sent enough of what they are to send now.
+
+        A few bytes take as long as noise lets them: that says next to nothing of many.
+        """
+        fit = self.fit()
+        most = {client: max(pair[0] for pair in own) for client, own in self._seen.items()}
+        known = {i: e for i, e in fit.byte_seconds.items() if most[i] >= TELLING * nbytes.get(i, 0)}
+        return replace(fit, byte_seconds=known)
 
     def _fitted(self) -> tuple[Fit, list[int]]:
         """Return the fit, and the clients whose two newest replies it does not explain."""

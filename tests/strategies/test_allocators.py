@@ -124,6 +124,34 @@ def test_a_link_that_only_looks_fast_by_its_first_replies_is_no_loss(seed, sizes
     assert np.mean(of_equal[1:]) < 0.9
 
 
+def test_what_a_few_bytes_took_takes_the_band_from_nobody():
+    told = Told()
+    clock, rng = MeasuredClock(bandwidth="optimal", allocator=told), np.random.default_rng(0)
+    for number, size in enumerate((2_000, 2_000, 300_000), 1):
+        works = [Work(i, 4, 300_000 if i else size, node=i + 1) for i in range(6)]
+        clock.begin(works, number, network=True, empty=())
+        seconds = [
+            4 + 1e-6 * w.upload_bytes / told.shares[-1][w.client] + rng.gamma(4, 0.4) for w in works
+        ]
+        done = [
+            replace(w, steps=2.0, held_seconds=2.0, elapsed_seconds=took)
+            for w, took in zip(works, seconds, strict=True)
+        ]
+        clock.finish(done, number)
+    assert max(told.shares[2].values()) < 2 / 6
+
+
+def test_where_shares_could_not_be_set_a_round_is_expected_with_equal_ones():
+    told, byte_seconds = Told(), {0: 1e-6, 1: 2e-6, 2: 8e-6}
+    clock = MeasuredClock(bandwidth="optimal", allocator=told)
+    works = [Work(i, 4, 1_000_000) for i in range(3)]
+    for number in range(1, 7):
+        told.error = RuntimeError("the access point is gone") if number == 6 else None
+        expected, time = play(clock, number, works, byte_seconds=byte_seconds)
+    assert time.seconds == pytest.approx(1.5 + 24, rel=0.01)
+    assert expected.seconds == pytest.approx(time.seconds, rel=0.1)
+
+
 def test_nobody_gets_nothing():
     told = Told()
     clock = MeasuredClock(bandwidth="optimal", allocator=told)
