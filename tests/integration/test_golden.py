@@ -29,6 +29,7 @@ from tests.integration.test_options import BASE, NODES, Nodes
 TASKS = ("image-classification", "causal-lm", "preference")
 RECORDED = Path(__file__).parents[1] / "app" / "runs"
 SCORES = ("loss", "train_loss", "server_", "clients_")
+TIMED = "mb_seconds"  # not there where it was not seen when a reply came: on a busy machine
 KEPT = ("config.json", "metrics.jsonl", "summary.json")
 
 
@@ -95,7 +96,7 @@ def test_the_recorded_run_comes_out_again(task, tmp_path, monkeypatch):
         found, expected = records(again, kind), records(before, kind)
         assert len(found) == len(expected) > 0
         for one, other in zip(found, expected, strict=True):
-            assert one.keys() >= other.keys()
+            assert one.keys() >= {key for key in other if not key.startswith(TIMED)}
             scores = {k: v for k, v in other.items() if k.startswith(SCORES) and v is not None}
             assert {key: one[key] for key in scores} == pytest.approx(scores, rel=0.005, abs=0.01)
             assert one.get("rank") == other.get("rank")
