@@ -177,6 +177,7 @@ class MeasuredClock(Clock):
         return self._measured(works)
 
     def _measured(self, works: Sequence[Work]) -> RoundTime:
+        """Learn from works, of one round or late for it, and return the time they took."""
         compute: dict[int, float] = {}
         rest: dict[int, float] = {}
         for work in works:
